@@ -1,0 +1,59 @@
+"""Causal attention with an optional sliding window: one function, two backends.
+
+  cudnn  fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
+  xla    the same call left to the compiler; anywhere
+  auto   cudnn where it can run, else xla
+
+A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Windows are always passed
+together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.common import UserError
+
+BACKENDS = ("auto", "cudnn", "xla")
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, backend: str = "auto"
+) -> jax.Array:
+    """softmax(q k' / sqrt(H)) v over the visible keys.
+
+    q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K; returns [B, T, N, H].
+    window: how many earlier positions are seen besides the own one; None: all.
+    """
+    seq_len = q.shape[1]
+    local = None if window is None or window >= seq_len - 1 else (window, 0)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=local,
+        implementation=choose_backend(backend, q.dtype),
+    )
+
+
+def choose_backend(backend: str, dtype: jnp.dtype) -> str:
+    if backend not in BACKENDS:
+        raise UserError(f"attention backend got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "cudnn" and not fused:
+        raise UserError(
+            "attention backend cudnn needs an NVIDIA GPU and bfloat16, got "
+            f"{jax.default_backend()} and {dtype}; use auto"
+        )
+    return ("cudnn" if fused else "xla") if backend == "auto" else backend
+
+
+def attention_naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    """The definition, with the whole [T, T] matrix; what the backends are tested against."""
+    T, N, K, H = q.shape[1], q.shape[2], k.shape[2], q.shape[3]
+    k, v = (jnp.repeat(t, N // K, axis=2) for t in (k, v))  # [B, T, N, H]
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / H**0.5
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]  # query minus key
+    visible = (distance >= 0) & (distance <= (T if window is None else window))
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)

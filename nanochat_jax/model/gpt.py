@@ -1,0 +1,240 @@
+"""The GPT: one class, of which the classic and the modern recipe are configurations.
+
+  ids -> embed, norm -> (smear) -> num_layers x [ + attention(norm), + MLP(norm) ] -> norm -> head
+  -> softcap
+
+classic  pre-norm blocks, rotary positions, QK-norm, relu^2 MLP, untied head, logits 15 tanh(x/15)
+modern   also (extras): value embeddings mixed into v by a gate on every other layer (arXiv
+2410.17897),
+         learned scales of the residual stream and of the first embedding at every layer, a "smear"
+         of the previous token's embedding, and "backout", which subtracts the mid-layer residual at
+         the end
+
+Dims: B batch, T query time, S key time, D model, N heads, K KV heads, H head dim, F MLP = 4D,
+V vocabulary (padded to a multiple of 64; padded ids are never predicted), L layers.
+
+Parameters travel as a flat dict {dotted path: float32 array}, e.g. "blocks.3.attn.c_q.kernel" [D,
+N*H]: the key of optimizer groups, shardings, checkpoints and conversions alike. `bind` puts them
+back into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact
+numbers.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nanochat_jax.model.attention import attention
+from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate
+from nanochat_jax.model.sharding import shard_rows
+
+SOFTCAP = 15.0
+VE_GATE_DIM = 12  # leading channels of x that steer the value-embedding gate
+SMEAR_GATE_DIM = 24  # leading channels of x that steer the smear gate
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and variant of a model; every field is explained in configs/default.py."""
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    seq_len: int
+    rope_base: float = 10_000.0
+    window_pattern: str = "L"
+    qk_scale: float = 1.0
+    extras: bool = False
+    embed_init_std: float = 1.0
+    fc_init_scale: float = 1.0
+    compute_dtype: str = "float32"
+    attention_backend: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self):
+        assert self.model_dim % self.num_heads == 0, (self.model_dim, self.num_heads)
+        assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
+        assert set(self.window_pattern) <= {"S", "L"}, self.window_pattern
+        assert self.remat in ("none", "full"), self.remat
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How far back each layer sees: seq_len, or a quarter of it rounded up to 128; last is
+        long."""
+        short = -(-self.seq_len // 4 // 128) * 128
+        size = {"S": short, "L": self.seq_len}
+        pattern = [
+            self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_layers)
+        ]
+        return tuple(size[letter] for letter in pattern[:-1] + ["L"])
+
+    def has_value_embed(self, layer: int) -> bool:
+        return self.extras and layer % 2 == (self.num_layers - 1) % 2
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.config, self.window = config, config.windows[layer]
+        D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        self.c_q = Linear(uniform(rngs, (D, D), D))
+        self.c_k = Linear(uniform(rngs, (D, kv_dim), D))
+        self.c_v = Linear(uniform(rngs, (D, kv_dim), D))
+        self.c_proj = Linear(jnp.zeros((D, D)))
+        if config.has_value_embed(layer):
+            self.ve_gate = Linear(small_positive(rngs, (VE_GATE_DIM, config.num_kv_heads)))
+
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin) -> jax.Array:
+        B, T, D = x.shape
+        c = self.config
+        q = self.c_q(x).reshape(B, T, c.num_heads, c.head_dim)
+        k = self.c_k(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v = self.c_v(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        if ve is not None:
+            gate = 3 * jax.nn.sigmoid(self.ve_gate(x[..., :VE_GATE_DIM]))  # [B, T, K]
+            v = v + gate[..., None] * ve.reshape(v.shape)
+        # Normalised after the rotation; the scale sharpens the softmax, half on each side.
+        q, k = (rms_norm(rotate(t, *cos_sin)) * c.qk_scale for t in (q, k))
+        y = attention(q, k, v, self.window, c.attention_backend)
+        return self.c_proj(y.reshape(B, T, D))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        D = config.model_dim
+        self.c_fc = Linear(uniform(rngs, (D, 4 * D), D) * config.fc_init_scale)
+        self.c_proj = Linear(jnp.zeros((4 * D, D)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(jnp.square(jax.nn.relu(self.c_fc(x))))  # relu^2: arXiv 2109.08668
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.attn = Attention(config, layer, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin) -> jax.Array:
+        x = x + self.attn(rms_norm(x), ve, cos_sin)
+        return shard_rows(x + self.mlp(rms_norm(x)))
+
+
+class GPT(nnx.Module):
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        self.config = config
+        V, D, L = config.padded_vocab_size, config.model_dim, config.num_layers
+        self.wte = Embedding(normal(rngs, (V, D), config.embed_init_std))
+        self.blocks = nnx.List([Block(config, layer, rngs) for layer in range(L)])
+        self.lm_head = Linear(normal(rngs, (D, V), 0.001))
+        if config.extras:
+            kv_dim = config.num_kv_heads * config.head_dim
+            self.value_embeds = nnx.Dict(
+                {
+                    str(layer): Embedding(uniform(rngs, (V, kv_dim), D))
+                    for layer in range(L)
+                    if config.has_value_embed(layer)
+                }
+            )
+            depth_frac = jnp.arange(L, dtype=jnp.float32) / max(L - 1, 1)
+            self.resid_lambdas = nnx.Param(1.15 - 0.10 * depth_frac)
+            self.x0_lambdas = nnx.Param(0.20 - 0.15 * depth_frac)
+            self.smear_gate = Linear(small_positive(rngs, (SMEAR_GATE_DIM, 1)))
+            self.smear_lambda = nnx.Param(jnp.zeros(1))
+            self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Softcapped logits [B, T, vocab_size] in float32 for ids [B, T]; holds all of them at
+        once."""
+        logits = self.lm_head(self.hidden(ids))[..., : self.config.vocab_size]
+        return SOFTCAP * jnp.tanh(logits.astype(jnp.float32) / SOFTCAP)
+
+    def hidden(self, ids: jax.Array) -> jax.Array:
+        """What the head sees: [B, T, D] in the compute dtype."""
+        c = self.config
+        x = rms_norm(shard_rows(self.wte(ids, jnp.dtype(c.compute_dtype))))
+        if c.extras:
+            x = self.smear(x)
+        x0 = mid = x
+        cos_sin = rotary_tables(jnp.arange(ids.shape[1]), c.head_dim, c.rope_base)
+        for layer, block in enumerate(self.blocks):
+            ve = None
+            if c.extras:
+                x = self.resid_lambdas[layer].astype(x.dtype) * x
+                x = x + self.x0_lambdas[layer].astype(x.dtype) * x0
+                if c.has_value_embed(layer):
+                    ve = self.value_embeds[str(layer)](ids, x.dtype)
+            run = nnx.remat(Block.__call__) if c.remat == "full" else Block.__call__
+            x = run(block, x, ve, cos_sin)
+            if layer == c.num_layers // 2:
+                mid = x
+        if c.extras:
+            x = x - self.backout_lambda[...].astype(x.dtype) * mid
+        return rms_norm(x)
+
+    def smear(self, x: jax.Array) -> jax.Array:
+        """Mix the previous position's embedding into each position but the first. x [B, T, D]."""
+        gate = jax.nn.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_DIM]))  # [B, T-1, 1]
+        gate = gate * self.smear_lambda[...].astype(x.dtype)
+        return jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
+
+
+def init_params(config: GPTConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """Fresh parameters; the same numbers however they are sharded."""
+    model = GPT(config, nnx.Rngs(params=key))
+    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def bind(config: GPTConfig, params: dict[str, jax.Array]) -> GPT:
+    """The module with these parameters; cheap, meant to be called inside jit."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graphdef, unflatten(params))
+
+
+def flatten(nested: dict, prefix: str = "") -> dict[str, jax.Array]:
+    flat = {}
+    for key, value in nested.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unflatten(flat: dict[str, jax.Array]) -> dict:
+    nested: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = nested
+        for depth, parent in enumerate(parents):
+            # Modules in a list are keyed by int, those in a dict by str.
+            key = int(parent) if depth == 1 and parents[0] == "blocks" else parent
+            node = node.setdefault(key, {})
+        node[last] = value
+    return nested
+
+
+# Uniform of the same spread as a normal, without its outliers.
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    bound = (3 / fan_in) ** 0.5  # std 1/sqrt(fan_in)
+    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    return std * jax.random.normal(rngs.params(), shape)
+
+
+def small_positive(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
+    """Gates start slightly above neutral."""
+    return jax.random.uniform(rngs.params(), shape, maxval=0.02)

@@ -1,0 +1,54 @@
+"""The parts a GPT is made of: linear maps, embeddings, RMSNorm and rotary positions.
+
+Parameters are float32 masters, cast to the activation's dtype where they are used, so the same
+module computes in bfloat16 on a GPU and in float32 on a CPU. No layer has a bias or a learned norm.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+class Linear(nnx.Module):
+    """x [..., in] @ kernel [in, out]."""
+
+    def __init__(self, kernel: jax.Array):
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of table [V, D]."""
+
+    def __init__(self, table: jax.Array):
+        self.table = nnx.Param(table)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.table[...].astype(dtype)[ids]
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """x / rms(x) over the last dim, statistics in float32 (arXiv 1910.07467, without a gain)."""
+    mean_square = jnp.mean(lax.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return x * lax.rsqrt(mean_square + jnp.finfo(jnp.float32).eps).astype(x.dtype)
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos, sin [..., H/2] in float32 for integer positions [...]; any position, no table to
+    outgrow."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (x[h], x[h + H/2]) of x [B, T, N, H] by minus the angle (arXiv 2104.09864).
+
+    cos, sin: [T, H/2] or [B, T, H/2]. The sign is upstream's; only differences of positions matter.
+    """
+    cos, sin = (t.astype(x.dtype)[..., None, :] for t in (cos, sin))  # [(B,) T, 1, H/2]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)

@@ -1,0 +1,53 @@
+"""Schedules as pure functions of the step, so that they live inside the jitted step.
+
+Each takes a Python int (computed in float64, for tables and tests) or a traced array (float32).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def lr_multiplier(
+    step, *, num_steps: int, warmup_steps: int, warmdown_frac: float, final_frac: float
+):
+    """(step+1)/warmup_steps, then 1, then over the last warmdown_frac of the steps down to
+    final_frac.
+
+    The stages after pretraining are the same shape: mid is warmdown_frac 0.2, SFT and RL are 1.0.
+    """
+    xp = _namespace(step)
+    warmdown_steps = round(warmdown_frac * num_steps)
+    left = (num_steps - step) / max(warmdown_steps, 1)
+    falling = left + (1 - left) * final_frac
+    multiplier = xp.where(step <= num_steps - warmdown_steps, 1.0, falling)
+    return xp.where(step < warmup_steps, (step + 1) / max(warmup_steps, 1), multiplier)
+
+
+def muon_momentum(
+    step,
+    *,
+    num_steps: int,
+    warmdown_frac: float,
+    start: float,
+    peak: float,
+    end: float,
+    warmup_steps: int,
+):
+    """start rising to peak over warmup_steps; falling to end while the learning rate warms down."""
+    xp = _namespace(step)
+    warmdown_steps = round(warmdown_frac * num_steps)
+    risen = step / max(warmup_steps, 1)
+    fallen = (step - (num_steps - warmdown_steps)) / max(warmdown_steps, 1)
+    rising = (1 - risen) * start + risen * peak
+    falling = (1 - fallen) * peak + fallen * end
+    return xp.where(step < warmup_steps, rising, xp.where(fallen >= 0, falling, peak))
+
+
+def cosine_to_zero(step, *, num_steps: int):
+    """1 at the first step, 0 after the last: the course of Muon's weight decay."""
+    return 0.5 * (1 + _namespace(step).cos(np.pi * step / num_steps))
+
+
+def _namespace(step):
+    return jnp if isinstance(step, jax.Array) else np
