@@ -1,0 +1,233 @@
+"""From the few numbers a recipe states to all the numbers a run needs, each with its formula.
+
+depth -> width -> parameters -> horizon -> batch -> learning rates, decay, steps. `resolve` fills
+every key that is still None and returns what it derived and how, so that a run can print it and a
+checkpoint can hold the whole truth. Nothing here touches a device.
+
+Scaling of the modern recipe: batch grows with the horizon^0.383 (arXiv 2505.13738), learning rates
+with the square root of the batch, decay so that batch/(lr * decay * horizon) stays what it is at
+depth 12 (arXiv 2405.13698).
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from nanochat_jax.common import UserError, log
+from nanochat_jax.config import flatten
+from nanochat_jax.model.accounting import param_counts
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.optim.build import OptimConfig
+
+REFERENCE_DEPTH = 12  # where the modern recipe's numbers were tuned
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT = 0.383
+
+
+class Derived(NamedTuple):
+    key: str
+    value: object
+    formula: str
+
+
+def resolve(config: ConfigDict, *, platform: str, num_devices: int) -> list[Derived]:
+    """Fill the keys that are None, in place. platform: "cpu" or "gpu"."""
+    derived: list[Derived] = []
+
+    def fill(section: str, key: str, value, formula: str) -> None:
+        if config[section][key] is None:
+            config[section][key] = value
+            derived.append(Derived(f"{section}.{key}", value, formula))
+
+    m = config.model
+    gpu = platform == "gpu"
+    fill("model", "model_dim", *model_dim(m.depth, m.aspect_ratio, m.head_dim, m.round_width))
+    fill("model", "num_heads", *num_heads(m.model_dim, m.head_dim, m.round_width))
+    fill("model", "num_kv_heads", m.num_heads, "num_heads")
+    fill("model", "compute_dtype", "bfloat16" if gpu else "float32", f"on {platform}")
+    fill("model", "loss_tile_tokens", 8192 if gpu else 512, f"on {platform}")
+
+    split = config.mesh.fsdp * config.mesh.tensor
+    fill("mesh", "data", max(1, num_devices // split), f"{num_devices} devices / (fsdp * tensor)")
+
+    horizon = horizon_tokens(config, config.model.depth)
+    if config.optim.scale_by_batch:
+        batch = scaled_batch_tokens(config)
+        formula = "2^round(log2(2^19 * (horizon / horizon of d12)^0.383))"
+    else:
+        batch, formula = REFERENCE_BATCH_TOKENS, "2^19"
+    fill("base", "total_batch_tokens", batch, formula)
+    steps = horizon // config.base.total_batch_tokens
+    params = config.base.horizon_params
+    fill(
+        "base",
+        "num_steps",
+        max(1, steps),
+        f"{config.base.tokens_per_param:g} tokens x parameters ({params}) / total_batch_tokens",
+    )
+    missing = [key for key, value in flatten(config).items() if value is None]
+    assert not missing, missing
+    return derived
+
+
+def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
+    width = depth * aspect_ratio
+    if not round_width:
+        return width, "depth * aspect_ratio"
+    return -(-width // head_dim) * head_dim, "depth * aspect_ratio, up to a multiple of head_dim"
+
+
+def num_heads(width: int, head_dim: int, round_width: bool) -> tuple[int, str]:
+    if round_width:
+        return width // head_dim, "model_dim / head_dim"
+    ideal = max(1, round(width / head_dim))
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    heads = min(divisors, key=lambda n: (abs(n - ideal), -n))
+    return heads, f"divisor of model_dim nearest to model_dim / {head_dim}"
+
+
+def gpt_config(config: ConfigDict) -> GPTConfig:
+    """The model of a resolved recipe."""
+    m = config.model
+    if m.model_dim % m.num_heads or m.num_heads % m.num_kv_heads:
+        raise UserError(
+            f"config.model got model_dim {m.model_dim}, num_heads {m.num_heads}, num_kv_heads "
+            f"{m.num_kv_heads}; expected each to be a multiple of the next"
+        )
+    if set(m.window_pattern) - {"S", "L"} or not m.window_pattern:
+        raise UserError(f"config.model.window_pattern got {m.window_pattern!r}, expected S and L")
+    if m.remat not in ("none", "full"):
+        raise UserError(f"config.model.remat got {m.remat!r}, expected none or full")
+    return GPTConfig(
+        vocab_size=config.tokenizer.vocab_size,
+        num_layers=m.depth,
+        model_dim=m.model_dim,
+        num_heads=m.num_heads,
+        num_kv_heads=m.num_kv_heads,
+        seq_len=m.seq_len,
+        rope_base=m.rope_base,
+        window_pattern=m.window_pattern,
+        qk_scale=m.qk_scale,
+        extras=m.extras,
+        embed_init_std=m.embed_init_std,
+        fc_init_scale=m.fc_init_scale,
+        compute_dtype=m.compute_dtype,
+        remat=m.remat,
+    )
+
+
+def horizon_tokens(config: ConfigDict, depth: int) -> int:
+    """Tokens to train for at `depth`, everything else as in the recipe."""
+    kind = config.base.horizon_params
+    if kind not in ("all", "matrices_and_head"):
+        raise UserError(
+            f"config.base.horizon_params got {kind!r}, expected all or matrices_and_head"
+        )
+    counts = param_counts(gpt_config(_at_depth(config, depth)))
+    counted = {
+        "all": counts["total"],
+        "matrices_and_head": counts["transformer_matrices"] + counts["lm_head"],
+    }[kind]
+    return int(config.base.tokens_per_param * counted)
+
+
+def scaled_batch_tokens(config: ConfigDict) -> int:
+    ratio = horizon_tokens(config, config.model.depth) / horizon_tokens(config, REFERENCE_DEPTH)
+    return 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * ratio**BATCH_EXPONENT))
+
+
+def lr_scale(config: ConfigDict) -> float:
+    if not config.optim.scale_by_batch:
+        return 1.0
+    return math.sqrt(config.base.total_batch_tokens / REFERENCE_BATCH_TOKENS)
+
+
+def weight_decay(config: ConfigDict) -> float:
+    """Muon's decay at step 0."""
+    if not config.optim.scale_by_batch:
+        return config.optim.weight_decay
+    horizons = horizon_tokens(config, REFERENCE_DEPTH) / horizon_tokens(config, config.model.depth)
+    return config.optim.weight_decay * lr_scale(config) * horizons
+
+
+def optim_config(config: ConfigDict, platform: str) -> OptimConfig:
+    o = config.optim
+    if o.recipe not in ("classic", "modern"):
+        raise UserError(f"config.optim.recipe got {o.recipe!r}, expected classic or modern")
+    if config.model.extras and o.recipe == "classic":
+        raise UserError(
+            "config.model.extras=True got config.optim.recipe=classic, expected modern: only that "
+            "one has settings for the extra parameters"
+        )
+    return OptimConfig(
+        recipe=o.recipe,
+        embed_lr=o.embed_lr,
+        unembed_lr=o.unembed_lr,
+        matrix_lr=o.matrix_lr,
+        scalar_lr=o.scalar_lr,
+        smear_lr=o.smear_lr,
+        lr_scale=lr_scale(config),
+        ns_dtype="bfloat16" if platform == "gpu" else "float32",
+    )
+
+
+def rows_per_step(config: ConfigDict, row_shards: int) -> tuple[int, int]:
+    """(rows of a step, rows a device works on at once), or an error when they do not come out even.
+
+    The second is the largest divisor of a device's rows that device_batch_size allows.
+    """
+    tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
+    rows = tokens // seq_len
+    if tokens % seq_len or rows % row_shards or not rows:
+        raise UserError(
+            f"config.base.total_batch_tokens got {tokens}, expected a multiple of {row_shards} row "
+            f"shards x seq_len {seq_len} = {row_shards * seq_len}"
+        )
+    per_shard, limit = rows // row_shards, config.base.device_batch_size
+    if limit < 1:
+        raise UserError(f"config.base.device_batch_size got {limit}, expected at least 1")
+    at_once = max(n for n in range(1, min(per_shard, limit) + 1) if per_shard % n == 0)
+    return rows, at_once
+
+
+def _at_depth(config: ConfigDict, depth: int) -> ConfigDict:
+    """The recipe at another depth, width and heads derived anew unless they are this depth's."""
+    if depth == config.model.depth:
+        return config
+    config = copy.deepcopy(config)
+    m = config.model
+    m.depth = depth
+    m.model_dim = model_dim(depth, m.aspect_ratio, m.head_dim, m.round_width)[0]
+    m.num_heads = m.num_kv_heads = num_heads(m.model_dim, m.head_dim, m.round_width)[0]
+    return config
+
+
+def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: str) -> None:
+    """Continue `what` only under the recipe it was made with, both flat; prints the changes
+    allowed.
+
+    may_change: keys, or prefixes of keys, that decide where and how often but never what.
+    """
+    changed = [k for k in before | now if _plain(before.get(k)) != _plain(now.get(k))]
+    shown = [f"config.{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed]
+    refused = [line for k, line in zip(changed, shown, strict=True) if not k.startswith(may_change)]
+    if refused:
+        raise UserError(
+            f"{what} was made with another recipe: {'; '.join(refused)}; take these back, or "
+            "choose another --config.run.name"
+            + (f" (these may change: {', '.join(may_change)})" if may_change else "")
+        )
+    for line in shown:
+        log(f"  {line} (allowed)")
+
+
+def flat_json(config: ConfigDict, prefix: str) -> dict:
+    """The keys below `prefix`, as they come back from JSON."""
+    return {k: _plain(v) for k, v in flatten(config).items() if k.startswith(prefix)}
+
+
+def _plain(value):
+    """As it comes back from JSON."""
+    return list(value) if isinstance(value, tuple) else value

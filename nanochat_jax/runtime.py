@@ -1,0 +1,105 @@
+"""JAX as this project starts it: processes, compile cache, and steps compiled before they run.
+
+Compiling ahead of time tells how long it took and how much memory the step will need, so a run that
+cannot fit says so before it starts instead of dying in the middle of it.
+"""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax.sharding import Mesh, NamedSharding
+
+from nanochat_jax.common import UserError, base_dir, log
+from nanochat_jax.model.sharding import ROWS
+from nanochat_jax.train.state import TrainState
+
+GIB = 2**30
+
+
+def start_runtime(
+    *, compile_cache: bool, coordinator: str = "", num_processes: int = 1, process_id: int = 0
+) -> None:
+    """Join the other processes, if any, and turn on the persistent compile cache."""
+    if num_processes > 1 and not jax.distributed.is_initialized():
+        if not coordinator or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"config.mesh got coordinator {coordinator!r}, process_id {process_id}, "
+                f"num_processes {num_processes}; expected host:port of process 0 and an id from 0 to "
+                f"{num_processes - 1}"
+            )
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+        os.environ["NANOCHAT_PROCESS_INDEX"] = str(process_id)
+    if compile_cache and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+    devices = jax.devices()
+    log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
+
+
+def compile_step(train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh):
+    """Compile for batches [rows, seq_len]; says the seconds and bytes; UserError if it cannot fit.
+
+    state: shapes with shardings (train.state.abstract_state).
+    """
+    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh)
+    batch = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS))
+    began = time.monotonic()
+    log("compiling train_step ...")
+    with jax.set_mesh(mesh):
+        compiled = train_step.lower(state, {"inputs": batch, "targets": batch}).compile()
+    needed = compiled_bytes(compiled)
+    available = available_bytes(mesh)
+    log(
+        f"compiled train_step in {time.monotonic() - began:.1f}s; a step needs "
+        f"{needed / GIB:.2f} GiB of {available / GIB:.1f} GiB per device"
+    )
+    _require(needed, "a step needs", mesh)
+    return compiled
+
+
+def compiled_bytes(compiled) -> int:
+    """Peak bytes per device of a compiled function: arguments, results and temporaries."""
+    m = compiled.memory_analysis()
+    return int(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.generated_code_size_in_bytes
+    )
+
+
+def available_bytes(mesh: Mesh) -> int:
+    """Bytes a device of this process can still take; CPU devices share the machine's memory."""
+    device = mesh.local_mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available // mesh.local_mesh.size
+    stats = device.memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def _held_bytes(state: TrainState) -> int:
+    """Per device: the state's shards plus gradients as large as the parameters."""
+
+    def shard_bytes(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        count = 1
+        for size in shape:
+            count *= size
+        return count * leaf.dtype.itemsize
+
+    leaves = jax.tree.leaves(state) + jax.tree.leaves(state.params)
+    return sum(shard_bytes(leaf) for leaf in leaves)
+
+
+def _require(needed: int, what: str, mesh: Mesh) -> None:
+    available = available_bytes(mesh)
+    if needed > available:
+        raise UserError(
+            f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
+            f"{(needed - available) / GIB:.1f} GiB too few; lower "
+            "--config.base.device_batch_size, set --config.model.remat=full, split the weights "
+            "with --config.mesh.fsdp, or choose a smaller --config.model.depth"
+        )

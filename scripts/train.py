@@ -1,0 +1,20 @@
+"""Pretrain the base model of a recipe; continues where it was, or says that it is complete.
+
+  python scripts/train.py --config=configs/d20.py
+  python scripts/train.py --config=configs/demo.py --config.model.depth=6 --config.run.name=d6
+
+Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves and exits with status
+75.
+"""
+
+from nanochat_jax import stages
+from nanochat_jax.common import run_main
+from nanochat_jax.config import load_from_argv
+
+
+def main() -> int:
+    return stages.run_base(load_from_argv(__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)
