@@ -91,7 +91,7 @@ def help_text(doc: str) -> str:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{"section.key": value} of a recipe, in file order."""
+    """{"section.key": value} of a recipe."""
     return {f"{s}.{k}": v for s, keys in config.to_dict().items() for k, v in keys.items()}
 
 

@@ -10,7 +10,7 @@ refuses. What a stage leaves lies in $NANOCHAT_BASE_DIR/runs/<config.run.name>/.
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, read_json, run_dir, write_json
 from nanochat_jax.config import flatten
-from nanochat_jax.data.prepare import ensure
 from nanochat_jax.data.pipeline import eval_batches, train_batches
+from nanochat_jax.data.prepare import ensure
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import compression, ngram
 from nanochat_jax.eval.bpb import make_bpb
@@ -114,8 +114,7 @@ def run_tok_eval(config: ConfigDict) -> None:
     }
     result = compression.compare(tokenizer, slices)
     log(compression.table(result))
-    rows = [{"kind": kind, **row} for kind, row in result["kinds"].items()]
-    write_json(run_dir(config.run.name) / "eval" / "tokenizer.json", {**result, "rows": rows})
+    write_json(run_dir(config.run.name) / "eval" / "tokenizer.json", result)
 
 
 def run_base(config: ConfigDict) -> int:
@@ -200,28 +199,27 @@ def _train_base(run: Run, stage: Path) -> int:
     )
     console = Console(b.num_steps, int(state.step), flops, peak)
     bpb, samples = _bpb(run, tokenizer, val_path), _samples(run, tokenizer)
-    result = fit(
-        state=state,
-        loop_state=loop_state,
-        train_step=train_step,
-        batches=batches,
-        put=partial(put_batch, mesh=mesh),
-        num_steps=b.num_steps,
-        lr_multiplier=lr_multiplier,
-        evaluations=[
-            Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
-            Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
-        ],
-        save_every=b.save_every,
-        checkpoints=checkpoints,
-        host_info={"config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256()},
-        metrics=metrics,
-        console=console,
-        tokens_per_step=b.total_batch_tokens,
-    )
-    console.close()
-    metrics.close()
-    batches.close()
+    with closing(batches), closing(metrics), closing(console):
+        result = fit(
+            state=state,
+            loop_state=loop_state,
+            train_step=train_step,
+            batches=batches,
+            put=partial(put_batch, mesh=mesh),
+            num_steps=b.num_steps,
+            lr_multiplier=lr_multiplier,
+            evaluations=[
+                Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
+                Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
+            ],
+            save_every=b.save_every,
+            checkpoints=checkpoints,
+            on_save=info.update,
+            host_info={"config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256()},
+            metrics=metrics,
+            console=console,
+            tokens_per_step=b.total_batch_tokens,
+        )
     info.update()
     if not result.finished:
         log(f"base: stopped at step {result.step}, saved; run the same command to continue")

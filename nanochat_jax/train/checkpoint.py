@@ -123,16 +123,16 @@ class Checkpoints:
         folder = step_dir(self.directory, step)
         if (folder / CHECKSUMS).exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"data_{jax.process_index()}.json", data_state)
-        if jax.process_index() == 0:
-            write_json(folder / "host.json", host)
         rest = _flat(state._replace(params={}))
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params), state=ocp.args.StandardSave(rest)
         )
         try:
-            self._orbax.save(folder / "arrays", args=items)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"data_{jax.process_index()}.json", data_state)
+            if jax.process_index() == 0:
+                write_json(folder / "host.json", host)
+            self._orbax.save(folder / "arrays", args=items, force=True)
         except OSError as error:
             raise self._disk_error(folder, error) from error
         self._finisher = threading.Thread(target=self._finish, args=(folder,), daemon=True)

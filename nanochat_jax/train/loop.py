@@ -65,6 +65,7 @@ def fit(
     save_every: int,
     checkpoints: Checkpoints,
     host_info: dict[str, Any],
+    on_save: Callable[[], None],
     metrics: MetricsLog,
     console: Console,
     tokens_per_step: int,
@@ -101,6 +102,7 @@ def fit(
         metrics.sync()
         host = {"step": step, "loop": asdict(loop_state), **host_info}
         checkpoints.save(state, host, batches.get_state())
+        on_save()
 
     with stop_requests() as asked_to_stop:
         while True:

@@ -1,0 +1,75 @@
+"""Deriving a run from its recipe. Parameter counts, horizons and schedules for all depths are
+compared with upstream's tables in tests/parity; here are the rules around them."""
+
+import pytest
+
+from nanochat_jax import config as cfg
+from nanochat_jax import recipe
+from nanochat_jax.common import UserError
+
+
+def resolved(name: str, platform: str = "cpu", num_devices: int = 1, **overrides):
+    config = cfg.load(cfg.CONFIGS / name, {k.replace("__", "."): v for k, v in overrides.items()})
+    return config, recipe.resolve(config, platform=platform, num_devices=num_devices)
+
+
+def test_what_was_derived_is_told_and_what_was_given_is_kept():
+    config, derived = resolved("d20.py", model__num_heads="20")
+    told = {d.key: d for d in derived}
+    assert config.model.num_heads == 20 and "model.num_heads" not in told
+    assert told["model.model_dim"].value == 1280
+    assert told["model.model_dim"].formula == "depth * aspect_ratio"
+    # 20 tokens for each of 560,988,160 parameters, 2^19 a step.
+    assert told["base.num_steps"].value == 20 * 560_988_160 // 2**19 == config.base.num_steps
+    assert recipe.resolve(config, platform="cpu", num_devices=1) == []
+
+
+def test_the_machine_decides_precision_and_mesh():
+    on_cpu, _ = resolved("d20.py")
+    on_gpus, _ = resolved("d20.py", platform="gpu", num_devices=8, mesh__fsdp="2")
+    assert (on_cpu.model.compute_dtype, on_gpus.model.compute_dtype) == ("float32", "bfloat16")
+    assert (on_cpu.mesh.data, on_gpus.mesh.data) == (1, 4)
+
+
+def test_batches_come_out_even_or_not_at_all():
+    config, _ = resolved("d20.py", base__total_batch_tokens=str(2048 * 96))
+    assert recipe.rows_per_step(config, 8) == (96, 12)  # 12 rows each, of 32 allowed
+    config.base.device_batch_size = 5
+    assert recipe.rows_per_step(config, 8) == (96, 4)  # accumulated in three parts
+    config.base.total_batch_tokens = 2048 * 90
+    with pytest.raises(
+        UserError, match="got 184320, expected a multiple of 8 row shards x seq_len"
+    ):
+        recipe.rows_per_step(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__num_heads": "7"}, "model_dim 1280, num_heads 7"),
+        ({"model__window_pattern": "SX"}, "window_pattern got 'SX', expected S and L"),
+        ({"model__remat": "some"}, "remat got 'some'"),
+        ({"base__horizon_params": "most"}, "horizon_params got 'most'"),
+    ],
+)
+def test_impossible_models_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config, _ = resolved("d20.py", **overrides)
+        recipe.gpt_config(config)
+
+
+def test_extras_need_the_modern_optimizer():
+    config, _ = resolved("d20.py", model__extras="True")
+    with pytest.raises(UserError, match="expected modern"):
+        recipe.optim_config(config, "cpu")
+
+
+def test_changes_of_a_recipe_are_named(capsys):
+    before = {"base.num_steps": 5, "mesh.data": 1, "eval.prompts": ["a"]}
+    now = {"base.num_steps": 5, "mesh.data": 8, "eval.prompts": ("a",)}
+    recipe.refuse_changes(before, now, ("mesh.",), "the run")
+    assert capsys.readouterr().out == "  config.mesh.data was 1, now 8 (allowed)\n"
+    with pytest.raises(UserError, match="config.mesh.data was 1, now 8; take these back"):
+        recipe.refuse_changes(before, now, ("eval.",), "the run")
+    with pytest.raises(UserError, match="config.new was None, now 2"):
+        recipe.refuse_changes(before, before | {"new": 2}, ("mesh.",), "the run")
