@@ -1,0 +1,219 @@
+"""The demo text: what is dropped, what is tidied, and that it is enough English."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.data import demo, prepare
+
+TALK = [
+    "I went to the lake with my sister yesterday and we swam until it was dark.",
+    "That sounds lovely, was the water not too cold for you at this time of the year?",
+    "It was cold at first but then we got used to it and did not want to leave.",
+    "I would like to see that lake one day, is it far from the city where you live?",
+    "It is about an hour by bus, and the last part is a nice walk through the woods.",
+]
+
+
+def conversation(*extra):
+    turns = [[{"text": text}] for text in [*TALK, *extra]]
+    return {"messages": turns}
+
+
+@pytest.fixture
+def chitchat(tmp_path, monkeypatch):
+    """Pretend that chitchat-dataset holds these conversations."""
+
+    def install(conversations):
+        (tmp_path / "dataset.json").write_text(json.dumps(conversations))
+        spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"), submodule_search_locations=[])
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "write to me at someone@example.org please",
+        "I am @someone there",
+        "call (801) 555-1234 tonight",
+        "call 801 555 1234 tonight",
+        "my number is 8015551234",
+        "+1-801-555-1234",
+        "it is 555-1234 I think",
+        "what the hell",
+        "this is Crappy",
+    ],
+)
+def test_indecent_and_private_conversations_are_dropped_whole(chitchat, message):
+    chitchat(
+        {"a": conversation(), "b": conversation(message), "c": conversation(), "d": conversation()}
+    )
+    assert [key for key, _ in demo.conversations()] == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "we have known each other since 2010",
+        "the class was hello world in Essex",
+        "there were 10,000 people and 3.14 pies",
+        "I saw Moby and Richard at 10:30",
+    ],
+)
+def test_innocent_messages_are_kept(message):
+    assert demo.is_decent(message)
+
+
+def test_links_and_the_contest_are_cut_out(chitchat):
+    talk = conversation(
+        "look at https://example.org/x", *TALK, "how many points do you have", "bye"
+    )
+    chitchat({str(i): talk for i in range(3)})
+    texts = [text for _, text in demo.conversations()]
+    assert len(texts) == 6  # the talk before the link and the talk after it, three times
+    assert not any("http" in text or "points" in text or "bye" in text for text in texts)
+
+
+def test_format_of_a_conversation(chitchat):
+    chitchat({str(i): conversation() for i in range(3)})
+    text = next(demo.conversations())[1]
+    dashed = "\n".join(f"- {turn}" for turn in TALK)
+    quoted = "\n".join(f'"{turn}"' for turn in TALK)
+    assert text in (dashed, quoted)
+
+
+@pytest.mark.parametrize(
+    "typed, tidy",
+    [
+        (["hello", "how are you"], "Hello. How are you."),
+        (["i dont know,  im   tired"], "I don't know, I'm tired."),
+        (["soooooo good!!!!!!"], "Soo good!!!"),
+        (["hahahahaha ok"], "Haha ok."),
+        (["???", "what? yes"], "What? Yes."),
+        (
+            [
+                "we had all been walking for hours, and it was such a long evening that",
+                "nobody sang",
+            ],
+            "We had all been walking for hours, and it was such a long evening that nobody sang.",
+        ),
+    ],
+)
+def test_tidying(typed, tidy):
+    assert demo.tidy_turn(typed) == tidy
+
+
+def test_long_conversations_are_cut_between_turns():
+    subjects = ("lake", "city", "bus", "walk", "water", "sister", "woods", "day", "year", "part")
+    turns = [
+        f"{turn} And what of {one} and {other}?"
+        for one in subjects
+        for other in subjects
+        for turn in TALK
+    ]
+    pieces = list(demo._pieces_of_conversation(turns))
+    assert [turn for piece in pieces for turn in piece] == turns
+    assert all(1_400 < sum(map(len, piece)) <= demo.MAX_DOCUMENT_CHARS for piece in pieces[:-1])
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install chitchat-dataset"):
+        next(demo.conversations())
+
+
+DOCSTRING = """
+Return the roots of a polynomial that has the coefficients given in ``c``.
+
+The values in the array are :ref:`coefficients <coef>` of a polynomial. If the length of it is one
+more than the degree, then the polynomial is described by :func:`~numpy.poly` as well [1]_.
+
+>>> import numpy as np
+>>> np.roots([1, 2])
+
+Parameters
+----------
+c : array_like
+    The array of coefficients to be used for this is one-dimensional and it is not copied.
+
+Notes
+-----
+The algorithm relies on computing the eigenvalues of the *companion* matrix, and it is exact for
+all but the largest of them.
+
+References
+----------
+A very long book about the theory of matrices that is known to all, in the third edition of it.
+
+Args:
+    x: the value that this function is going to be called with, and it may be of any kind.
+
+.. note:: Something that a reader of this has to know about before they can call it.
+"""
+
+
+def test_prose_of_a_docstring():
+    assert demo.prose_paragraphs(DOCSTRING) == [
+        "Return the roots of a polynomial that has the coefficients given in c.",
+        "The values in the array are coefficients of a polynomial. If the length of it is one "
+        "more than the degree, then the polynomial is described by numpy.poly as well.",
+        "The algorithm relies on computing the eigenvalues of the companion matrix, and it is "
+        "exact for all but the largest of them.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Copyright of this file is with its authors, and they have all of the rights to it.",
+        "x, y, z, alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lambda.",
+        "The list of options that can be given to this function is the following one:",
+        "the sentence begins with a small letter and so it is a part of something else.",
+        "See https://example.org for all of the things that you may want to know about it.",
+    ],
+)
+def test_what_is_not_prose(text):
+    assert not demo.is_prose(text)
+
+
+def test_source_files_are_read_without_being_run(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    (package / "tests").mkdir(parents=True)
+    sentence = (
+        "This is a sentence about the {} that is long enough to be taken for prose of a kind. "
+    )
+    for name in ("module", "test_module", "tests/module", "class"):
+        body = f'"""{sentence.format(name) * 4}"""\nraise SystemExit\n'
+        (package / f"{name}.py").write_text(body)
+    (package / "python2.py").write_text('"""Doc."""\nprint "x"\n')
+    monkeypatch.setattr(demo, "PACKAGES", ("package",))
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path / "no_stdlib"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "no_stdlib" / "pydoc_data").mkdir(parents=True)
+    topics = {"assignment": sentence.format("assignment") * 4}
+    (tmp_path / "no_stdlib" / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
+    found = dict(demo.documentation())
+    assert sorted(key.rpartition("/")[2] for key in found) == ["class.py", "module.py", "topics.py"]
+
+
+@pytest.mark.slow
+def test_the_real_thing_is_ten_megabytes_of_english(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    train, validation = prepare.ensure("demo", num_shards=1)
+    texts = {path: pq.read_table(path)["text"].to_pylist() for path in [*train, validation]}
+    everything = [text for of_shard in texts.values() for text in of_shard]
+    assert sum(len(text.encode()) for text in everything) > 10_000_000
+    assert len(set(everything)) == len(everything)
+    assert all(
+        demo.MIN_DOCUMENT_CHARS <= len(t) <= 1.2 * demo.MAX_DOCUMENT_CHARS for t in everything
+    )
+    words = " ".join(everything).lower().split()
+    common = sum(word in {"the", "a", "i", "to", "and", "is", "of", "you", "it"} for word in words)
+    assert common > 0.15 * len(words)
+    assert 0.05 < len(texts[validation]) / len(everything) < 0.15

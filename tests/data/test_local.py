@@ -1,0 +1,172 @@
+"""Your own text: every kind of file, the bad ones, and folders that are shards already."""
+
+import json
+import os
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat_jax.common import UserError
+from nanochat_jax.data import local, prepare
+from nanochat_jax.data.sources import Corpus
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    return tmp_path / "mine"
+
+
+def ensure(folder, **options):
+    return prepare.ensure("local", num_shards=1, local_dir=str(folder), **options)
+
+
+def texts_of(paths):
+    corpus = Corpus(paths)
+    return [t for group in range(len(corpus.row_groups)) for t in corpus.read(group).texts]
+
+
+def all_texts(folder):
+    train, validation = ensure(folder)
+    return texts_of([*train, validation])
+
+
+def test_every_kind_of_file(folder, write_parquet, capsys):
+    (folder / "sub").mkdir()
+    (folder / "a.txt").write_text("plain text")
+    (folder / "sub" / "b.MD").write_bytes(b"\xef\xbb\xbf# Title\r\n\r\nmarked")
+    (folder / "c.jsonl").write_text('{"text": "json é", "id": 1}\n\n{"text": "two\\nlines"}\n')
+    raw = pa.array([b"column", None, b"ol\xe9"], pa.binary()).view(pa.string())
+    write_parquet(folder / "d.parquet", raw)
+    (folder / "e.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / ".hidden.txt").write_text("secret")
+    assert sorted(all_texts(folder)) == sorted(
+        ["plain text", "# Title\n\nmarked", "json é", "two\nlines", "column", "ol�", "caf�"]
+    )
+    printed = capsys.readouterr().out
+    assert "files 6, documents 9, empty documents 2, repaired documents 2" in printed
+
+
+def test_long_files_are_cut_and_records_are_not(folder):
+    paragraphs = [f"Paragraph {i}. {'word ' * 60}".strip() for i in range(100)]
+    (folder / "book.txt").write_text("\n\n".join(paragraphs))
+    (folder / "long.jsonl").write_text(json.dumps({"text": "x" * 20_000}) + "\n")
+    texts = all_texts(folder)
+    assert max(len(t) for t in texts if t[0] == "P") <= local.MAX_FILE_CHARS
+    assert sorted("\n\n".join(t for t in texts if t[0] == "P").split("\n\n")) == sorted(paragraphs)
+    assert "x" * 20_000 in texts
+
+
+@given(st.text("ab \n", max_size=400), st.integers(4, 60))
+def test_cut_pieces_are_the_text_but_for_white_space(text, max_chars):
+    pieces = local.split_text(text, max_chars)
+    assert all(len(piece) <= max_chars for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    if len(text) <= max_chars:
+        assert pieces == [text]
+
+
+def test_cuts_are_at_blank_lines_else_lines_else_words():
+    assert local.split_text("aa\n\nbbbb\ncccc dddd", 12) == ["aa\n\nbbbb", "cccc dddd"]
+    assert local.split_text("a b c d e\n\nf g h", 14) == ["a b c d e", "f g h"]
+    assert local.split_text("aaa bbb\nccc ddd eee", 12) == ["aaa bbb", "ccc ddd eee"]
+    assert local.split_text("aaaa bbbb cccc", 11) == ["aaaa bbbb", "cccc"]
+    assert local.split_text("a" * 25, 10) == ["a" * 10, "a" * 10, "a" * 5]
+
+
+def test_half_a_surrogate_pair_in_json(folder):
+    (folder / "a.jsonl").write_text('{"text": "broken \\ud83d here"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert sorted(all_texts(folder)) == ["broken � here", "\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": ', r"a\.jsonl, line 2: not JSON"),
+        ('{"body": "x"}', r"line 2: got \['body'\], expected an object with a string 'text'"),
+        ('["x"]', "line 2: got list"),
+        ('{"text": 3}', "line 2: got .*expected an object with a string 'text'"),
+    ],
+)
+def test_bad_lines_are_named(folder, line, message):
+    (folder / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        ensure(folder)
+
+
+def test_bad_files_and_folders(folder, tmp_path, write_parquet):
+    with pytest.raises(UserError, match=r"got no \.parquet, \.jsonl, \.txt, \.md files"):
+        ensure(folder)
+    with pytest.raises(UserError, match="expected an existing folder"):
+        ensure(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="add --config.data.local_dir=FOLDER"):
+        ensure("")
+    (folder / "bad.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet cannot be read"):
+        ensure(folder)
+
+
+def test_packed_once_and_again_on_demand(folder, capsys):
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    first = ensure(folder)
+    before = {path: path.stat().st_mtime_ns for path in [*first[0], first[1]]}
+    (folder / "new.txt").write_text("added later")
+    assert ensure(folder) == first
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "changed since they were packed" in capsys.readouterr().out
+    train, validation = ensure(folder, again=True)
+    assert "added later" in texts_of([*train, validation])
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_ready_shards_are_used_in_place_with_validation_pinned(folder, write_parquet):
+    for i in (0, 1, 4):
+        write_parquet(folder / f"shard_{i:05d}.parquet", [f"{i} a", f"{i} b"])
+    train, validation = ensure(folder)
+    assert [p.name for p in train] == ["shard_00000.parquet", "shard_00001.parquet"]
+    assert validation == folder / "shard_00004.parquet"
+    write_parquet(folder / "shard_00009.parquet", ["9 a"])
+    for again in (False, True):
+        train, validation = ensure(folder, again=again)
+        assert validation == folder / "shard_00004.parquet"
+        assert [p.name[6:11] for p in train] == ["00000", "00001", "00009"]
+
+
+@pytest.mark.parametrize("names", [["shard_00000"], ["part-0", "part-1"], ["shard_00000", "extra"]])
+def test_other_parquet_files_are_packed(folder, write_parquet, names):
+    for name in names:
+        write_parquet(folder / f"{name}.parquet", [f"{name} {i}" for i in range(4)])
+    train, validation = ensure(folder)
+    assert validation.parent != folder
+    assert len(texts_of([*train, validation])) == 4 * len(names)
+
+
+def test_folders_of_one_name_do_not_share_shards(tmp_path):
+    seen = set()
+    for parent in ("one", "two"):
+        (tmp_path / parent / "text").mkdir(parents=True)
+        (tmp_path / parent / "text" / "a.jsonl").write_text(
+            "".join(json.dumps({"text": f"{parent} {i}"}) + "\n" for i in range(5))
+        )
+        train, validation = ensure(tmp_path / parent / "text")
+        assert all(t.startswith(parent) for t in texts_of([*train, validation]))
+        seen.add(validation.parent)
+    assert len(seen) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(folder):
+    (folder / "a.txt").write_text("x")
+    (folder / "a.txt").chmod(0)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read"):
+        ensure(folder)

@@ -1,0 +1,322 @@
+"""Batches: the same ones after any interruption, for any number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import cycle, groupby, islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.data.packing import BestFit, Document
+from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
+from nanochat_jax.data.sources import Corpus
+
+SEQ_LEN = 48
+SETTINGS = dict(seq_len=SEQ_LEN, batch_rows=4, buffer_docs=7)
+
+
+@pytest.fixture
+def make(corpus_paths, tiny_tokenizer):
+    """train_batches over the corpus; closed at the end of the test."""
+    made = []
+
+    def make(paths=corpus_paths, **changes):
+        made.append(train_batches(paths, tiny_tokenizer, **{**SETTINGS, **changes}))
+        return made[-1]
+
+    yield make
+    for batches in made:
+        batches.close()
+
+
+def take(batches, count):
+    return list(islice(batches, count))
+
+
+def assert_same(some, others):
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        np.testing.assert_array_equal(one["inputs"], other["inputs"])
+        np.testing.assert_array_equal(one["targets"], other["targets"])
+        assert one["doc_ids"] == other["doc_ids"]
+
+
+def joined(parts):
+    """Batches of all processes, put together as the global batch is."""
+    return [
+        {
+            "inputs": np.concatenate([p["inputs"] for p in step]),
+            "targets": np.concatenate([p["targets"] for p in step]),
+            "doc_ids": [ids for p in step for ids in p["doc_ids"]],
+        }
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def test_one_lane_is_the_packer_over_all_documents(make, corpus_paths, tiny_tokenizer):
+    corpus = Corpus(corpus_paths)
+    documents = iter(
+        Document((group, row), np.array(tiny_tokenizer.encode(text, bos=True), np.int32))
+        for group in range(len(corpus.row_groups))
+        for row, text in enumerate(corpus.read(group).texts)
+    )
+    packer = BestFit(SEQ_LEN + 1, SETTINGS["buffer_docs"])
+    for batch in take(make(), 10):
+        rows = [packer.next_row(lambda: next(documents)) for _ in range(4)]
+        tokens = np.stack([row.tokens for row in rows])
+        np.testing.assert_array_equal(batch["inputs"], tokens[:, :-1])
+        np.testing.assert_array_equal(batch["targets"], tokens[:, 1:])
+        assert batch["doc_ids"] == [[corpus.name(*id) for id in row.ids] for row in rows]
+        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+@pytest.mark.parametrize("num_lanes", [1, 2, 4])  # 24 row groups: 4 lanes share them by document
+def test_resumed_run_sees_the_batches_of_an_uninterrupted_one(make, packing, num_lanes):
+    settings = dict(packing=packing, num_lanes=num_lanes)
+    straight = make(**settings)
+    states, batches = [straight.get_state()], []
+    for _ in range(40):  # into the second epoch
+        batches.append(next(straight))
+        states.append(json.loads(json.dumps(straight.get_state())))
+    assert batches[-1]["epoch"] >= 1
+    for stop in range(0, 39, 3):
+        resumed = make(**settings)
+        resumed.set_state(states[stop])
+        assert resumed.get_state() == states[stop]
+        assert_same(take(resumed, 2), batches[stop : stop + 2])
+        assert resumed.get_state() == states[stop + 2]
+        resumed.close()
+
+
+def test_going_back_on_a_running_iterator(make):
+    batches = make(num_lanes=2)
+    state = batches.get_state()
+    first = take(batches, 5)
+    batches.set_state(state)
+    assert_same(take(batches, 5), first)
+
+
+def test_state_belongs_to_the_batch_handed_out_not_to_those_prefetched(make):
+    ahead, not_ahead = make(prefetch=5), make(prefetch=0)
+    for _ in range(6):
+        assert_same([next(ahead)], [next(not_ahead)])
+        assert ahead.get_state() == not_ahead.get_state()
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+@pytest.mark.parametrize("num_lanes", [4, 2])
+def test_batches_do_not_depend_on_the_number_of_processes(make, packing, num_lanes):
+    settings = dict(packing=packing, num_lanes=num_lanes)
+    alone = take(make(**settings), 12)
+    for count in (2, 4):
+        if num_lanes % count == 0:
+            parts = [make(**settings, process_index=i, process_count=count) for i in range(count)]
+            assert_same(joined([take(part, 12) for part in parts]), alone)
+
+
+def test_state_of_some_processes_continues_on_any_number(make):
+    def processes(count):
+        return [make(num_lanes=4, process_index=i, process_count=count) for i in range(count)]
+
+    alone = take(make(num_lanes=4), 10)
+    two = processes(2)
+    assert_same(joined([take(part, 5) for part in two]), alone[:5])
+    state = json.loads(json.dumps(merge_states([part.get_state() for part in two])))
+    for count in (1, 2, 4):
+        parts = processes(count)
+        for part in parts:
+            part.set_state(state)
+        assert_same(joined([take(part, 5) for part in parts]), alone[5:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_processes_make_the_same_batches(make, num_workers):
+    """Slow because each worker is a new interpreter."""
+    expected = take(make(num_lanes=2), 8)
+    batches = make(num_lanes=2, num_workers=num_workers)
+    assert_same(take(batches, 4), expected[:4])
+    state = batches.get_state()
+    batches.close()
+    resumed = make(num_lanes=2, num_workers=num_workers)
+    resumed.set_state(state)
+    assert_same(take(resumed, 4), expected[4:])
+
+
+def documents_of_lane(corpus, lane, num_lanes):
+    """Names in reading order: whole row groups when there are many, else every n-th document."""
+    sizes = [group.num_documents for group in corpus.row_groups]
+    named = [[corpus.name(g, row) for row in range(size)] for g, size in enumerate(sizes)]
+    if len(named) >= 8 * num_lanes:
+        return [name for group in named[lane::num_lanes] for name in group]
+    return [name for group in named for name in group][lane::num_lanes]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 4])
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+def test_every_document_once_an_epoch(make, corpus_paths, packing, num_lanes):
+    corpus, everything = Corpus(corpus_paths), []
+    for lane in range(num_lanes):
+        own = documents_of_lane(corpus, lane, num_lanes)
+        settings = dict(process_index=lane, process_count=num_lanes, num_lanes=num_lanes)
+        batches = make(packing=packing, batch_rows=2 * num_lanes, **settings)
+        seen, epochs = [], []
+        while not epochs or epochs[-1] < 2:
+            batch = next(batches)
+            seen += [name for ids in batch["doc_ids"] for name in ids]
+            epochs.append(batch["epoch"])
+        num_read = batches.counts()["documents"]
+        assert num_read // len(own) == 2  # epoch counts the passes that are complete
+        read = list(islice(cycle(own), num_read))
+        (state,) = batches.get_state()["lanes"].values()
+        held = [corpus.name(*map(int, item.split(":"))) for item in state["buffer"].split()]
+        if packing == "stream":  # in order; a document goes on in the next row
+            assert [name for name, _ in groupby(seen)] == read
+        else:
+            assert Counter(seen + held) == Counter(read)
+        everything += own
+    assert sorted(everything) == sorted(documents_of_lane(corpus, 0, 1))
+
+
+def test_empty_bad_and_long_documents_are_counted(make, tmp_path, write_parquet):
+    raw = [b"a fine day", b"", b"   \n", b"caf\xe9", b"x " * 500, None]
+    texts = pa.array(raw, pa.binary()).view(pa.string())
+    batches = make([write_parquet(tmp_path / "shard_00000.parquet", texts)], packing="stream")
+    while next(batches)["epoch"] == 0:
+        pass
+    counts = batches.counts()
+    passes = counts["documents"] / 6
+    assert counts["empty_documents"] >= 3 * int(passes) > 0
+    assert counts["repaired_documents"] >= int(passes)
+    assert counts["cropped_tokens"] == 0
+    best_fit = make([tmp_path / "shard_00000.parquet"], buffer_docs=2)
+    take(best_fit, 3)
+    assert best_fit.counts()["cropped_tokens"] > 0
+
+
+def test_cropped_and_used_tokens_are_all_tokens(make, corpus_paths, tiny_tokenizer):
+    batches = make()
+    take(batches, 9)
+    (lane,) = batches.get_state()["lanes"].values()
+    corpus = Corpus(corpus_paths)
+    texts = [t for group in range(len(corpus.row_groups)) for t in corpus.read(group).texts]
+    lengths = [len(ids) for ids in tiny_tokenizer.encode_batch(texts, bos=True)]
+    read = sum(lengths[i % len(lengths)] for i in range(lane["documents"]))
+    held = 0
+    for item in lane["buffer"].split():
+        group, row = map(int, item.split(":"))
+        held += lengths[corpus.row_groups[group].first_document + row]
+    assert read - held == 9 * 4 * (SEQ_LEN + 1) + lane["cropped_tokens"]
+
+
+def test_corrupt_row_group_is_named_through_the_prefetching_thread(make, tmp_path, write_parquet):
+    texts = [f"{i} text {'x' * 99}" for i in range(99)]
+    path = write_parquet(tmp_path / "shard_00000.parquet", texts)
+    raw = bytearray(path.read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 600] = bytes(600)
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet cannot be read.*delete it"):
+        take(make([path]), 100)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_lanes=3), "4 rows a batch and config.data.num_lanes = 3"),
+        (dict(num_lanes=2, process_count=4), "num_lanes = 2 and 4 processes"),
+        (dict(num_lanes=4, num_workers=3), "num_workers = 3 for 4 lanes"),
+        (dict(packing="first_fit"), "expected one of .'best_fit', 'stream'"),
+        (dict(num_lanes=0), "num_lanes = 0"),
+        (dict(buffer_docs=0), "buffer_docs = 0"),
+        (dict(paths=[]), "got no data shards"),
+    ],
+)
+def test_settings_that_cannot_be_met(make, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+def test_lane_without_text(make, tmp_path, write_parquet):
+    path = write_parquet(tmp_path / "shard_00000.parquet", ["one", "two", ""])
+    with pytest.raises(UserError, match="got no text for lane 2 of 4 in 3 documents"):
+        next(make([path], num_lanes=4))
+
+
+def test_state_of_other_data_or_settings_is_refused(make, tmp_path, write_parquet):
+    state = make().get_state()
+    with pytest.raises(UserError, match="packing = 'best_fit', this run has 'stream'"):
+        make(packing="stream").set_state(state)
+    with pytest.raises(UserError, match="num_lanes = 1, this run has 2"):
+        make(num_lanes=2).set_state(state)
+    other = write_parquet(tmp_path / "shard_00000.parquet", ["a", "b"])
+    with pytest.raises(UserError, match="made with shards"):
+        make([other]).set_state(state)
+    half = make(num_lanes=2, process_index=1, process_count=2).get_state()
+    with pytest.raises(UserError, match=r"lacks lanes \['0'\]"):
+        make(num_lanes=2).set_state(half)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+def test_eval_batches_begin_one_pass(make, corpus_paths, tiny_tokenizer, packing):
+    settings = dict(seq_len=SEQ_LEN, batch_rows=4, buffer_docs=7, packing=packing)
+    batches = eval_batches(corpus_paths, tiny_tokenizer, num_batches=6, **settings)
+    assert_same(batches, take(make(packing=packing), 6))
+    assert_same(eval_batches(corpus_paths, tiny_tokenizer, num_batches=6, **settings), batches)
+    parts = [
+        eval_batches(
+            corpus_paths,
+            tiny_tokenizer,
+            num_batches=6,
+            **settings,
+            process_index=i,
+            process_count=2,
+        )
+        for i in range(2)
+    ]
+    assert_same(joined(parts), batches)
+
+
+def test_eval_batches_stop_where_the_text_ends(corpus_paths, tiny_tokenizer):
+    settings = dict(seq_len=SEQ_LEN, batch_rows=4)
+    batches = eval_batches(corpus_paths[1], tiny_tokenizer, num_batches=10_000, **settings)
+    names = [name for b in batches for ids in b["doc_ids"] for name in ids]
+    assert len(names) == len(set(names)) <= 57
+    with pytest.raises(UserError, match="expected enough for 512 rows of 2049 tokens"):
+        eval_batches(corpus_paths[1], tiny_tokenizer, num_batches=1, seq_len=2048, batch_rows=512)
+
+
+TRAINER = """
+import sys, time
+from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.tokenizer.bpe import Tokenizer
+
+if __name__ == "__main__":
+    tokenizer = Tokenizer.load(sys.argv[1])
+    batches = train_batches(sys.argv[2:], tokenizer, seq_len=48, batch_rows=4, num_workers=1)
+    next(batches)
+    print("running", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_trainer_is_killed(tmp_path, corpus_paths, tiny_tokenizer):
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    command = [sys.executable, tmp_path / "trainer.py", tmp_path, *corpus_paths]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == b"running\n"
+        workers = psutil.Process(trainer.pid).children(recursive=True)
+        trainer.kill()
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert workers and not alive
