@@ -1,0 +1,258 @@
+"""Byte-level BPE: rustbpe learns the merges, tiktoken applies them.
+
+    text -> split pattern -> pieces -> bytes -> merges, lowest rank first -> ids
+
+Invariants:
+- ids 0..n-1 are the mergeable tokens, the single bytes among them; the special tokens come last.
+- Text never yields a special id, even when it spells one out: only `special_id` hands them out.
+- A string is well-formed before it is encoded or trained on: surrogate pairs are joined and lone
+  surrogates become U+FFFD. Everything else comes back from `decode` unchanged.
+- On disk there is one JSON file, whose SHA-256 is `Tokenizer.sha256()`. Nothing is ever unpickled.
+
+The split pattern is GPT-4's (cl100k_base), except that digits go in pairs and not in threes, which
+spends fewer of a small vocabulary's tokens on numbers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanochat_jax.common import UserError, atomic_write, log, read_json
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # starts every document and every conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # the calculator answers
+    "<|output_end|>",
+)
+
+SPLIT_PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word, with one leading space or sign
+        r"\p{N}{1,2}",  # digits in pairs
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with a leading space and the line end
+        r"\s*[\r\n]",  # line ends and the blanks before them
+        r"\s+(?!\S)",  # blanks, the last one left to the word that follows
+        r"\s+",
+    )
+)
+
+FILE_NAME = "tokenizer.json"
+NUM_BYTE_TOKENS = 256
+MIN_VOCAB_SIZE = NUM_BYTE_TOKENS + len(SPECIAL_TOKENS)
+# The regex engine under tiktoken and rustbpe gives up (it aborts, no error) on a run of blanks near
+# 10^6 characters, so a longer text goes through it in stretches of at most this many.
+MAX_STRETCH_CHARS = 1 << 16
+_RETRAIN = "train it with scripts/tok_train.py"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """An immutable encoder; safe to share between threads and to send to worker processes.
+
+    Raises UserError unless the ranks are 0..n-1 and hold all single bytes, and for a bad pattern.
+    """
+
+    ranks: dict[bytes, int] = field(repr=False)
+    pattern: str = field(default=SPLIT_PATTERN, repr=False)
+    special: dict[str, int] = field(init=False, repr=False)
+    _encoding: tiktoken.Encoding = field(init=False, repr=False)
+
+    def __post_init__(self):
+        num_ranks = len(self.ranks)
+        if sorted(self.ranks.values()) != list(range(num_ranks)):
+            raise UserError(f"token ids must be 0..{num_ranks - 1}, each once; {_RETRAIN}")
+        missing = sum(bytes([byte]) not in self.ranks for byte in range(NUM_BYTE_TOKENS))
+        if missing:
+            raise UserError(
+                f"{missing} of the {NUM_BYTE_TOKENS} single-byte tokens are missing; {_RETRAIN}"
+            )
+        special = {name: num_ranks + i for i, name in enumerate(SPECIAL_TOKENS)}
+        try:
+            encoding = tiktoken.Encoding(
+                name="nanochat-jax",
+                pat_str=self.pattern,
+                mergeable_ranks=self.ranks,
+                special_tokens=special,
+            )
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the split pattern is not a regex ({reason}); {_RETRAIN}") from None
+        object.__setattr__(self, "special", special)
+        object.__setattr__(self, "_encoding", encoding)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.special)
+
+    @property
+    def bos_id(self) -> int:
+        return self.special["<|bos|>"]
+
+    def special_id(self, name: str) -> int:
+        return self.special[name]
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        ids = [self.bos_id] if bos else []
+        for stretch in _stretches(text):
+            ids += self._encoding.encode_ordinary(stretch)
+        return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = False, num_threads: int = 4
+    ) -> list[list[int]]:
+        """`encode` of each text, in order, in threads: tiktoken releases the GIL."""
+        if num_threads <= 1 or len(texts) <= 1:
+            return [self.encode(text, bos) for text in texts]
+        # One contiguous share per thread: handing over every text would cost more than a short one.
+        share = -(-len(texts) // num_threads)
+        shares = [texts[start : start + share] for start in range(0, len(texts), share)]
+        with ThreadPoolExecutor(num_threads) as pool:
+            parts = pool.map(lambda part: [self.encode(text, bos) for text in part], shares)
+            return [ids for part in parts for ids in part]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens by name, bytes that are not UTF-8 as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, int32 [vocab_size]; 0 for specials. For bits per byte."""
+        table = np.zeros(self.vocab_size, np.int32)
+        for token, rank in self.ranks.items():
+            table[rank] = len(token)
+        return table
+
+    def to_json(self) -> str:
+        """The canonical form: the same tokenizer gives the same text, byte for byte."""
+        ranks = [[token.hex(), rank] for token, rank in sorted(self.ranks.items(), key=_by_rank)]
+        content = {"pattern": self.pattern, "ranks": ranks, "special": self.special}
+        return json.dumps(content, separators=(",", ":")) + "\n"
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        atomic_write(Path(directory) / FILE_NAME, self.to_json())
+
+    @staticmethod
+    def load(directory: Path) -> "Tokenizer":
+        """Read `directory`/tokenizer.json. Raises UserError when it is missing or inconsistent."""
+        path = Path(directory) / FILE_NAME
+        content = read_json(path, _RETRAIN)
+        try:
+            return _from_content(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def _from_content(content: Any) -> Tokenizer:
+    try:
+        pattern, rows, special = (content[key] for key in ("pattern", "ranks", "special"))
+        ranks = {bytes.fromhex(token): rank for token, rank in rows}
+        if not isinstance(pattern, str) or any(type(rank) is not int for rank in ranks.values()):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        layout = '{"pattern": text, "ranks": [[hex, id], ...], "special": {name: id}}'
+        raise UserError(f"got something else, expected {layout}; {_RETRAIN}") from None
+    if len(ranks) != len(rows):
+        raise UserError(f"{len(rows) - len(ranks)} tokens appear twice; {_RETRAIN}")
+    tokenizer = Tokenizer(ranks, pattern)
+    if special != tokenizer.special:
+        raise UserError(f"got special tokens {special}, expected {tokenizer.special}; {_RETRAIN}")
+    return tokenizer
+
+
+def _by_rank(item: tuple[bytes, int]) -> int:
+    return item[1]
+
+
+def _well_formed(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # surrogates: the same treatment tiktoken gives them
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """Cut a long text where the split pattern cuts anyway: before a blank that follows a non-blank.
+
+    No alternative of the pattern runs across such a place, so the ids are those of the whole text.
+    Only where there is none for MAX_STRETCH_CHARS (a megabyte of blanks, say) is the cut arbitrary.
+    """
+    if len(text) <= MAX_STRETCH_CHARS:
+        yield text
+        return
+    text = _well_formed(text)  # before any cut, which could part a surrogate pair
+    start = 0
+    while len(text) - start > MAX_STRETCH_CHARS:
+        end = start + MAX_STRETCH_CHARS
+        cut = text.rfind(" ", start + 1, end + 1)
+        while cut > 0 and text[cut - 1].isspace():
+            cut = text.rfind(" ", start + 1, cut)
+        cut = cut if cut > 0 else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
+    """Each text cut to `doc_cap` characters, up to and with the one that passes `max_chars`."""
+    num_chars = 0
+    for text in texts:
+        text = text[:doc_cap]
+        num_chars += len(text)
+        yield text
+        if num_chars > max_chars:
+            return
+
+
+def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Learn a vocabulary of `vocab_size` tokens, specials included; smaller if the text runs out.
+
+    Deterministic: the most frequent pair is merged first, the one with the lower ids when equal.
+    Raises UserError when `vocab_size` does not hold the bytes and specials, or there is no text.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"got vocab_size {vocab_size}, expected at least {MIN_VOCAB_SIZE}: "
+            f"{NUM_BYTE_TOKENS} bytes and {len(SPECIAL_TOKENS)} special tokens"
+        )
+    num_chars = 0
+
+    def stretches() -> Iterator[str]:
+        nonlocal num_chars
+        for text in texts:
+            num_chars += len(text)
+            yield from _stretches(_well_formed(text))
+
+    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.train_from_iterator(
+        stretches(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+    )
+    if not num_chars:
+        raise UserError("got no text to train the tokenizer on; download or pack data first")
+    tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+    if tokenizer.vocab_size < vocab_size:
+        log(
+            f"tokenizer: {num_chars:,} characters have no more pairs to merge; "
+            f"the vocabulary is {tokenizer.vocab_size:,} instead of {vocab_size:,}"
+        )
+    return tokenizer

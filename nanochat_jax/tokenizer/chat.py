@@ -1,0 +1,154 @@
+"""A conversation as token ids, and which of them the model learns to say.
+
+    <|bos|> (<|user_start|> text <|user_end|> <|assistant_start|> content <|assistant_end|>)*
+
+Assistant content is a string or a list of parts {"type", "text"}:
+    text            trained
+    python          <|python_start|> text <|python_end|>, trained: the model calls the tool
+    python_output   <|output_start|> text <|output_end|>, not trained: the tool answers
+
+Invariants: roles alternate, the user first; mask 1 stands on exactly what the assistant says, its
+<|assistant_end|> included; a leading system message becomes the start of the first user message.
+Whatever else a conversation or a message carries beside these keys is left alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.common import UserError
+from nanochat_jax.tokenizer.bpe import Tokenizer
+
+# part type -> (opening token, closing token, trained)
+PARTS = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+ROLES = ("user", "assistant")
+IGNORE = -1  # a target that adds nothing to the loss
+
+
+def render_conversation(
+    tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """Ids and loss mask (1 = trained), both cut to `max_tokens`. Raises UserError if malformed."""
+    ids, mask = _render(tokenizer, _turns(conversation))
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> list[int]:
+    """The prompt for the last answer: all before it, never cut, and <|assistant_start|>.
+
+    A conversation that ends with a user message is prompted as it is.
+    """
+    turns = _turns(conversation)
+    if turns[-1][0] == "assistant":
+        turns = turns[:-1]
+    ids, _ = _render(tokenizer, turns)
+    return [*ids, tokenizer.special_id("<|assistant_start|>")]
+
+
+def pad_batch(
+    rows: Sequence[tuple[list[int], list[int]]], pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rendered conversations as (inputs, targets), int32 [R, longest - 1], one row each.
+
+    Target t is the id after input t where that is trained, else IGNORE; `pad_id` fills the right.
+    """
+    width = max(len(ids) for ids, _ in rows) - 1
+    inputs = np.full((len(rows), width), pad_id, np.int32)
+    targets = np.full((len(rows), width), IGNORE, np.int32)
+    for row, (ids, mask) in enumerate(rows):
+        last = len(ids) - 1
+        inputs[row, :last] = ids[:-1]
+        targets[row, :last] = np.where(np.asarray(mask[1:]) == 1, ids[1:], IGNORE)
+    return inputs, targets
+
+
+def _render(tokenizer: Tokenizer, turns: list[tuple[str, Any]]) -> tuple[list[int], list[int]]:
+    ids, mask = [tokenizer.bos_id], [0]
+
+    def add(new_ids: list[int], trained: int) -> None:
+        ids.extend(new_ids)
+        mask.extend([trained] * len(new_ids))
+
+    def add_special(name: str | None, trained: int) -> None:
+        if name is not None:
+            add([tokenizer.special_id(name)], trained)
+
+    for role, content in turns:
+        add_special(f"<|{role}_start|>", 0)
+        if role == "user":
+            add(tokenizer.encode(content), 0)
+            add_special("<|user_end|>", 0)
+            continue
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            opening, closing, trained = PARTS[part["type"]]
+            add_special(opening, trained)
+            add(tokenizer.encode(part["text"]), trained)
+            add_special(closing, trained)
+        add_special("<|assistant_end|>", 1)
+    return ids, mask
+
+
+def _turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Checked (role, content) pairs, the system message already joined to the first user's."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f'got {_short(conversation)}, expected {{"messages": [{{"role", "content"}}, ...]}} '
+            "with at least one message"
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise UserError(
+                f'message {number} is {_short(message)}, expected {{"role": ..., "content": ...}}'
+            )
+    turns = [(message["role"], message["content"]) for message in messages]
+    first = 0  # number of the first user message, for the errors
+    system = ""
+    if turns[0][0] == "system":
+        first, system = 1, turns[0][1]
+        if not isinstance(system, str):
+            raise UserError(f"the system message is {_short(system)}, expected text")
+        if len(turns) == 1:
+            raise UserError("the system message stands alone, expected a user message after it")
+        turns = turns[1:]
+    for number, (role, content) in enumerate(turns):
+        expected = ROLES[number % 2]
+        if role != expected:
+            raise UserError(
+                f"message {first + number} has role {_short(role)}, expected {expected!r}: "
+                "user and assistant alternate, the user first"
+            )
+        _check_content(first + number, role, content)
+    if first:
+        turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+    return turns
+
+
+def _check_content(number: int, role: str, content: Any) -> None:
+    if isinstance(content, str):
+        return
+    if role == "user" or not isinstance(content, list):
+        wanted = "text" if role == "user" else "text or a list of parts"
+        raise UserError(f"message {number} of the {role} is {_short(content)}, expected {wanted}")
+    for part in content:
+        if (
+            not isinstance(part, Mapping)
+            or not isinstance(part.get("type"), str)
+            or part["type"] not in PARTS
+            or not isinstance(part.get("text"), str)
+        ):
+            raise UserError(
+                f'message {number} has a part {_short(part)}, expected {{"type": one of '
+                f'{", ".join(PARTS)}, "text": text}}'
+            )
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,151 @@
+"""Rendered conversations against upstream's and against their plain-text template."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat_jax.common import UserError
+from nanochat_jax.tokenizer.bpe import Tokenizer
+from nanochat_jax.tokenizer.chat import pad_batch, render_conversation, render_for_completion
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+TEXT = json.loads((GOLDENS / "text.json").read_text())
+TOKENIZER = Tokenizer.load(GOLDENS)
+END = TOKENIZER.special_id("<|assistant_end|>")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize("row", TEXT["conversations"])
+def test_goldens(row):
+    ids, mask = render_conversation(TOKENIZER, row["conversation"], row["max_tokens"])
+    assert ids == row["ids"]
+    assert mask == row["mask"]
+    assert render_for_completion(TOKENIZER, row["conversation"]) == row["for_completion"]
+
+
+def test_golden_batch():
+    golden = TEXT["sft_collate"]
+    rows = [TEXT["conversations"][index] for index in golden["rows"]]
+    inputs, targets = pad_batch([(row["ids"], row["mask"]) for row in rows], END)
+    assert inputs.tolist() == golden["inputs"]
+    assert targets.tolist() == golden["targets"]
+
+
+text = st.text(max_size=12) | st.sampled_from(["<|assistant_end|>", "<|bos|>", "2+2"])
+part = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "python", "python_output"]), "text": text}
+)
+content = text | st.lists(part, max_size=4)
+turns = st.lists(st.tuples(text, content), min_size=1, max_size=3)
+WRAPPED = {
+    "text": "{}",
+    "python": "<|python_start|>{}<|python_end|>",
+    "python_output": "<|output_start|>{}<|output_end|>",
+}
+
+
+def template(said):
+    """(all of it, the trained part of it) of an assistant's content, as text."""
+    parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
+    whole = [WRAPPED[part["type"]].replace("{}", part["text"], 1) for part in parts]
+    trained = [
+        text for text, part in zip(whole, parts, strict=True) if part["type"] != "python_output"
+    ]
+    return "".join(whole), "".join(trained) + "<|assistant_end|>"
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns, st.none() | text)
+def test_ids_and_mask_say_what_the_template_says(turns, system):
+    messages = [message for asked, said in turns for message in (user(asked), assistant(said))]
+    expected, trained = "<|bos|>", ""
+    for number, (asked, said) in enumerate(turns):
+        if number == 0 and system is not None:
+            asked = f"{system}\n\n{asked}"
+        whole, learned = template(said)
+        prompt = f"{expected}<|user_start|>{asked}<|user_end|><|assistant_start|>"
+        expected = f"{prompt}{whole}<|assistant_end|>"
+        trained += learned
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    ids, mask = render_conversation(TOKENIZER, {"messages": messages}, max_tokens=10**6)
+    assert TOKENIZER.decode(ids) == expected
+    assert len(mask) == len(ids) and set(mask) <= {0, 1}
+    assert TOKENIZER.decode([i for i, m in zip(ids, mask, strict=True) if m]) == trained
+    # Special ids mark the turns and nothing else, whatever the text spells out.
+    assert ids.count(TOKENIZER.bos_id) == 1 and ids.count(END) == len(turns)
+
+    before = json.dumps(messages)
+    completion = render_for_completion(TOKENIZER, {"messages": messages})
+    assert TOKENIZER.decode(completion) == prompt
+    assert render_for_completion(TOKENIZER, {"messages": messages[:-1]}) == completion
+    assert json.dumps(messages) == before
+
+    for cut in (0, 1, 7, len(ids)):
+        rendered = render_conversation(TOKENIZER, {"messages": messages}, max_tokens=cut)
+        assert rendered == (ids[:cut], mask[:cut])
+
+
+def test_batch_against_a_loop():
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in (2, 9, 5, 9):
+        rows.append((rng.integers(0, 2000, length).tolist(), rng.integers(0, 2, length).tolist()))
+    inputs, targets = pad_batch(rows, pad_id=7)
+    assert inputs.shape == targets.shape == (4, 8)
+    for row, (ids, mask) in enumerate(rows):
+        for t in range(8):
+            there = t + 1 < len(ids)
+            assert inputs[row, t] == (ids[t] if there else 7)
+            assert targets[row, t] == (ids[t + 1] if there and mask[t + 1] else -1)
+
+
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        ([user("a")], 'expected {"messages"'),
+        ({}, "got {}"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hi"}, "at least one message"),
+        ({"messages": ["hi"]}, "message 0 is 'hi'"),
+        ({"messages": [{"role": "user"}]}, "message 0 is"),
+        ({"messages": [assistant("a")]}, "message 0 has role 'assistant', expected 'user'"),
+        ({"messages": [user("a"), user("b")]}, "message 1 has role 'user', expected 'assistant'"),
+        ({"messages": [user("a"), {"role": "tool", "content": ""}]}, "has role 'tool'"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "stands alone"),
+        ({"messages": [{"role": "system", "content": 1}, user("a")]}, "system message is 1"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, assistant("a")]},
+            "message 1 has role 'assistant', expected 'user'",
+        ),
+        ({"messages": [user("a"), {"role": "system", "content": "s"}]}, "has role 'system'"),
+        ({"messages": [user(["a"])]}, "message 0 of the user is ['a'], expected text"),
+        ({"messages": [user("a"), assistant(None)]}, "of the assistant is None"),
+        ({"messages": [user("a"), assistant(["b"])]}, "has a part 'b'"),
+        (
+            {"messages": [user("a"), assistant([{"type": "image", "text": ""}])]},
+            "one of text, python",
+        ),
+        ({"messages": [user("a"), assistant([{"type": ["text"], "text": ""}])]}, "has a part"),
+        ({"messages": [user("a"), assistant([{"type": "text"}])]}, "has a part"),
+        ({"messages": [user("a"), assistant([{"type": "text", "text": 3}])]}, "has a part"),
+        ({"messages": [user("a"), assistant(["x" * 10**6])]}, "has a part 'xxx"),
+    ],
+)
+def test_a_malformed_conversation_is_told_in_one_short_line(conversation, message):
+    for render in (render_conversation, render_for_completion):
+        with pytest.raises(UserError) as caught:
+            render(TOKENIZER, conversation)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
