@@ -1,0 +1,236 @@
+"""What machine this is, how fast it could be, and what an hour of it costs.
+
+A table of accelerators serves three readers: MFU (the peak rate), plans (memory and bandwidth) and
+the report (price). Names are compared word by word, not by substring: "L4" is not "L40S", "H200" is
+not "GH200", and a laptop chip or a MIG slice is no full card. A device that the table does not know
+has no peak, and its MFU is "n/a": never a guess, never 0.
+
+Peaks are dense bfloat16 matrix rates with float32 accumulation, per device, from the makers'
+datasheets (which print twice that where they count 2:4 sparsity). A CPU has no entry: its ceiling
+is the float32 matrix product that JAX reaches on it, measured.
+
+Nothing here imports JAX before it is asked about the running machine.
+"""
+
+import csv
+import functools
+import io
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+GB = 10**9  # as on datasheets
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    words: tuple[str, ...]  # all of them occur in the device's name
+    peak_flops: float  # FLOP/s, bfloat16, dense
+    memory_bytes: float
+    bandwidth: float  # bytes/s of device memory
+    usd_per_hour: float  # one device, rented on demand
+
+
+# The first row whose words all occur in the name wins, so the special ones come before the plain.
+# Prices: H100, A100 and V100 are upstream's convention ($24 an hour for 8xH100), which keeps costs
+# comparable; the others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
+# V100 and T4 have no bfloat16 units: theirs is the float16 rate.
+ACCELERATORS = (
+    # NVIDIA Blackwell: HGX B200 and GB200 NVL72 datasheets; RTX Blackwell architecture paper
+    Accelerator(("gb200",), 2.5e15, 186 * GB, 8.0e12, 6.00),
+    Accelerator(("b200",), 2.25e15, 180 * GB, 7.7e12, 5.50),
+    Accelerator(("5090",), 209.5e12, 32 * GB, 1.792e12, 0.80),
+    # NVIDIA Hopper: H100, H200 and GH200 datasheets
+    Accelerator(("gh200",), 989e12, 96 * GB, 4.0e12, 2.00),
+    Accelerator(("h200", "nvl"), 835.5e12, 141 * GB, 4.8e12, 3.50),
+    Accelerator(("h200",), 989e12, 141 * GB, 4.8e12, 3.50),
+    Accelerator(("h100", "nvl"), 835.5e12, 94 * GB, 3.9e12, 3.00),
+    Accelerator(("h100", "pcie"), 756e12, 80 * GB, 2.0e12, 3.00),
+    Accelerator(("h100",), 989e12, 80 * GB, 3.35e12, 3.00),
+    # NVIDIA Ada: L40S and L4 datasheets; Ada architecture paper
+    Accelerator(("l40s",), 362e12, 48 * GB, 864e9, 0.90),
+    Accelerator(("l40",), 181e12, 48 * GB, 864e9, 0.80),
+    Accelerator(("l4",), 121e12, 24 * GB, 300e9, 0.50),
+    Accelerator(("4090",), 165.2e12, 24 * GB, 1.008e12, 0.40),
+    Accelerator(("6000", "ada"), 364.2e12, 48 * GB, 960e9, 0.80),
+    # NVIDIA Ampere: A100 and A10 datasheets; GA102 architecture paper
+    Accelerator(("a100", "40gb"), 312e12, 40 * GB, 1.555e12, 1.79),
+    Accelerator(("a100", "pcie"), 312e12, 80 * GB, 1.935e12, 1.79),
+    Accelerator(("a100",), 312e12, 80 * GB, 2.039e12, 1.79),
+    Accelerator(("a10",), 125e12, 24 * GB, 600e9, 0.75),
+    Accelerator(("a10g",), 70e12, 24 * GB, 600e9, 1.00),
+    Accelerator(("a6000",), 154.8e12, 48 * GB, 768e9, 0.50),
+    Accelerator(("3090", "ti"), 80e12, 24 * GB, 1.008e12, 0.25),
+    Accelerator(("3090",), 71e12, 24 * GB, 936e9, 0.25),
+    # NVIDIA Volta and Turing: V100 and T4 datasheets
+    Accelerator(("v100", "pcie"), 112e12, 16 * GB, 900e9, 0.55),
+    Accelerator(("v100",), 125e12, 16 * GB, 900e9, 0.55),
+    Accelerator(("t4",), 65e12, 16 * GB, 300e9, 0.35),
+    # AMD Instinct: MI300X and MI325X data sheets
+    Accelerator(("mi325x",), 1307.4e12, 256 * GB, 6.0e12, 2.50),
+    Accelerator(("mi300x",), 1307.4e12, 192 * GB, 5.3e12, 2.50),
+    # Google TPU, per chip: cloud.google.com/tpu/docs system architecture and list prices
+    Accelerator(("tpu", "v6", "lite"), 918e12, 32 * GB, 1.64e12, 2.70),
+    Accelerator(("tpu", "v6e"), 918e12, 32 * GB, 1.64e12, 2.70),
+    Accelerator(("tpu", "v5", "lite"), 197e12, 16 * GB, 819e9, 1.20),
+    Accelerator(("tpu", "v5e"), 197e12, 16 * GB, 819e9, 1.20),
+    Accelerator(("tpu", "v5p"), 459e12, 95 * GB, 2.765e12, 4.20),
+    Accelerator(("tpu", "v5"), 459e12, 95 * GB, 2.765e12, 4.20),
+    Accelerator(("tpu", "v4"), 275e12, 32 * GB, 1.228e12, 3.22),
+)
+NOT_THE_CARD = {"laptop", "mobile", "mig", "max", "d", "dd", "super"}  # other chips, same number
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def find_accelerator(device_name: str) -> Accelerator | None:
+    """The table's row for a name as JAX or a person spells it ("NVIDIA H100 80GB HBM3", "h100")."""
+    words = set(re.findall(r"[a-z0-9]+", re.sub(r"rtx(?=\d)", "rtx ", device_name.lower())))
+    if words & NOT_THE_CARD:
+        return None
+    return next((row for row in ACCELERATORS if set(row.words) <= words), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device; None when the table does not know it (any CPU)."""
+    row = find_accelerator(device_kind)
+    return row.peak_flops if row else None
+
+
+def usd_per_hour(device_kind: str, platform_name: str = "gpu") -> float | None:
+    """Price of one device for an hour; 0 for a CPU, taken as one's own machine; None if unknown."""
+    if platform_name == "cpu":
+        return 0.0
+    row = find_accelerator(device_kind)
+    return row.usd_per_hour if row else None
+
+
+def compute_ceiling(
+    platform_name: str, device_kind: str, num_devices: int
+) -> tuple[float | None, str]:
+    """FLOP/s that all devices together can reach, and what that number is: what MFU divides by.
+
+    CPU "devices" are slices of one machine, so its measured rate is not multiplied by their number.
+    """
+    if platform_name == "cpu":
+        return measured_matmul_flops(), "measured float32 matmul rate of this machine"
+    peak = peak_flops(device_kind)
+    if peak is None:
+        return None, f"no peak known for {device_kind}"
+    return peak * num_devices, f"bfloat16 peak of {num_devices} x {device_kind}"
+
+
+@functools.cache
+def measured_matmul_flops(budget_secs: float = 0.5) -> float:
+    """FLOP/s of the fastest float32 matrix product seen within `budget_secs` on JAX's first device.
+
+    The size grows until one product takes long enough to fill every core and be timed well.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.local_devices()[0]
+    multiply = jax.jit(jnp.matmul)
+    best_flops, size = 0.0, 512
+    stop = time.perf_counter() + budget_secs
+    while time.perf_counter() < stop:
+        a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+        multiply(a, a).block_until_ready()  # compiled, and pages touched
+        for _ in range(8):
+            start = time.perf_counter()
+            multiply(a, a).block_until_ready()
+            secs = time.perf_counter() - start
+            best_flops = max(best_flops, 2 * size**3 / secs)
+            if time.perf_counter() > stop:
+                break
+        if secs < 0.02 and size < 8192:
+            size *= 2
+    return best_flops
+
+
+def describe() -> dict[str, Any]:
+    """This machine and its software, JSON-ready; None where the system does not tell."""
+    import jax
+
+    devices = jax.devices()
+    kind, platform_name = devices[0].device_kind, devices[0].platform
+    driver, gpu_memory = _nvidia_driver_and_memory() if platform_name == "gpu" else (None, None)
+    row = find_accelerator(kind) if platform_name != "cpu" else None
+    return {
+        "platform": platform_name,
+        "device_kind": kind,
+        "num_devices": len(devices),
+        "num_processes": jax.process_count(),
+        "device_memory_bytes": gpu_memory or (int(row.memory_bytes) if row else None),
+        "driver": driver,
+        "cpu_model": cpu_model(),
+        "cpu_cores": cpu_cores(),
+        "memory_bytes": memory_bytes(),
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine() or None
+
+
+def cpu_cores() -> int:
+    """Cores this process may use, which a container or taskset makes fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """Main memory, or the container's limit where that is less."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system, or it does not tell
+        return None
+    for limit_file in (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ):
+        try:
+            total = min(total, int(Path(limit_file).read_text()))
+        except (OSError, ValueError):  # no such file, or it reads "max"
+            continue
+    return total
+
+
+def _nvidia_driver_and_memory() -> tuple[str | None, int | None]:
+    """Driver version and bytes of the first NVIDIA GPU, if its tool is installed and answers."""
+    if not shutil.which("nvidia-smi"):
+        return None, None
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,memory.total",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        driver, mebibytes = next(csv.reader(io.StringIO(out), skipinitialspace=True))
+        return driver, int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, StopIteration, ValueError):  # it does not tell
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
