@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, read_json, run_dir, write_json
 from nanochat_jax.config import flatten
-from nanochat_jax.data.pipeline import eval_batches, train_batches
+from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
 from nanochat_jax.data.prepare import ensure
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import compression, ngram
@@ -38,8 +38,14 @@ from nanochat_jax.optim.build import build_optimizer
 from nanochat_jax.provenance import RunInfo, only_one
 from nanochat_jax.runtime import compile_step, start_runtime
 from nanochat_jax.tokenizer import bpe
-from nanochat_jax.train.checkpoint import Checkpoints, list_steps, read_host, restore_params
-from nanochat_jax.train.loop import Evaluation, LoopState, fit, resume
+from nanochat_jax.train.checkpoint import (
+    Checkpoints,
+    list_steps,
+    read_data_states,
+    read_host,
+    restore_params,
+)
+from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import loss_tile, make_train_step, put_batch
@@ -166,17 +172,22 @@ def _train_base(run: Run, stage: Path) -> int:
         tile_tokens=config.model.loss_tile_tokens,
         grad_clip=config.optim.grad_clip,
     )
+    checkpoints = Checkpoints(stage / "checkpoints", b.keep_checkpoints)
+    found, loop_state = checkpoints.latest_intact(), LoopState()
+    if found is not None:
+        host = read_host(checkpoints.directory, found)
+        _same_run(config, tokenizer, host, stage)
+        batches.set_state(merge_states(read_data_states(checkpoints.directory, found)))
+        loop_state = LoopState(**host["loop"])
+        log(f"base: continuing from the checkpoint at step {found}")
+    batches.start_prefetch()  # the first batches are packed while the step is compiled
+
     target = abstract_state(model, tx, mesh)
     train_step = compile_step(train_step, target, rows, model.seq_len, mesh)
-
-    checkpoints = Checkpoints(stage / "checkpoints", b.keep_checkpoints)
-    found = checkpoints.latest_intact()
     if found is None:
-        state, loop_state = create_state(model, tx, mesh, config.run.seed), LoopState()
+        state = create_state(model, tx, mesh, config.run.seed)
     else:
-        _same_run(config, tokenizer, read_host(checkpoints.directory, found), stage)
-        state, loop_state = resume(checkpoints, found, target, batches)
-        log(f"base: continuing from the checkpoint at step {found}")
+        state = checkpoints.restore(target, found)
 
     if run.is_main:
         write_json(stage / "config.json", config.to_dict())
@@ -193,7 +204,11 @@ def _train_base(run: Run, stage: Path) -> int:
         peak_flops=peak,
         peak_flops_source=peak_source,
     )
-    log(f"base: MFU is against {peak_source}" + (f" ({peak / 1e12:,.2f} TFLOP/s)" if peak else ""))
+    step_flops = flops * b.total_batch_tokens
+    log(f"base: a step is {step_flops / 1e12:,.1f} TFLOP; MFU is against {peak_source}")
+    if peak:
+        at_best = b.num_steps * step_flops / peak
+        log(f"base: {peak / 1e12:,.2f} TFLOP/s, so all steps take {format_secs(at_best)} at best")
     metrics = MetricsLog(
         stage / "metrics.jsonl", int(state.step), config.run.tracker, config.run.name, run.is_main
     )
@@ -220,7 +235,9 @@ def _train_base(run: Run, stage: Path) -> int:
             console=console,
             tokens_per_step=b.total_batch_tokens,
         )
+    info.values["documents"] = counts = batches.counts()
     info.update()
+    log("base: text read so far: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     if not result.finished:
         log(f"base: stopped at step {result.step}, saved; run the same command to continue")
         return EXIT_RESUME_ME
@@ -260,7 +277,7 @@ def run_base_eval(config: ConfigDict) -> None:
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
     for sample in values["samples"]:
-        log(f"  {sample['prompt']} >>>{sample['text']}")
+        log(f"  {sample['prompt']!r} -> {sample['text']!r}")
     values |= {"eval_secs": time.monotonic() - began, "settings": settings}
     if run.is_main:
         write_json(out, values)

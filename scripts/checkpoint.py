@@ -32,21 +32,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.verb in ("prune", "digest") and not args.stage:
         raise UserError(f"{args.verb} needs a stage, expected one of {', '.join(STAGES)}")
-    if args.keep < 1:
-        raise UserError(f"--keep got {args.keep}, expected at least 1")
     stages = [args.stage] if args.stage else STAGES
     folders = {s: run_dir(args.run) / s / "checkpoints" for s in stages}
     steps = {s: ck.list_steps(folder) for s, folder in folders.items()}
     if not any(steps.values()):
         raise UserError(f"no checkpoints in {run_dir(args.run)} for {', '.join(stages)}")
     if args.step is not None:
-        for stage in stages:
-            if args.step not in steps[stage]:
-                raise UserError(f"{stage} has no step {args.step}, there are {steps[stage]}")
-            steps[stage] = [args.step]
-    return {"list": show, "verify": verify, "prune": prune, "digest": digest}[args.verb](
-        folders, steps, args.keep
-    )
+        if args.step not in sum(steps.values(), []):
+            raise UserError(f"no checkpoint of step {args.step}, there are {steps}")
+        steps = {stage: [n for n in known if n == args.step] for stage, known in steps.items()}
+    verbs = {"list": show, "verify": verify, "prune": prune, "digest": digest}
+    return verbs[args.verb](folders, steps, args.keep)
 
 
 def show(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) -> int:
@@ -66,10 +62,8 @@ def verify(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) ->
         for step in steps[stage]:
             lines = ck.damage(folder, step)
             bad += bool(lines)
-            log(f"{stage:<5} step {step:>7}  {'DAMAGED' if lines else 'ok'}")
-            for line in lines:
-                log(f"  {line}")
-    return 1 if bad else 0
+            log("\n  ".join([f"{stage:<5} step {step:>7}  {'DAMAGED' if lines else 'ok'}", *lines]))
+    return bool(bad)
 
 
 def prune(folders: dict[str, Path], _steps: dict[str, list[int]], keep: int) -> int:

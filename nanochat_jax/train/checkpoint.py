@@ -202,6 +202,8 @@ class Checkpoints:
 
 def prune(directory: Path, keep: int) -> list[int]:
     """Delete all checkpoints but the newest `keep` and the best; returns the steps deleted."""
+    if keep < 1:
+        raise UserError(f"checkpoints to keep: got {keep}, expected at least 1")
     steps = list_steps(directory)
     wanted = set(steps[-keep:]) | {best_step(directory)}
     gone = [step for step in steps if step not in wanted]

@@ -23,8 +23,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data.pipeline import merge_states
-from nanochat_jax.train.checkpoint import Checkpoints, list_steps, read_data_states, read_host
+from nanochat_jax.train.checkpoint import Checkpoints, list_steps
 from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch
 from nanochat_jax.train.state import TrainState
 
@@ -131,15 +130,6 @@ def fit(
     return FitResult(True, step, state)
 
 
-def resume(
-    checkpoints: Checkpoints, step: int, target: TrainState, batches
-) -> tuple[TrainState, LoopState]:
-    """State and loop state of the checkpoint at `step`; puts the loader where it was."""
-    state = checkpoints.restore(target, step)
-    batches.set_state(merge_states(read_data_states(checkpoints.directory, step)))
-    return state, LoopState(**read_host(checkpoints.directory, step)["loop"])
-
-
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """SIGTERM or Ctrl-C asks the loop to stop at the next step; a second Ctrl-C stops at once."""
@@ -186,6 +176,8 @@ def _evaluate(
     metrics.write("eval", step, name=evaluation.name, **values, **timing)
     numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
     console.line(f"step {step:05d} {evaluation.name}: {' '.join(numbers)} ({secs:.1f}s)")
+    for sample in values.get("samples", []):
+        console.line(f"  {sample['prompt']!r} -> {sample['text']!r}")
     if "val_bpb" in values:
         checkpoints.record_score(step, values["val_bpb"])
 

@@ -1,0 +1,1 @@
+"""Weights going out to and coming in from other programs."""

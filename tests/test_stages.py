@@ -1,0 +1,242 @@
+"""Whole stages on a tiny recipe: what they leave, and that no interruption changes it."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import config as cfg
+from nanochat_jax import runtime, stages
+from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
+from nanochat_jax.train import checkpoint as ck
+
+ROOT = cfg.CONFIGS.parent
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of small texts with enough rhythm to learn from."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    who, does, what = (
+        ["The cat", "A dog", "My aunt"],
+        ["sees", "likes", "paints"],
+        ["a boat", "rain"],
+    )
+    for number in range(300):
+        lines = [f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}." for _ in range(12)]
+        (folder / f"{number:03d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def arguments(text: Path, name: str = "run", **overrides) -> dict[str, str]:
+    keys = {
+        "run.name": name,
+        "data.name": "local",
+        "data.local_dir": text,
+        "data.buffer_docs": 16,
+        "tokenizer.vocab_size": 320,
+        "model.seq_len": 32,
+        "base.num_steps": STEPS,
+        "base.total_batch_tokens": 512,
+        "base.device_batch_size": 2,
+        "base.eval_every": 4,
+        "base.sample_every": 0,
+        "base.save_every": 3,
+        "eval.val_tokens": 512,
+        "eval.device_batch_size": 1,
+        "eval.trigram_tokens": 4096,
+        "eval.prompts": '("The cat", "My")',
+        "eval.sample_tokens": 4,
+    }
+    keys |= {k.replace("__", "."): v for k, v in overrides.items()}
+    return {k: str(v) for k, v in keys.items()}
+
+
+def recipe(text: Path, name: str = "run", **overrides):
+    return cfg.load(cfg.CONFIGS / "tiny.py", arguments(text, name, **overrides))
+
+
+def lines(name: str) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    raw = (run_dir(name) / "base" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_secs")} for line in raw]
+
+
+def digest(name: str) -> str:
+    folder = run_dir(name) / "base" / "checkpoints"
+    return ck.digest(ck.restore_params(folder, ck.list_steps(folder)[-1]))
+
+
+def interrupt_at(monkeypatch, batch_number: int, action) -> None:
+    """Do `action` while the batch of that number goes to the devices."""
+    put, seen = stages.put_batch, []
+
+    def wrapped(batch, mesh):
+        seen.append(1)
+        if len(seen) == batch_number:
+            action()
+        return put(batch, mesh)
+
+    monkeypatch.setattr(stages, "put_batch", wrapped)
+
+
+def test_base_from_text_to_evaluation(base_dir, text, capsys):
+    assert stages.run_base(recipe(text)) == 0
+    metrics = lines("run")
+    train = [line for line in metrics if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(STEPS))
+    assert train[-1]["loss"] < train[0]["loss"] - 1
+    scores = [line["val_bpb"] for line in metrics if line.get("name") == "bpb"]
+    assert len(scores) == 3 and scores[-1] < scores[0]
+    out = capsys.readouterr().out
+    assert "base.total_batch_tokens" not in out  # given, not derived
+    assert f"step {STEPS:05d}/{STEPS:05d} (100.0%) | loss" in out and "tok/s | mfu" in out
+
+    stages.run_base_eval(recipe(text))
+    result = json.loads((run_dir("run") / "eval" / "base.json").read_text())
+    assert result["val_bpb"] == pytest.approx(scores[-1], rel=1e-6)
+    assert [s["prompt"] for s in result["samples"]] == ["The cat", "My"]
+    assert 0 < result["trigram_val_bpb"] < result["byte_trigram_val_bpb"]
+
+    # Both know that they are complete.
+    before = (run_dir("run") / "base" / "metrics.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    assert stages.run_base(recipe(text)) == 0
+    stages.run_base_eval(recipe(text))
+    out = capsys.readouterr().out
+    assert "base: complete" in out and "base_eval:" in out and "is there" in out
+    assert (run_dir("run") / "base" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_crash_and_signal_change_nothing(base_dir, text, monkeypatch, capsys):
+    stages.run_base(recipe(text, "straight"))
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            stages.run_base(recipe(text, "broken"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert stages.run_base(recipe(text, "broken")) == EXIT_RESUME_ME
+    assert stages.run_base(recipe(text, "broken")) == 0
+    assert "continuing from the checkpoint at step" in capsys.readouterr().out
+    assert lines("broken") == lines("straight")
+    assert digest("broken") == digest("straight")
+
+
+def test_continuing_on_another_mesh(base_dir, text, monkeypatch):
+    stages.run_base(recipe(text, "straight"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert stages.run_base(recipe(text, "moved")) == EXIT_RESUME_ME
+    assert stages.run_base(recipe(text, "moved", mesh__fsdp=2, mesh__tensor=2)) == 0
+    for moved, straight in zip(lines("moved"), lines("straight"), strict=True):
+        assert moved["step"] == straight["step"]
+        if moved["kind"] == "train":
+            assert moved["loss"] == pytest.approx(straight["loss"], rel=1e-5)
+
+
+def test_another_recipe_is_refused_key_by_key(base_dir, text, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stages.run_base(recipe(text))
+    with pytest.raises(UserError, match="config.optim.matrix_lr was 0.02, now 0.03; take these"):
+        stages.run_base(recipe(text, optim__matrix_lr=0.03, base__save_every=4))
+    with pytest.raises(
+        UserError, match="tokenizer .* config.tokenizer.vocab_size was 320, now 330"
+    ):
+        stages.run_base(recipe(text, tokenizer__vocab_size=330))
+    assert stages.run_base(recipe(text, base__save_every=4)) == 0
+    assert "config.base.save_every was 3, now 4 (allowed)" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(base_dir, text):
+    with pytest.raises(UserError) as error:
+        stages.run_base(recipe(text, optim__matrix_lr=1e38, base__save_every=1))
+    message = str(error.value)
+    assert "expected finite numbers" in message and "shard_0000" in message
+    folder = run_dir("run") / "base" / "checkpoints"
+    good = ck.list_steps(folder)[-1]
+    assert f"step_{good:06d}" in message
+    assert ck.damage(folder, good) == []
+
+
+def test_too_little_memory_is_told_before_the_start(base_dir, text, monkeypatch):
+    monkeypatch.setattr(runtime, "available_bytes", lambda mesh: 1000)
+    with pytest.raises(UserError, match="need .* GiB per device, there are 0.0 GiB, .* too few"):
+        stages.run_base(recipe(text))
+    assert not (run_dir("run") / "base" / "metrics.jsonl").exists()
+
+
+def test_two_runs_never_share_a_stage(base_dir, text):
+    with stages.only_one(run_dir("run") / "base"):
+        with pytest.raises(UserError, match="in use by another process"):
+            stages.run_base(recipe(text))
+
+
+class Script:
+    """scripts/train.py in a process of its own, its output in a file."""
+
+    def __init__(self, text: Path, name: str, environment: dict[str, str], **overrides):
+        keys = arguments(text, name, **overrides)
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config=configs/tiny.py"]
+        command += [f"--config.{k}={v}" for k, v in keys.items()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        self.output = run_dir(f"{name}{time.time_ns()}.log")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.output, "w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def succeeds(self) -> None:
+        assert self.process.wait(300) == 0, self.output.read_text()
+
+
+@pytest.mark.slow
+def test_three_kills_change_nothing(base_dir, text):
+    keys, one = {"base.num_steps": 40}, {"XLA_FLAGS": ""}
+    Script(text, "straight", one, **keys).succeeds()
+    path = run_dir("killed") / "base" / "metrics.jsonl"
+    for goal in sorted(random.sample(range(2, 44), 3)):
+        run = Script(text, "killed", one, **keys).process
+        while run.poll() is None:
+            if path.exists() and path.read_text().count("\n") >= goal:
+                run.kill()
+            time.sleep(0.001)
+    Script(text, "killed", one, **keys).succeeds()
+    assert lines("killed") == lines("straight")
+    assert digest("killed") == digest("straight")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base_dir, text):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    Script(text, "alone", {"XLA_FLAGS": ""}).succeeds()
+    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    together = {"mesh.coordinator": f"127.0.0.1:{port}", "mesh.num_processes": 2}
+    runs = [Script(text, "pair", two_devices, **together, **{"mesh.process_id": i}) for i in (0, 1)]
+    for run in runs:
+        run.succeeds()
+    for ours, theirs in zip(lines("pair"), lines("alone"), strict=True):
+        if ours["kind"] == "train":
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
