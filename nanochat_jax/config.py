@@ -15,16 +15,18 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import config_dict
 
 from nanochat_jax.common import UserError
 
+# A ConfigDict: its keys are checked when it is loaded, a type checker cannot know them.
+Recipe: TypeAlias = Any
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     """Read the recipe at `path` and apply `overrides` ({"section.key": text}), checked and
     typed."""
     path = Path(path)
@@ -39,7 +41,7 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
     return config.lock()
 
 
-def load_from_argv(doc: str | None, argv: list[str] | None = None) -> ConfigDict:
+def load_from_argv(doc: str | None, argv: list[str] | None = None) -> Recipe:
     """What every stage script starts with: `--config=FILE [--config.section.key=value ...]`."""
     path, overrides, rest = parse_argv(sys.argv[1:] if argv is None else argv, doc)
     if rest:
@@ -90,7 +92,7 @@ def help_text(doc: str) -> str:
     return "\n".join(lines)
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: Recipe) -> dict[str, Any]:
     """{"section.key": value} of a recipe."""
     return {f"{s}.{k}": v for s, keys in config.to_dict().items() for k, v in keys.items()}
 
@@ -115,14 +117,13 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _override(config: ConfigDict, name: str, text: str) -> None:
+def _override(config: Recipe, name: str, text: str) -> None:
     known = list(flatten(config))
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key config.{name}; the nearest is config.{near}")
     section, key = name.split(".")
-    kind = config[section].get_type(key)
-    config[section][key] = _parse(name, text, kind)
+    config[section][key] = _parse(name, text, config[section].get_type(key))
 
 
 def _parse(name: str, text: str, kind: type) -> Any:

@@ -13,10 +13,8 @@ import copy
 import math
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from nanochat_jax.common import UserError, log
-from nanochat_jax.config import flatten
+from nanochat_jax.config import Recipe, flatten
 from nanochat_jax.model.accounting import param_counts
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.build import OptimConfig
@@ -32,7 +30,7 @@ class Derived(NamedTuple):
     formula: str
 
 
-def resolve(config: ConfigDict, *, platform: str, num_devices: int) -> list[Derived]:
+def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]:
     """Fill the keys that are None, in place. platform: "cpu" or "gpu"."""
     derived: list[Derived] = []
 
@@ -88,7 +86,7 @@ def num_heads(width: int, head_dim: int, round_width: bool) -> tuple[int, str]:
     return heads, f"divisor of model_dim nearest to model_dim / {head_dim}"
 
 
-def gpt_config(config: ConfigDict) -> GPTConfig:
+def gpt_config(config: Recipe) -> GPTConfig:
     """The model of a resolved recipe."""
     m = config.model
     if m.model_dim % m.num_heads or m.num_heads % m.num_kv_heads:
@@ -118,7 +116,7 @@ def gpt_config(config: ConfigDict) -> GPTConfig:
     )
 
 
-def horizon_tokens(config: ConfigDict, depth: int) -> int:
+def horizon_tokens(config: Recipe, depth: int) -> int:
     """Tokens to train for at `depth`, everything else as in the recipe."""
     kind = config.base.horizon_params
     if kind not in ("all", "matrices_and_head"):
@@ -133,18 +131,18 @@ def horizon_tokens(config: ConfigDict, depth: int) -> int:
     return int(config.base.tokens_per_param * counted)
 
 
-def scaled_batch_tokens(config: ConfigDict) -> int:
+def scaled_batch_tokens(config: Recipe) -> int:
     ratio = horizon_tokens(config, config.model.depth) / horizon_tokens(config, REFERENCE_DEPTH)
     return 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * ratio**BATCH_EXPONENT))
 
 
-def lr_scale(config: ConfigDict) -> float:
+def lr_scale(config: Recipe) -> float:
     if not config.optim.scale_by_batch:
         return 1.0
     return math.sqrt(config.base.total_batch_tokens / REFERENCE_BATCH_TOKENS)
 
 
-def weight_decay(config: ConfigDict) -> float:
+def weight_decay(config: Recipe) -> float:
     """Muon's decay at step 0."""
     if not config.optim.scale_by_batch:
         return config.optim.weight_decay
@@ -152,7 +150,7 @@ def weight_decay(config: ConfigDict) -> float:
     return config.optim.weight_decay * lr_scale(config) * horizons
 
 
-def optim_config(config: ConfigDict, platform: str) -> OptimConfig:
+def optim_config(config: Recipe, platform: str) -> OptimConfig:
     o = config.optim
     if o.recipe not in ("classic", "modern"):
         raise UserError(f"config.optim.recipe got {o.recipe!r}, expected classic or modern")
@@ -173,7 +171,7 @@ def optim_config(config: ConfigDict, platform: str) -> OptimConfig:
     )
 
 
-def rows_per_step(config: ConfigDict, row_shards: int) -> tuple[int, int]:
+def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
     """(rows of a step, rows a device works on at once), or an error when they do not come out even.
 
     The second is the largest divisor of a device's rows that device_batch_size allows.
@@ -192,7 +190,7 @@ def rows_per_step(config: ConfigDict, row_shards: int) -> tuple[int, int]:
     return rows, at_once
 
 
-def _at_depth(config: ConfigDict, depth: int) -> ConfigDict:
+def _at_depth(config: Recipe, depth: int) -> Recipe:
     """The recipe at another depth, width and heads derived anew unless they are this depth's."""
     if depth == config.model.depth:
         return config
@@ -223,7 +221,7 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
         log(f"  {line} (allowed)")
 
 
-def flat_json(config: ConfigDict, prefix: str) -> dict:
+def flat_json(config: Recipe, prefix: str) -> dict:
     """The keys below `prefix`, as they come back from JSON."""
     return {k: _plain(v) for k, v in flatten(config).items() if k.startswith(prefix)}
 

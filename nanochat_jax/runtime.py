@@ -27,12 +27,12 @@ def start_runtime(
         if not coordinator or not 0 <= process_id < num_processes:
             raise UserError(
                 f"config.mesh got coordinator {coordinator!r}, process_id {process_id}, "
-                f"num_processes {num_processes}; expected host:port of process 0 and an id from 0 to "
-                f"{num_processes - 1}"
+                f"num_processes {num_processes}; expected host:port of process 0 and an id "
+                f"below {num_processes}"
             )
         jax.distributed.initialize(coordinator, num_processes, process_id)
         os.environ["NANOCHAT_PROCESS_INDEX"] = str(process_id)
-    if compile_cache and not jax.config.jax_compilation_cache_dir:
+    if compile_cache and not jax.config.read("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     devices = jax.devices()
     log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")

@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, read_json, run_dir, write_json
-from nanochat_jax.config import flatten
+from nanochat_jax.config import Recipe, flatten
 from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
 from nanochat_jax.data.prepare import ensure
 from nanochat_jax.data.sources import Corpus
@@ -74,20 +73,20 @@ TOKENIZER_KEYS = ("tokenizer.", "data.name", "data.local_dir", "data.num_shards"
 class Run:
     """What every stage on devices starts from."""
 
-    config: ConfigDict  # resolved
+    config: Recipe  # resolved
     mesh: Mesh
     model: GPTConfig
     dir: Path
     is_main: bool
 
 
-def run_data(config: ConfigDict) -> tuple[list[Path], Path]:
+def run_data(config: Recipe) -> tuple[list[Path], Path]:
     """(training shards, validation shard); downloaded or built if they are not there."""
     d = config.data
     return ensure(d.name, num_shards=d.num_shards, local_dir=d.local_dir)
 
 
-def run_tokenizer(config: ConfigDict) -> bpe.Tokenizer:
+def run_tokenizer(config: Recipe) -> bpe.Tokenizer:
     """Train the tokenizer on the first characters of the training text, or load it."""
     folder = run_dir(config.run.name) / "tokenizer"
     wanted = {k: v for k, v in flatten(config).items() if k.startswith(TOKENIZER_KEYS)}
@@ -110,7 +109,7 @@ def run_tokenizer(config: ConfigDict) -> bpe.Tokenizer:
     return tokenizer
 
 
-def run_tok_eval(config: ConfigDict) -> None:
+def run_tok_eval(config: Recipe) -> None:
     """How many bytes a token holds, by kind of text, beside GPT-2's and GPT-4's encodings."""
     tokenizer = run_tokenizer(config)
     train_paths, val_path = run_data(config)
@@ -123,7 +122,7 @@ def run_tok_eval(config: ConfigDict) -> None:
     write_json(run_dir(config.run.name) / "eval" / "tokenizer.json", result)
 
 
-def run_base(config: ConfigDict) -> int:
+def run_base(config: Recipe) -> int:
     """Pretrain the base model; returns the exit status."""
     run = start(config)
     config, stage = run.config, run.dir / "base"
@@ -248,7 +247,7 @@ def _train_base(run: Run, stage: Path) -> int:
     return 0
 
 
-def run_base_eval(config: ConfigDict) -> None:
+def run_base_eval(config: Recipe) -> None:
     """Evaluate the base model: bits per byte on both texts, a trigram as yardstick, samples."""
     run = start(config)
     config, out = run.config, run.dir / "eval" / "base.json"
@@ -283,7 +282,7 @@ def run_base_eval(config: ConfigDict) -> None:
         write_json(out, values)
 
 
-def start(config: ConfigDict) -> Run:
+def start(config: Recipe) -> Run:
     """Devices, mesh and the resolved recipe; prints what was derived and how."""
     m = config.mesh
     start_runtime(
@@ -308,7 +307,7 @@ def documents(paths: list[Path]) -> Iterator[str]:
         yield from corpus.read(group).texts
 
 
-def _optimizer(config: ConfigDict, model: GPTConfig, lr_multiplier):
+def _optimizer(config: Recipe, model: GPTConfig, lr_multiplier):
     b, o = config.base, config.optim
     decay = recipe.weight_decay(config)
     return build_optimizer(
@@ -365,20 +364,18 @@ def _trigrams(
 ) -> dict[str, float]:
     """Bits per byte on the validation rows of trigram models of the same training text."""
     e, model = run.config.eval, run.model
-    packing = dict(seq_len=model.seq_len, batch_rows=e.device_batch_size)
-    tokens = e.device_batch_size * model.seq_len
 
-    def rows(batches: list[dict]) -> list[np.ndarray]:
+    def rows(paths: list[Path], tokens: int) -> list[np.ndarray]:
+        batches = eval_batches(
+            paths,
+            tokenizer,
+            seq_len=model.seq_len,
+            batch_rows=e.device_batch_size,
+            num_batches=max(1, tokens // (e.device_batch_size * model.seq_len)),
+        )
         return [np.concatenate([b["inputs"], b["targets"][:, -1:]], axis=1) for b in batches]
 
-    train = rows(
-        eval_batches(
-            train_paths, tokenizer, num_batches=max(1, e.trigram_tokens // tokens), **packing
-        )
-    )
-    val = rows(
-        eval_batches(val_path, tokenizer, num_batches=max(1, e.val_tokens // tokens), **packing)
-    )
+    train, val = rows(train_paths, e.trigram_tokens), rows([val_path], e.val_tokens)
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     pieces = [p if n else b"" for p, n in zip(pieces, tokenizer.token_bytes(), strict=True)]
     token_bytes = tokenizer.token_bytes()
@@ -390,14 +387,12 @@ def _trigrams(
     }
 
 
-def _same_recipe(config: ConfigDict, saved: dict[str, Any], stage: Path) -> None:
+def _same_recipe(config: Recipe, saved: dict[str, Any], stage: Path) -> None:
     before = {f"{s}.{k}": v for s, keys in saved.items() for k, v in keys.items()}
     recipe.refuse_changes(before, flatten(config), MAY_CHANGE, f"the run in {stage}")
 
 
-def _same_run(
-    config: ConfigDict, tokenizer: bpe.Tokenizer, host: dict[str, Any], stage: Path
-) -> None:
+def _same_run(config: Recipe, tokenizer: bpe.Tokenizer, host: dict[str, Any], stage: Path) -> None:
     """A checkpoint can be continued: same recipe, same tokenizer."""
     _same_recipe(config, host["config"], stage)
     if host["tokenizer_sha256"] != tokenizer.sha256():

@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=("list", "verify", "prune", "digest"))
+    parser.add_argument("verb", choices=VERBS)
     parser.add_argument("run")
     parser.add_argument("stage", nargs="?", choices=STAGES)
     parser.add_argument("--step", type=int)
@@ -40,17 +40,16 @@ def main() -> int:
     if args.step is not None:
         if args.step not in sum(steps.values(), []):
             raise UserError(f"no checkpoint of step {args.step}, there are {steps}")
-        steps = {stage: [n for n in known if n == args.step] for stage, known in steps.items()}
-    verbs = {"list": show, "verify": verify, "prune": prune, "digest": digest}
-    return verbs[args.verb](folders, steps, args.keep)
+        steps = {s: [n for n in known if n == args.step] for s, known in steps.items()}
+    return VERBS[args.verb](folders, steps, args.keep)
 
 
 def show(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) -> int:
     for stage, folder in folders.items():
         scores, best = ck.scores(folder), ck.best_step(folder)
         for step in steps[stage]:
-            files = [p for p in ck.step_dir(folder, step).rglob("*") if p.is_file()]
-            size = sum(p.stat().st_size for p in files) / 1e6
+            files = ck.step_dir(folder, step).rglob("*")
+            size = sum(p.stat().st_size for p in files if p.is_file()) / 1e6
             score = f"val_bpb {scores[step]:.4f}" if step in scores else ""
             log(f"{stage:<5} step {step:>7}  {size:>9.1f} MB  {score}{' best' * (step == best)}")
     return 0
@@ -60,8 +59,7 @@ def verify(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) ->
     bad = 0
     for stage, folder in folders.items():
         for step in steps[stage]:
-            lines = ck.damage(folder, step)
-            bad += bool(lines)
+            bad += bool(lines := ck.damage(folder, step))
             log("\n  ".join([f"{stage:<5} step {step:>7}  {'DAMAGED' if lines else 'ok'}", *lines]))
     return bool(bad)
 
@@ -77,6 +75,8 @@ def digest(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) ->
         log(ck.digest(ck.restore_params(folder, steps[stage][-1])))
     return 0
 
+
+VERBS = {"list": show, "verify": verify, "prune": prune, "digest": digest}
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,11 +1,13 @@
 """Look after the training text.
 
   python scripts/data.py list
+  python scripts/data.py ensure   --config=configs/demo.py
   python scripts/data.py download --config=configs/d20.py [--num-shards=N]
   python scripts/data.py pack     --config.data.local_dir=FOLDER
   python scripts/data.py demo
 
-list shows the datasets and what of them is on the disk. download fetches config.data.num_shards (or
+list shows the datasets and what of them is on the disk. ensure makes config.data.name available,
+in whatever way it comes; nothing when it is there. download fetches config.data.num_shards (or
 N) training shards of config.data.name and its validation shard, and continues what was interrupted.
 pack makes shards of your own .parquet, .jsonl, .txt and .md files; demo builds the demo shards.
 """
@@ -16,7 +18,7 @@ from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.config import load, parse_argv
 from nanochat_jax.data import prepare, registry
 
-COMMANDS = ("list", "download", "pack", "demo")
+COMMANDS = ("list", "ensure", "download", "pack", "demo")
 
 
 def main() -> None:

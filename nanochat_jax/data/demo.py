@@ -30,7 +30,7 @@ from nanochat_jax.data import shards
 # Packages with prose in their docstrings that come with this one; those not there are left out.
 PACKAGES = (
     "PIL", "absl", "dateutil", "etils", "filelock", "flax", "fontTools", "fsspec", "grain",
-    "huggingface_hub", "jax", "jaxlib", "matplotlib", "ml_collections", "mpl_toolkits", "numpy",
+    "huggingface_hub", "jax", "jaxlib", "ml_collections", "numpy",
     "opt_einsum", "optax", "orbax", "packaging", "psutil", "pyarrow", "pyparsing", "rich", "scipy",
     "tqdm", "treescope",
 )  # fmt: skip

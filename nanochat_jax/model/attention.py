@@ -8,6 +8,8 @@ A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Window
 together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -26,17 +28,18 @@ def attention(
     """
     seq_len = q.shape[1]
     local = None if window is None or window >= seq_len - 1 else (window, 0)
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=True,
-        local_window_size=local,
-        implementation=choose_backend(backend, q.dtype),
-    )
+    with jax.numpy_dtype_promotion("standard"):  # jax's own code counts on it for bfloat16
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            local_window_size=local,
+            implementation=choose_backend(backend, q.dtype),
+        )
 
 
-def choose_backend(backend: str, dtype: jnp.dtype) -> str:
+def choose_backend(backend: str, dtype: jnp.dtype) -> Literal["cudnn", "xla"]:
     if backend not in BACKENDS:
         raise UserError(f"attention backend got {backend!r}, expected one of {', '.join(BACKENDS)}")
     fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
@@ -45,7 +48,7 @@ def choose_backend(backend: str, dtype: jnp.dtype) -> str:
             "attention backend cudnn needs an NVIDIA GPU and bfloat16, got "
             f"{jax.default_backend()} and {dtype}; use auto"
         )
-    return ("cudnn" if fused else "xla") if backend == "auto" else backend
+    return "cudnn" if backend == "cudnn" or (backend == "auto" and fused) else "xla"
 
 
 def attention_naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:

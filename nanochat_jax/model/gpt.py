@@ -85,7 +85,9 @@ class GPTConfig:
 
 class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
-        self.config, self.window = config, config.windows[layer]
+        # Classic has no windows: where a text is longer than seq_len, all of it is seen.
+        windowed = config.extras or "S" in config.window_pattern
+        self.config, self.window = config, config.windows[layer] if windowed else None
         D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.c_q = Linear(uniform(rngs, (D, D), D))
         self.c_k = Linear(uniform(rngs, (D, kv_dim), D))

@@ -10,6 +10,7 @@ head go with model_dim^-0.5 (muP); a recipe's batch scaling multiplies all of th
 """
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import optax
@@ -100,7 +101,7 @@ def build_optimizer(
     def scheduled(lr: float) -> Schedule:
         return lambda step: lr * lr_multiplier(step)
 
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         name: optax.adamw(
             scheduled(g.lr), b1=g.b1, b2=g.b2, eps=ADAM_EPS, weight_decay=g.weight_decay
         )

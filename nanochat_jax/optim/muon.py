@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], Any]  # of the step count
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 POLAR_EXPRESS = (
@@ -47,7 +47,7 @@ def muon(
     weight_decay: Schedule,
     *,
     modern: bool,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Steps for matrices [in, out]; the schedules are functions of the step count.
 
@@ -62,10 +62,11 @@ def muon(
             variance=jax.tree.map(_variance_zeros, params) if modern else None,
         )
 
-    def update(grads, state, params):
+    def update(updates, state, params=None):
+        assert params is not None  # decay and sizes need them
         lr, m, wd = (f(state.count) for f in (learning_rate, momentum, weight_decay))
-        buf = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda b, g: (1 - m) * g + m * b, buf, grads)
+        buf = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda b, g: (1 - m) * g + m * b, buf, updates)
 
         if modern:
             directions, variance = _map_stacked(_modern_direction(dtype), nesterov, state.variance)
@@ -78,8 +79,7 @@ def muon(
                 return -size * x
             return -size * (x + wd * p * (x * p >= 0).astype(p.dtype))
 
-        updates = jax.tree.map(step, directions, params)
-        return updates, MuonState(state.count + 1, buf, variance)
+        return jax.tree.map(step, directions, params), MuonState(state.count + 1, buf, variance)
 
     return optax.GradientTransformation(init, update)
 
@@ -130,7 +130,7 @@ def _variance_zeros(p: jax.Array) -> jax.Array:
 
 
 def _map_stacked(function, tree, second):
-    """Apply function(stack, second stack) to all leaves of one shape at once; returns both trees."""
+    """Apply function(stack, second stack) to all leaves of a shape at once; returns both trees."""
     leaves, treedef = jax.tree.flatten(tree)
     out, second_out = list(leaves), None if second is None else treedef.flatten_up_to(second)
     groups = defaultdict(list)

@@ -59,7 +59,7 @@ def fit(
     batches,
     put: Callable[[dict], Any],
     num_steps: int,
-    lr_multiplier: Callable[[int], float],
+    lr_multiplier: Callable[[int], Any],
     evaluations: list[Evaluation],
     save_every: int,
     checkpoints: Checkpoints,

@@ -13,10 +13,12 @@ from nanochat_jax.model.sharding import like_params, param_shardings
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # [] int32, updates done
-    params: dict[str, jax.Array]  # float32 masters by dotted path
+    """Leaves are arrays, or their shapes or shardings where a function says so."""
+
+    step: Any  # [] int32, updates done
+    params: dict[str, Any]  # float32 masters by dotted path
     opt_state: Any
-    key: jax.Array  # [2] uint32, raw key for stages that sample
+    key: Any  # [2] uint32, raw key for stages that sample
 
 
 def state_shardings(config: GPTConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -70,7 +70,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g * factor, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(jnp.add, state.params, updates)
         new = TrainState(state.step + 1, params, opt_state, state.key)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         return state, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "finite": finite}
