@@ -32,7 +32,7 @@ def start_runtime(
             )
         jax.distributed.initialize(coordinator, num_processes, process_id)
         os.environ["NANOCHAT_PROCESS_INDEX"] = str(process_id)
-    if compile_cache and not jax.config.read("jax_compilation_cache_dir"):
+    if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     devices = jax.devices()
     log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")

@@ -6,7 +6,6 @@ the loop's own jitted step, with one row at a time so that accumulation is part 
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +130,9 @@ def compare_steps(case: Case) -> Iterable[Row]:
         lr = o.matrix_lr * schedules["lr_multiplier"][step]
         decay = {p: _decay(p, v, lr * schedules["weight_decay"][step]) for p, v in params.items()}
         params, opt_state = update(grads, opt_state, params)
-        result = _compare_step(arrays.file, f"opt/param{step + 1}/*", params, reference, decay)
-        yield result.row
-        params = result.params
+        what = f"opt/param{step + 1}/*"
+        row, params = compare_step(arrays.file, what, params, reference, decay)
+        yield row
 
 
 def _decay(path: str, value: jax.Array, lr_wd: float) -> np.ndarray | float:
@@ -144,13 +143,10 @@ def _decay(path: str, value: jax.Array, lr_wd: float) -> np.ndarray | float:
     return lr_wd * size * np.abs(np.asarray(value))
 
 
-@dataclass(frozen=True)
-class _StepResult:
-    row: Row
-    params: dict[str, jax.Array]  # ours, but the reference's where a coin was tossed
-
-
-def _compare_step(file: str, what: str, ours: dict, reference: dict, decay: dict) -> _StepResult:
+def compare_step(
+    file: str, what: str, ours: dict, reference: dict, decay: dict
+) -> tuple[Row, dict[str, jax.Array]]:
+    """The row, and the weights to go on from: ours, but the reference's where a coin was tossed."""
     settled, coins = {}, 0
     for path, value in reference.items():
         if path not in ours or ours[path].shape != value.shape:
@@ -165,7 +161,7 @@ def _compare_step(file: str, what: str, ours: dict, reference: dict, decay: dict
     row = close_row(file, what, ours | settled, reference, STEP_TOLERANCE)
     if coins and row.ok:
         row = row._replace(note=f"{coins} of at most {MAX_COIN_TOSSES} signs tossed by rounding")
-    return _StepResult(row, ours | {path: jnp.asarray(v) for path, v in settled.items()})
+    return row, ours | {path: jnp.asarray(v) for path, v in settled.items()}
 
 
 def compare_trajectory(case: Case) -> Iterable[Row]:
