@@ -116,7 +116,10 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         figures.append(("val bpb", f"{val_bpb:.4f}", f"of the base model{lowest}"))
     trigram = number(base.results.get("trigram_val_bpb"))
     if trigram:
-        than = f"the yardstick; ours is {1 - val_bpb / trigram:.0%} lower" if val_bpb else "val bpb"
+        than = "the yardstick"
+        if val_bpb:
+            change = val_bpb / trigram - 1
+            than += f"; ours is {abs(change):.0%} {'lower' if change < 0 else 'higher'}"
         figures.append(("trigram", f"{trigram:.4f}", than))
     core = base.metric("core")
     if core is not None:

@@ -114,7 +114,7 @@ class Stage:
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a number in the evaluation lines, finite values only."""
-        points = {line["step"]: number(line.get(key)) for line in self.evals}
+        points = {line["step"]: number(line[key]) for line in self.evals if key in line}
         return [(s, v) for s, v in points.items() if v is not None and math.isfinite(v)]
 
     def metric(self, key: str) -> float | None:

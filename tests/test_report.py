@@ -325,3 +325,17 @@ def test_durations_and_amounts():
         *("0.0 s", "59.9 s", "1 min 01 s", "1 h 00 min", "3 h 51 min", "unknown")
     ]
     assert [show_amount(n) for n in (999, 560_988_160, 11.2e9)] == ["999", "561M", "11.2B"]
+
+
+def test_another_evaluation_at_the_same_step_hides_nothing(run):
+    before = markdown(run)
+    assert "| Lowest val bpb | 0.9000 (step 10) |" in before
+    with open(run / "base" / "metrics.jsonl", "a") as file:
+        for step in (10, STEPS):
+            file.write(json.dumps({"kind": "eval", "name": "other", "step": step}) + "\n")
+    assert markdown(run) == before
+
+
+def test_a_model_that_loses_to_the_yardstick_is_told_so(run):
+    write(run / "eval" / "base.json", {"val_bpb": 1.5, "trigram_val_bpb": 1.25})
+    assert "the yardstick; ours is 20% higher" in markdown(run)

@@ -1,0 +1,68 @@
+"""metrics.jsonl, the console line and the trackers."""
+
+import sys
+import types
+
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.train.metrics import Console, MetricsLog, format_secs, read_metrics
+
+
+def open_log(path, start_step=0, tracker="none"):
+    return MetricsLog(path, start_step, tracker, "run", is_main=True)
+
+
+def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = open_log(path)
+    for step in range(5):
+        log.write("train", step, loss=1 / (step + 3))
+    log.write("eval", 5, val_bpb=2.0)
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"kind": "train", "step": 5, "lo')  # torn by a kill
+    log = open_log(path, start_step=3)
+    log.write("train", 3, loss=0.5)
+    log.close()
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3]
+    assert read_metrics(path)[1]["loss"] == 1 / 4  # unrounded
+
+
+def test_numbers_go_to_the_tracker_that_was_asked_for(tmp_path, monkeypatch):
+    sent, started = [], {}
+    fake = types.ModuleType("trackio")
+    fake.init = lambda **kwargs: started.update(kwargs)
+    fake.log = lambda values, step: sent.append((step, values))
+    fake.finish = lambda: sent.append("finished")
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    log = open_log(tmp_path / "metrics.jsonl", tracker="trackio")
+    log.write("train", 7, loss=0.5, epoch=1, note="text is not a number")
+    log.close()
+    assert started == {"project": "nanochat-jax", "name": "run"}
+    assert sent == [(7, {"train/loss": 0.5, "train/epoch": 1}), "finished"]
+
+
+def test_a_tracker_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        open_log(tmp_path / "a.jsonl", tracker="wandb")
+    with pytest.raises(UserError, match="got 'tensorboard', expected none, wandb or trackio"):
+        open_log(tmp_path / "b.jsonl", tracker="tensorboard")
+
+
+def test_the_line_of_a_step(capsys):
+    console = Console(200, 0, flops_per_token=2e6, peak_flops=1e12)
+    console.step(9, loss=5.1234, lr=0.5, tokens=50_000, epoch=1, secs=0.25)
+    assert capsys.readouterr().out == (
+        "step 00010/00200 (5.0%) | loss 5.1234 | lr 0.500 | dt 250 ms | 200,000 tok/s | "
+        "mfu 40.0% | epoch 1 | eta 48s\n"
+    )
+    unknown = Console(200, 0, flops_per_token=2e6, peak_flops=None)
+    unknown.step(9, loss=5, lr=0.5, tokens=50_000, epoch=1, secs=0.25)
+    assert "mfu n/a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("secs", "text"), [(0.4, "0s"), (95, "1m35s"), (7260, "2h01m")])
+def test_durations(secs, text):
+    assert format_secs(secs) == text
