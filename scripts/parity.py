@@ -1,0 +1,35 @@
+"""Compare what this package computes with a folder of reference numbers; fail on any difference.
+
+  python scripts/parity.py tests/goldens
+
+Prints a line for everything compared. A number that is off, a file or a key that no comparison
+reads, a file that is missing: exit status 1.
+"""
+
+import argparse
+from pathlib import Path
+
+from nanochat_jax.common import UserError, log, run_main
+from nanochat_jax.parity.folder import compare_folder, table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder laid out as tests/goldens/README.md says")
+    parser.add_argument(
+        "--core-data", type=Path, help="the CORE tasks; unused until CORE is covered"
+    )
+    options = parser.parse_args(argv)
+    if options.core_data:
+        if not options.core_data.is_dir():
+            raise UserError(f"--core-data got {options.core_data}, expected a folder of CORE tasks")
+        log("--core-data is not used: CORE is not covered yet")
+    rows, not_covered = compare_folder(options.folder)
+    log(table(rows, not_covered))
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,72 @@
+"""Attention against its definition, and against windows and groups that can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.model.attention import attention, attention_naive, choose_backend
+
+T = 10
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("window", [None, 0, 3, T - 2, T - 1, T, 100])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_equals_the_definition_with_gradients(window, kv_heads):
+    qkv = draw(2, T, 4, 8), draw(2, T, kv_heads, 8, seed=1), draw(2, T, kv_heads, 8, seed=2)
+    mix = draw(2, T, 4, 8, seed=3)
+
+    def both(*qkv):
+        def value_and_grads(function):
+            def total(*qkv):
+                return jnp.sum(function(*qkv, window) * mix)
+
+            return function(*qkv, window), jax.grad(total, (0, 1, 2))(*qkv)
+
+        return value_and_grads(attention), value_and_grads(attention_naive)
+
+    ours, naive = jax.jit(both)(*qkv)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("function", [attention, attention_naive])
+def test_a_window_of_w_sees_w_keys_and_its_own(function):
+    """Equal scores and one-hot values: the output is the weight of each key."""
+    window = 3
+    nothing, values = jnp.zeros((1, T, 1, T)), jnp.eye(T)[None, :, None]
+    weights = np.asarray(function(nothing, nothing, values, window))[0, :, 0]
+    expected = np.zeros((T, T))
+    for i in range(T):
+        seen = range(max(0, i - window), i + 1)
+        expected[i, list(seen)] = 1 / len(seen)
+    np.testing.assert_allclose(weights, expected, atol=1e-7)
+
+
+def test_query_heads_share_kv_heads_in_order():
+    """Values that name their KV head: query head n reads head n // (N / K)."""
+    q, k = draw(1, T, 6, 8), draw(1, T, 2, 8)
+    v = jnp.broadcast_to(jnp.array([10.0, 20.0])[:, None], (1, T, 2, 8))
+    heads = np.asarray(attention(q, k, v, None))[0, 0, :, 0]
+    np.testing.assert_allclose(heads, [10, 10, 10, 20, 20, 20], rtol=1e-6)
+
+
+def test_scores_are_divided_by_the_root_of_the_head_dim():
+    q = jnp.zeros((1, 2, 1, 16)).at[..., 0].set(4.0)
+    k = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)  # scores of the last query: 0 and 4/4
+    weight = float(attention(q, k, jnp.eye(2, 16)[None, :, None], None)[0, 1, 0, 1])
+    assert weight == pytest.approx(np.e / (1 + np.e), rel=1e-6)
+
+
+def test_a_backend_that_cannot_be_had_is_an_error():
+    with pytest.raises(UserError, match="got 'flash', expected one of auto, cudnn, xla"):
+        choose_backend("flash", jnp.dtype("float32"))
+    with pytest.raises(UserError, match="cudnn needs"):
+        choose_backend("cudnn", jnp.dtype("float32"))
+    assert choose_backend("auto", jnp.dtype("float32")) == "xla"
+    assert choose_backend("xla", jnp.dtype("bfloat16")) == "xla"

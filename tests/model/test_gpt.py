@@ -1,0 +1,275 @@
+"""The model against a plain float64 one in NumPy, and the properties that any GPT has."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nanochat_jax.model.gpt import GPTConfig, bind, flatten, init_params, param_shapes
+from nanochat_jax.model.loss import cross_entropy_sum
+from nanochat_jax.model.sharding import make_mesh, param_shardings
+
+CLASSIC = GPTConfig(
+    vocab_size=60, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, seq_len=16
+)
+MODERN = GPTConfig(
+    vocab_size=60,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    seq_len=512,  # the short window is 128
+    rope_base=100_000.0,
+    window_pattern="SL",
+    qk_scale=1.2,
+    extras=True,
+    embed_init_std=0.8,
+    fc_init_scale=0.4,
+)
+BOTH = pytest.mark.parametrize("config", [CLASSIC, MODERN], ids=["classic", "modern"])
+
+
+def plain_logits(c: GPTConfig, params: dict, ids: np.ndarray, window_of=None) -> np.ndarray:
+    """One row of ids -> logits [T, V], position by position and head by head."""
+    p = {path: np.asarray(value, np.float64) for path, value in params.items()}
+    T, H = len(ids), c.head_dim
+
+    def norm(x):
+        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.finfo(np.float32).eps)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def turn(x):  # [T, H], by minus the angle
+        angle = np.arange(T)[:, None] * c.rope_base ** (-np.arange(0, H, 2) / H)
+        a, b = x[:, : H // 2], x[:, H // 2 :]
+        turned = [a * np.cos(angle) + b * np.sin(angle), b * np.cos(angle) - a * np.sin(angle)]
+        return norm(np.concatenate(turned, -1)) * c.qk_scale
+
+    x = norm(p["wte.table"][ids])
+    if c.extras:
+        gate = sigmoid(x[:, :24] @ p["smear_gate.kernel"]) * p["smear_lambda"]
+        x = np.concatenate([x[:1], x[1:] + gate[1:] * x[:-1]])
+    x0 = mid = x
+    for layer in range(c.num_layers):
+        block = {k: p[f"blocks.{layer}.{k}.kernel"] for k in ("attn.c_q", "attn.c_k", "attn.c_v")}
+        if c.extras:
+            x = p["resid_lambdas"][layer] * x + p["x0_lambdas"][layer] * x0
+        h = norm(x)
+        q, k, v = (h @ block[f"attn.c_{name}"] for name in "qkv")
+        if c.extras and layer % 2 == (c.num_layers - 1) % 2:
+            gates = 3 * sigmoid(h[:, :12] @ p[f"blocks.{layer}.attn.ve_gate.kernel"])
+            v = v + np.repeat(gates, H, 1) * p[f"value_embeds.{layer}.table"][ids]
+        heads = []
+        window = (window_of or (lambda i: c.windows[i]))(layer)
+        for n in range(c.num_heads):
+            kv = slice((n // (c.num_heads // c.num_kv_heads)) * H, None)
+            queries, keys, values = (
+                turn(q[:, n * H :][:, :H]),
+                turn(k[:, kv][:, :H]),
+                v[:, kv][:, :H],
+            )
+            head = np.zeros((T, H))
+            for t in range(T):
+                seen = slice(max(0, t - window), t + 1)
+                weights = np.exp(keys[seen] @ queries[t] / np.sqrt(H))
+                head[t] = weights / weights.sum() @ values[seen]
+            heads.append(head)
+        x = x + np.concatenate(heads, -1) @ p[f"blocks.{layer}.attn.c_proj.kernel"]
+        hidden = np.maximum(norm(x) @ p[f"blocks.{layer}.mlp.c_fc.kernel"], 0) ** 2
+        x = x + hidden @ p[f"blocks.{layer}.mlp.c_proj.kernel"]
+        mid = x if layer == c.num_layers // 2 else mid
+    if c.extras:
+        x = x - p["backout_lambda"] * mid
+    logits = norm(x) @ p["lm_head.kernel"]
+    return 15 * np.tanh(logits[:, : c.vocab_size] / 15)
+
+
+@partial(jax.jit, static_argnums=0)
+def logits(config, params, ids):
+    return bind(config, params)(ids)
+
+
+initialise = jax.jit(init_params, static_argnums=0)
+
+
+@pytest.mark.parametrize(
+    "config, seq_len",
+    [
+        (CLASSIC, 16),
+        (replace(CLASSIC, num_layers=1, num_kv_heads=4, vocab_size=64), 9),
+        (MODERN, 140),
+        (replace(MODERN, num_layers=4, num_kv_heads=1, window_pattern="SSL"), 135),
+    ],
+    ids=["classic", "classic, no GQA, no padding", "modern", "modern, one KV head, even depth"],
+)
+def test_equals_the_plain_model(config, seq_len, random_params, tiny_ids):
+    params, ids = random_params(config), tiny_ids(config, 2, seq_len)
+    ours = logits(config, params, ids)
+    assert ours.dtype == np.float32
+    for row in range(2):
+        np.testing.assert_allclose(ours[row], plain_logits(config, params, ids[row]), atol=2e-5)
+
+
+def test_classic_sees_everything_even_beyond_its_training_length(random_params, tiny_ids):
+    params, ids = random_params(CLASSIC), tiny_ids(CLASSIC, 1, 3 * CLASSIC.seq_len)
+    expected = plain_logits(CLASSIC, params, ids[0], window_of=lambda layer: 10**6)
+    np.testing.assert_allclose(logits(CLASSIC, params, ids)[0], expected, atol=2e-5)
+
+
+@BOTH
+def test_no_position_sees_a_later_one(config, random_params, tiny_ids):
+    params, ids, changed_at = random_params(config), tiny_ids(config, 1, 12), 7
+    changed = ids.copy()
+    changed[0, changed_at] = (ids[0, changed_at] + 1) % config.vocab_size
+    before, after = logits(config, params, np.concatenate([ids, changed]))
+    np.testing.assert_array_equal(before[:changed_at], after[:changed_at])
+    assert np.all(np.any(before[changed_at:] != after[changed_at:], axis=-1))
+
+
+def test_rows_do_not_see_each_other(random_params, tiny_ids):
+    params, ids = random_params(MODERN), tiny_ids(MODERN, 2, 12)
+    swapped = logits(MODERN, params, ids[::-1].copy())
+    np.testing.assert_allclose(swapped[::-1], logits(MODERN, params, ids), atol=1e-6)
+
+
+def test_smear_and_backout_by_hand(random_params):
+    """Blocks that add nothing, so that only the extras are left: two tokens, two layers."""
+    config = replace(MODERN, num_layers=2)
+    params = {
+        path: jnp.zeros_like(value) if "c_proj" in path else value
+        for path, value in random_params(config).items()
+    } | {
+        "resid_lambdas": jnp.array([2.0, 3.0]),
+        "x0_lambdas": jnp.array([0.5, 0.25]),
+        "smear_lambda": jnp.array([0.6]),
+        "smear_gate.kernel": jnp.zeros((24, 1)),  # a gate of one half
+        "backout_lambda": jnp.array([0.2]),
+    }
+    first, second = np.asarray(params["wte.table"], np.float64)[[3, 5]]
+    first, second = (x / np.sqrt(np.mean(x**2)) for x in (first, second))
+    x0 = np.stack([first, second + 0.6 * 0.5 * first])
+    x1 = 2.0 * x0 + 0.5 * x0
+    x2 = 3.0 * x1 + 0.25 * x0  # after layer 1 = L // 2: what is kept and subtracted
+    x = x2 - 0.2 * x2
+    expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True))
+    hidden = jax.jit(lambda p: bind(config, p).hidden(jnp.array([[3, 5]])))(params)
+    np.testing.assert_allclose(hidden[0], expected, atol=1e-5)
+
+
+def test_windows_and_value_embeddings_of_each_layer():
+    def windows(pattern, num_layers, seq_len):
+        return replace(
+            MODERN, window_pattern=pattern, num_layers=num_layers, seq_len=seq_len
+        ).windows
+
+    assert windows("SSSL", 6, 2_048) == (512, 512, 512, 2_048, 512, 2_048)
+    assert windows("L", 2, 2_048) == (2_048, 2_048)
+    assert windows("S", 3, 1_000) == (256, 256, 1_000)  # 250, up to a multiple of 128
+    assert windows("SL", 2, 64) == (128, 64)  # shorter than the shortest window
+    with_value_embeds = {
+        depth: [i for i in range(depth) if replace(MODERN, num_layers=depth).has_value_embed(i)]
+        for depth in (1, 2, 5)
+    }
+    assert with_value_embeds == {1: [0], 2: [1], 5: [0, 2, 4]}
+    assert not any(CLASSIC.has_value_embed(layer) for layer in range(2))
+
+
+def mean_loss(config, ids):
+    def loss(params):
+        hidden = bind(config, params).hidden(ids[:, :-1])
+        weights = jnp.full(ids[:, 1:].shape, 1 / ids[:, 1:].size, jnp.float32)
+        head = params["lm_head.kernel"]
+        return cross_entropy_sum(hidden, head, ids[:, 1:], weights, config.vocab_size, 5)
+
+    return loss
+
+
+def test_recomputing_activations_changes_no_gradient(random_params, tiny_ids):
+    config = replace(MODERN, num_layers=2)
+    params, ids = random_params(config), tiny_ids(config, 2, 10)
+    kept, recomputed = (
+        jax.jit(jax.value_and_grad(mean_loss(replace(config, remat=remat), ids)))(params)
+        for remat in ("none", "full")
+    )
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@BOTH
+def test_bfloat16_loss_is_within_a_percent(config, random_params, tiny_ids):
+    params, ids = random_params(config), tiny_ids(config, 4, 33)
+    exact, rounded = (
+        float(jax.jit(mean_loss(replace(config, compute_dtype=dtype), ids))(params))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.01)
+
+
+@BOTH
+def test_fresh_parameters_follow_the_documented_spread(config):
+    config = replace(config, model_dim=128, vocab_size=1_024)
+    params = initialise(config, jax.random.key(3))
+    width_std = 128**-0.5
+    spread = {
+        "wte.table": config.embed_init_std,
+        "lm_head.kernel": 0.001,
+        "c_q.kernel": width_std,
+        "c_k.kernel": width_std,
+        "c_v.kernel": width_std,
+        "c_fc.kernel": width_std * config.fc_init_scale,
+        "c_proj.kernel": 0.0,
+    } | {f"value_embeds.{layer}.table": width_std for layer in range(3)}
+    exact = {
+        "resid_lambdas": [1.15, 1.10, 1.05],
+        "x0_lambdas": [0.20, 0.125, 0.05],
+        "smear_lambda": [0.0],
+        "backout_lambda": [0.2],
+    }
+    for path, value in params.items():
+        if path in exact:
+            np.testing.assert_allclose(value, exact[path], rtol=1e-6)
+        elif "gate" in path:
+            assert 0 <= value.min() < value.max() <= 0.02
+        else:
+            std = next(std for end, std in spread.items() if path.endswith(end))
+            assert float(value.std()) == pytest.approx(std, rel=0.05)
+            assert abs(float(value.mean())) <= 4 * std / value.size**0.5
+            if path.endswith(("c_q.kernel", "c_fc.kernel")):  # uniform: no outliers
+                assert float(jnp.abs(value).max()) <= 3**0.5 * std * (1 + 1e-6)
+
+
+def test_each_parameter_is_drawn_for_itself_and_by_the_seed():
+    """No two of the same shape alike; the same seed the same numbers, another seed others."""
+    params, again = (initialise(MODERN, jax.random.key(seed)) for seed in (0, 0))
+    other = initialise(MODERN, jax.random.key(1))
+    drawn = [path for path, value in params.items() if float(value.std()) and value.ndim == 2]
+    for i, path in enumerate(drawn):
+        np.testing.assert_array_equal(params[path], again[path])
+        assert np.any(params[path] != other[path]), path
+        for twin in drawn[:i]:
+            same_shape = params[path].shape == params[twin].shape
+            assert not same_shape or np.any(params[path] != params[twin]), (path, twin)
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = param_shardings(mesh, param_shapes(MODERN))
+    sharded = jax.jit(lambda: init_params(MODERN, jax.random.key(5)), out_shardings=shardings)()
+    for path, value in initialise(MODERN, jax.random.key(5)).items():
+        assert sharded[path].sharding == shardings[path]
+        np.testing.assert_array_equal(sharded[path], value)
+
+
+@BOTH
+def test_parameters_go_into_the_module_and_come_out_unchanged(config, random_params):
+    params = random_params(config)
+    model = bind(config, jax.tree.map(jnp.asarray, params))
+    back = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert sorted(back) == sorted(params)
+    for path, value in params.items():
+        np.testing.assert_array_equal(back[path], value)

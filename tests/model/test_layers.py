@@ -1,0 +1,70 @@
+"""The parts of the model against their definitions in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate
+
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def test_rms_norm_is_its_definition():
+    x = draw(3, 5, 16).astype(np.float64) * 7
+    x[0, 0] = 0
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.finfo(np.float32).eps)
+    np.testing.assert_allclose(rms_norm(jnp.float32(x)), expected, rtol=1e-6)
+    assert not np.any(rms_norm(jnp.zeros((2, 8))))
+
+
+def test_rms_norm_sums_in_float32():
+    """4,096 squares do not add up in 8 bits of mantissa; the result keeps its dtype."""
+    x = jnp.full((1, 4096), 16, jnp.bfloat16)
+    out = rms_norm(x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), 1, rtol=2**-8)
+
+
+def test_weights_are_cast_where_they_are_used():
+    x, kernel, table = draw(2, 3, 8), draw(8, 4), draw(5, 8)
+    out = Linear(jnp.asarray(kernel))(jnp.bfloat16(x))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), x @ kernel, atol=0.1)
+    np.testing.assert_allclose(Linear(jnp.asarray(kernel))(jnp.asarray(x)), x @ kernel, atol=1e-5)
+    rows = Embedding(jnp.asarray(table))(jnp.array([[4, 0]]), jnp.float32)
+    np.testing.assert_array_equal(rows, table[[[4, 0]]])
+
+
+def test_rotation_turns_by_minus_the_angle():
+    x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 4)  # the pairs (1, 0) and (0, 2)
+    out = rotate(x, *rotary_tables(jnp.array([3]), 4, base=100.0))
+    first, second = 3.0, 3.0 * 100.0 ** (-2 / 4)
+    expected = [np.cos(first), 2 * np.sin(second), -np.sin(first), 2 * np.cos(second)]
+    np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_only_the_distance_of_positions_matters():
+    q, k = draw(8), draw(8)
+
+    def score(query_position, key_position):
+        positions = jnp.array([query_position, key_position])
+        both = rotate(jnp.stack([q, k])[None, :, None], *rotary_tables(positions, 8, 10_000.0))
+        return float(both[0, 0, 0] @ both[0, 1, 0])
+
+    assert score(7, 2) == pytest.approx(score(905, 900), abs=1e-3)
+    assert score(7, 2) != pytest.approx(score(7, 3), abs=1e-2)
+    assert score(5, 5) == pytest.approx(float(q @ k), abs=1e-5)
+
+
+def test_rotary_positions_have_no_end():
+    """No table to outgrow: as exact at 100,000 as float32 angles can be."""
+    positions = np.array([0, 1, 2_048, 100_000])
+    cos, sin = rotary_tables(jnp.asarray(positions), 8, 10_000.0)
+    angles = positions[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-2)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-2)
+    np.testing.assert_allclose(cos[:3], np.cos(angles[:3]), atol=2e-4)
