@@ -60,8 +60,8 @@ run_stage() { # number, what it does, script and arguments... ; stops everything
     echo "[$number/${#STAGES[@]}] done in $(duration $((SECONDS - start)))"
     return
   fi
-  if ((status == EXIT_RESUME_ME || status == 0)); then
-    echo "stopped after $(duration $SECONDS), state saved; to continue, run the same command again" >&2
+  if ((status == EXIT_RESUME_ME || status == 0)) || [[ -n "$interrupted" && $status -ge 130 ]]; then
+    echo "stopped after $(duration $SECONDS), finished steps are saved; to continue, run the same command again" >&2
     exit $EXIT_RESUME_ME
   fi
   echo "error: [$number/${#STAGES[@]}] $what: exit status $status; run the same command again once it is" \

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     c = default.get_config()
     c.run.name = "d26"
     c.model.depth = 26
+    c.data.packing = "stream"
     c.data.num_shards = 450
     c.base.device_batch_size = 16  # 80 GB hold no more; accumulation keeps the step the same
     return c

@@ -104,4 +104,4 @@ def get_config() -> ConfigDict:
     c.eval.prompts = PROMPTS  # continued greedily
     c.eval.sample_tokens = 16  # new tokens a sample
     c.eval.trigram_tokens = 0  # train a trigram yardstick on so many tokens; 0: none
-    return c
+    return c.lock()

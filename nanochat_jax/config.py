@@ -35,7 +35,12 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
         raise UserError(
             f"no recipe at {path}; expected a file like configs/d20.py (there: {known})"
         )
-    config = _import(path).get_config()
+    try:
+        config = _import(path).get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: {error}; expected keys of configs/default.py, typed as there"
+        ) from error
     for name, text in (overrides or {}).items():
         _override(config, name, text)
     return config.lock()

@@ -4,6 +4,7 @@
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def git_state() -> dict[str, Any]:
     }
 
 
-def only_one(stage_dir: Path) -> filelock.BaseFileLock:
+def only_one(stage_dir: Path) -> AbstractContextManager:
     """Hold the stage for this process; a second one is told so. A killed process lets go."""
     stage_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(stage_dir / ".lock")
     try:
-        return lock.acquire(timeout=0).lock
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{stage_dir} is in use by another process; wait for it, or choose another "

@@ -306,7 +306,7 @@ def _outcomes(stage: Stage) -> list[tuple[str, str]]:
         rows.append(("MFU against", source))
         first = number(stage.train[0].get("step_secs"))
         if first and stage.train[0]["step"] == 0:
-            rows.append(("First step, with compiling", show_duration(first)))
+            rows.append(("First step", show_duration(first)))
     rows.append(("Wall-clock", show_duration(stage.wall_secs)))
     if stage.eval_secs:
         rows.append(("Evaluation", show_duration(stage.eval_secs)))

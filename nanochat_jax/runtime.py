@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh, NamedSharding
 
+from nanochat_jax import hardware
 from nanochat_jax.common import UserError, base_dir, log
 from nanochat_jax.model.sharding import ROWS
 from nanochat_jax.train.state import TrainState
@@ -43,7 +44,6 @@ def compile_step(train_step, state: TrainState, rows: int, seq_len: int, mesh: M
 
     state: shapes with shardings (train.state.abstract_state).
     """
-    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh)
     batch = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS))
     began = time.monotonic()
     log("compiling train_step ...")
@@ -57,6 +57,14 @@ def compile_step(train_step, state: TrainState, rows: int, seq_len: int, mesh: M
     )
     _require(needed, "a step needs", mesh)
     return compiled
+
+
+def require_memory(state: TrainState, mesh: Mesh) -> None:
+    """UserError when weights, gradients and optimizer state alone do not fit; costs nothing to ask.
+
+    state: shapes with shardings (train.state.abstract_state).
+    """
+    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh)
 
 
 def compiled_bytes(compiled) -> int:
@@ -75,7 +83,11 @@ def available_bytes(mesh: Mesh) -> int:
     """Bytes a device of this process can still take; CPU devices share the machine's memory."""
     device = mesh.local_mesh.devices.flat[0]
     if device.platform == "cpu":
-        return psutil.virtual_memory().available // mesh.local_mesh.size
+        free = psutil.virtual_memory().available
+        limit = hardware.memory_bytes()  # a container's, where there is one
+        if limit:
+            free = min(free, limit - psutil.Process().memory_info().rss)
+        return free // mesh.local_mesh.size
     stats = device.memory_stats()
     return stats["bytes_limit"] - stats["bytes_in_use"]
 

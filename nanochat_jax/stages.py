@@ -21,7 +21,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import hardware, recipe
-from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, read_json, run_dir, write_json
+from nanochat_jax.common import (
+    EXIT_RESUME_ME,
+    UserError,
+    locked,
+    log,
+    read_json,
+    run_dir,
+    sha256_file,
+    write_json,
+)
 from nanochat_jax.config import Recipe, flatten
 from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
 from nanochat_jax.data.prepare import ensure
@@ -35,14 +44,17 @@ from nanochat_jax.model.sharding import make_mesh, num_row_shards, param_shardin
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer
 from nanochat_jax.provenance import RunInfo, only_one
-from nanochat_jax.runtime import compile_step, start_runtime
+from nanochat_jax.runtime import compile_step, require_memory, start_runtime
 from nanochat_jax.tokenizer import bpe
 from nanochat_jax.train.checkpoint import (
+    CHECKSUMS,
     Checkpoints,
+    damage,
     list_steps,
     read_data_states,
     read_host,
     restore_params,
+    step_dir,
 )
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
@@ -90,28 +102,36 @@ def run_tokenizer(config: Recipe) -> bpe.Tokenizer:
     """Train the tokenizer on the first characters of the training text, or load it."""
     folder = run_dir(config.run.name) / "tokenizer"
     wanted = {k: v for k, v in flatten(config).items() if k.startswith(TOKENIZER_KEYS)}
-    if (folder / "tokenizer.json").exists():
-        made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
-        recipe.refuse_changes(made_with, wanted, ("data.local_dir",), f"the tokenizer in {folder}")
-        log(f"tokenizer: {folder / 'tokenizer.json'} is there")
-        return bpe.Tokenizer.load(folder)
+    with locked(folder / "tokenizer.json"):  # processes that ask at once wait for the one at work
+        if not (folder / "tokenizer.json").exists():
+            return _train_tokenizer(config, folder, wanted)
+    made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
+    recipe.refuse_changes(made_with, wanted, ("data.local_dir",), f"the tokenizer in {folder}")
+    log(f"tokenizer: {folder / 'tokenizer.json'} is there")
+    return bpe.Tokenizer.load(folder)
+
+
+def _train_tokenizer(config: Recipe, folder: Path, wanted: dict[str, Any]) -> bpe.Tokenizer:
     train_paths, _ = run_data(config)
     t = config.tokenizer
     log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
-    began = time.monotonic()
     info = RunInfo(folder)
     texts = bpe.capped(documents(train_paths), t.train_chars, t.doc_chars)
     tokenizer = bpe.train(texts, t.vocab_size)
     write_json(folder / "config.json", wanted)
     tokenizer.save(folder)
     info.update()
-    log(f"tokenizer: {tokenizer.vocab_size:,} tokens in {format_secs(time.monotonic() - began)}")
+    log(f"tokenizer: {tokenizer.vocab_size:,} tokens in {format_secs(info.values['wall_secs'])}")
     return tokenizer
 
 
 def run_tok_eval(config: Recipe) -> None:
     """How many bytes a token holds, by kind of text, beside GPT-2's and GPT-4's encodings."""
     tokenizer = run_tokenizer(config)
+    out = run_dir(config.run.name) / "eval" / "tokenizer.json"
+    if out.exists() and read_json(out, "delete it").get("sha256") == tokenizer.sha256():
+        log(f"tok_eval: {out} is there")
+        return
     train_paths, val_path = run_data(config)
     slices = {
         "training text": "\n".join(itertools.islice(documents(train_paths), 200))[:200_000],
@@ -119,7 +139,7 @@ def run_tok_eval(config: Recipe) -> None:
     }
     result = compression.compare(tokenizer, slices)
     log(compression.table(result))
-    write_json(run_dir(config.run.name) / "eval" / "tokenizer.json", result)
+    write_json(out, {"sha256": tokenizer.sha256(), **result})
 
 
 def run_base(config: Recipe) -> int:
@@ -137,9 +157,20 @@ def run_base(config: Recipe) -> int:
 
 def _train_base(run: Run, stage: Path) -> int:
     config, mesh, model = run.config, run.mesh, run.model
+    b, d = config.base, config.data
+    lr_multiplier = partial(
+        schedules.lr_multiplier,
+        num_steps=b.num_steps,
+        warmup_steps=b.warmup_steps,
+        warmdown_frac=b.warmdown_frac,
+        final_frac=b.final_lr_frac,
+    )
+    tx = _optimizer(config, model, lr_multiplier)
+    target = abstract_state(model, tx, mesh)
+    require_memory(target, mesh)  # before the download that would be for nothing
+    info = RunInfo(stage, run.is_main)
     tokenizer = run_tokenizer(config)
     train_paths, val_path = run_data(config)
-    b, d = config.base, config.data
     rows, rows_at_once = recipe.rows_per_step(config, num_row_shards(mesh))
     batches = train_batches(
         train_paths,
@@ -155,14 +186,6 @@ def _train_base(run: Run, stage: Path) -> int:
         prefetch=d.prefetch_batches,
     )
 
-    lr_multiplier = partial(
-        schedules.lr_multiplier,
-        num_steps=b.num_steps,
-        warmup_steps=b.warmup_steps,
-        warmdown_frac=b.warmdown_frac,
-        final_frac=b.final_lr_frac,
-    )
-    tx = _optimizer(config, model, lr_multiplier)
     train_step = make_train_step(
         model,
         tx,
@@ -181,7 +204,6 @@ def _train_base(run: Run, stage: Path) -> int:
         log(f"base: continuing from the checkpoint at step {found}")
     batches.start_prefetch()  # the first batches are packed while the step is compiled
 
-    target = abstract_state(model, tx, mesh)
     train_step = compile_step(train_step, target, rows, model.seq_len, mesh)
     if found is None:
         state = create_state(model, tx, mesh, config.run.seed)
@@ -193,16 +215,15 @@ def _train_base(run: Run, stage: Path) -> int:
     flops = train_flops_per_token(model)
     device = mesh.devices.flat[0]
     peak, peak_source = hardware.compute_ceiling(device.platform, device.device_kind, mesh.size)
-    info = RunInfo(
-        stage,
-        run.is_main,
-        params=param_counts(model),
-        flops_per_token=flops,
-        tokens_per_step=b.total_batch_tokens,
-        num_steps=b.num_steps,
-        peak_flops=peak,
-        peak_flops_source=peak_source,
-    )
+    info.values |= {
+        "params": param_counts(model),
+        "flops_per_token": flops,
+        "tokens_per_step": b.total_batch_tokens,
+        "num_steps": b.num_steps,
+        "peak_flops": peak,
+        "peak_flops_source": peak_source,
+    }
+    info.update()
     step_flops = flops * b.total_batch_tokens
     log(f"base: a step is {step_flops / 1e12:,.1f} TFLOP; MFU is against {peak_source}")
     if peak:
@@ -255,7 +276,13 @@ def run_base_eval(config: Recipe) -> None:
     steps = list_steps(folder)
     if not steps:
         raise UserError(f"no checkpoint in {folder}; run scripts/train.py with this recipe first")
-    settings = {"step": steps[-1], **recipe.flat_json(config, "eval.")}
+    if lines := damage(folder, steps[-1]):
+        done = run.dir / "base" / "result.json"
+        raise UserError(f"{lines[0]}; delete {done} and run scripts/train.py again")
+    settings = {
+        "checkpoint": sha256_file(step_dir(folder, steps[-1]) / CHECKSUMS),
+        **recipe.flat_json(config, "eval."),
+    }
     if out.exists() and read_json(out, "delete it").get("settings") == settings:
         log(f"base_eval: {out} is there, of step {steps[-1]}")
         return
@@ -296,6 +323,11 @@ def start(config: Recipe) -> Run:
     ):
         log(f"  {key} = {value:,}  ({formula})" if isinstance(value, int) else f"  {key} = {value}")
     mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+    if num_row_shards(mesh) % jax.process_count():
+        raise UserError(
+            f"config.mesh got data x fsdp = {num_row_shards(mesh)} row shards for "
+            f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
+        )
     folder = run_dir(config.run.name)
     return Run(config, mesh, recipe.gpt_config(config), folder, jax.process_index() == 0)
 
@@ -353,7 +385,8 @@ def _samples(run: Run, tokenizer: bpe.Tokenizer) -> Callable[[dict], list[dict[s
 
     def samples(params: dict) -> list[dict[str, str]]:
         new = generate_greedy(run.model, params, ids, e.sample_tokens)
-        texts = [tokenizer.decode(row) for row in new]
+        # Too little text makes a smaller vocabulary than the model's: the ids above mean nothing.
+        texts = [tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in new]
         return [{"prompt": p, "text": t} for p, t in zip(e.prompts, texts, strict=True)]
 
     return samples
@@ -365,17 +398,20 @@ def _trigrams(
     """Bits per byte on the validation rows of trigram models of the same training text."""
     e, model = run.config.eval, run.model
 
-    def rows(paths: list[Path], tokens: int) -> list[np.ndarray]:
+    def rows(paths: list[Path], tokens: int, packing: str) -> list[np.ndarray]:
         batches = eval_batches(
             paths,
             tokenizer,
+            packing=packing,
             seq_len=model.seq_len,
             batch_rows=e.device_batch_size,
             num_batches=max(1, tokens // (e.device_batch_size * model.seq_len)),
         )
         return [np.concatenate([b["inputs"], b["targets"][:, -1:]], axis=1) for b in batches]
 
-    train, val = rows(train_paths, e.trigram_tokens), rows([val_path], e.val_tokens)
+    # Trained on the rows the model trains on, scored on the rows it is scored on.
+    train = rows(train_paths, e.trigram_tokens, run.config.data.packing)
+    val = rows([val_path], e.val_tokens, "best_fit")
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     pieces = [p if n else b"" for p, n in zip(pieces, tokenizer.token_bytes(), strict=True)]
     token_bytes = tokenizer.token_bytes()

@@ -91,6 +91,17 @@ def test_help_explains_every_key(capsys):
     assert "derived(" not in text
 
 
+def test_a_typo_in_a_recipe_file_is_named(tmp_path):
+    start = "from configs import default\ndef get_config():\n    c = default.get_config()\n"
+    for number, (line, message) in enumerate(
+        [("c.model.detph = 3", "detph.*expected keys"), ("c.model.depth = '3'", "expected keys")]
+    ):
+        path = tmp_path / f"typo{number}.py"
+        path.write_text(f"{start}    {line}\n    return c\n")
+        with pytest.raises(UserError, match=f"(?s){path.name}.*{message}"):
+            cfg.load(path)
+
+
 def test_a_recipe_file_without_get_config_says_so(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="has no get_config"):

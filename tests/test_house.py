@@ -37,14 +37,14 @@ LAYERS = (
     ("rl",),
     ("interop",),
     ("serve", "report", "parity", "bench"),
-    ("stages",),
+    ("stages", "planning"),
     ("scripts", "configs"),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Beyond the order: a model knows nothing of text, and recipes stop where the work begins.
 NO_TEXT = {"tools", "tokenizer", "data", "tasks"}
 KEPT_OUT = {"model": NO_TEXT, "optim": NO_TEXT}
-KNOW_CONFIG = {"config", "recipe", "parity", "stages", "scripts", "configs"}
+KNOW_CONFIG = {"config", "recipe", "parity", "stages", "planning", "scripts", "configs"}
 
 MAX_LINES = 450
 MAX_SCRIPT_LINES = 85

@@ -99,7 +99,7 @@ def test_numbers_by_hand(run):
         "| Lowest val bpb | 0.9000 (step 10) |",
         "| Tokens per second | 32,768 (median) |",  # 8192 tokens in 0.25 s, the first step left out
         "| MFU | 3.3% |",  # 7.912e9 * 32768 / 7.912e15
-        "| First step, with compiling | 30.0 s |",
+        "| First step | 30.0 s |",
         "| Restarts | 2 |",
         "| wall-clock | 1 h 00 min | all stages and evaluations |",  # 3540 s and 60 s
         "| cost | $24.00 | $24.00 an hour |",  # an hour of 8 x $3

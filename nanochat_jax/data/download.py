@@ -109,7 +109,7 @@ def _is_recorded(directory: Path, manifest: dict[str, Any], name: str) -> bool:
 
 def _ask(repo_id: str, name: str, revision: str, endpoint: str | None) -> RemoteFile:
     url = hf_hub_url(repo_id, name, repo_type="dataset", revision=revision, endpoint=endpoint)
-    found = _persistently(name, lambda: get_hf_file_metadata(url, endpoint=endpoint))
+    found = _persistently(name, lambda: get_hf_file_metadata(url, endpoint=endpoint), time.sleep)
     if found.size is None or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
         raise UserError(
             f"{url}: got size {found.size} and etag {found.etag}, expected a size and a SHA-256; "
@@ -136,7 +136,7 @@ def _fetch(
             progress(-file.num_bytes)
             raise _WrongHash(f"got SHA-256 {digest}, expected {file.sha256}")
 
-    _persistently(file.name, attempt, lambda: _received_bytes(directory, file))
+    _persistently(file.name, attempt, stop.wait, lambda: _received_bytes(directory, file))
     os.replace(part, path)
     return file
 
@@ -192,7 +192,12 @@ class _Stopped(Exception):
     """Another file failed for good."""
 
 
-def _persistently(name: str, action: Callable[[], T], received: Callable[[], int] = lambda: 0) -> T:
+def _persistently(
+    name: str,
+    action: Callable[[], T],
+    pause: Callable[[float], Any],
+    received: Callable[[], int] = lambda: 0,
+) -> T:
     """`action`, again after a pause when the network or the server fails; UserError in the end.
 
     The end are _MAX_ATTEMPTS in a row in which `received` did not grow, or an error that would come
@@ -213,7 +218,8 @@ def _persistently(name: str, action: Callable[[], T], received: Callable[[], int
             raise UserError(f"{name}: {summary}: {advice}")
         wait_secs = min(_FIRST_WAIT_SECS * 2 ** (failures - 1), _MAX_WAIT_SECS)
         log(f"{name}: {summary}; again in {wait_secs:g} s")
-        time.sleep(wait_secs)
+        if pause(wait_secs):
+            raise _Stopped
 
 
 def _advice(error: Exception, failures: int, wrong_hashes: int) -> str | None:

@@ -263,8 +263,9 @@ def eval_batches(
 ) -> list[Batch]:
     """The first `num_batches` batches of one pass over `paths`: the same ones at every call.
 
-    Packed as for training. Fewer when the text ends; an error when it does not fill one. Every
-    process packs all rows and keeps its own, R = batch_rows / process_count.
+    Packed as for training. When the text ends there are fewer, the last filled up with rows whose
+    targets are all -1; an error when there is not one row. Every process packs all rows and keeps
+    its own, R = batch_rows / process_count.
     """
     if batch_rows % process_count:
         raise UserError(
@@ -277,13 +278,15 @@ def eval_batches(
     batches = []
     while len(batches) < num_batches:
         rows = [row for _ in range(batch_rows) if (row := lane.next_row()) is not None]
-        if len(rows) < batch_rows:
+        if not rows:
             break
-        batches.append(make_batch(corpus, rows[ours]))
+        missing = batch_rows - len(rows)
+        batch = make_batch(corpus, rows + rows[-1:] * missing)
+        batch["targets"][len(rows) :] = -1
+        batches.append({name: v[ours] if name != "epoch" else v for name, v in batch.items()})
     if not batches:
         raise UserError(
             f"got {corpus.num_documents} documents in {', '.join(map(str, corpus.paths))}, "
-            f"expected enough for {batch_rows} rows of {seq_len + 1} tokens; use more text, "
-            "shorter rows or a smaller batch"
+            f"expected enough for a row of {seq_len + 1} tokens; use more text or shorter rows"
         )
     return batches

@@ -8,6 +8,7 @@ stood in are counted. A shard that cannot be read is an error that names it.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +61,8 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when shards are added, removed, renamed or cut otherwise; blind to folders."""
-        names = [path.name for path in self.paths]
-        return hashlib.sha256(repr((names, self.row_groups)).encode()).hexdigest()[:16]
+        """Changes when shards are added, removed, renamed or rewritten; blind to folders."""
+        return hashlib.sha256(b"".join(map(_tail, self.paths))).hexdigest()[:16]
 
     def read(self, group: int) -> Texts:
         """Decode row group number `group`."""
@@ -81,6 +81,14 @@ class Corpus:
         """A document's name for people: shard_00003:12:417 is row 417 of its row group 12."""
         shard, index, *_ = self.row_groups[group]
         return f"{self.paths[shard].stem}:{index}:{row}"
+
+
+def _tail(path: Path) -> bytes:
+    """Name, size and end of a shard: its footer holds offsets and statistics of every column."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 65_536))
+        return f"{path.name} {size}\n".encode() + file.read()
 
 
 def corrupt_shard(path: Path, error: Exception) -> UserError:

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from nanochat_jax.model.gpt import SOFTCAP, GPTConfig, bind
 
@@ -25,7 +26,10 @@ def generate_greedy(
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    out = np.asarray(_continue(config, max_new_tokens, params, ids, lengths))
+    out = _continue(config, max_new_tokens, params, ids, lengths)
+    if not out.is_fully_addressable:
+        out = multihost_utils.process_allgather(out, tiled=True)
+    out = np.asarray(out)
     return [row[n : n + max_new_tokens].tolist() for row, n in zip(out, lengths, strict=True)]
 
 

@@ -10,19 +10,21 @@
 
 Saving copies the state to host memory and writes in the background. A step directory without
 checksums.json is a save that never finished: it is not listed, and removed at the next start. Kept
-are the newest `keep` and the best; a damaged one is passed over, loudly, for the one before.
+are the newest `keep` and the best; a damaged one is set aside, loudly, for the one before.
 """
 
 import hashlib
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from nanochat_jax.common import UserError, log, read_json, sha256_file, write_json
@@ -43,7 +45,10 @@ def list_steps(directory: Path) -> list[int]:
 def damage(directory: Path, step: int) -> list[str]:
     """One line per file that is missing or differs from its checksum; empty when all is well."""
     folder = step_dir(directory, step)
-    expected = read_json(folder / CHECKSUMS, "the save did not finish; use another step")
+    try:
+        expected = read_json(folder / CHECKSUMS, "the save did not finish")
+    except UserError as error:
+        return [str(error)]
     lines = []
     for name, entry in expected.items():
         path = folder / name
@@ -159,12 +164,26 @@ class Checkpoints:
         return state._replace(params=restored["params"])
 
     def latest_intact(self) -> int | None:
-        """The newest step whose files match their checksums."""
+        """The newest step whose files match their checksums, the same on all processes.
+
+        Damaged ones are set aside (renamed), so that their steps can be saved again.
+        """
+        step = self._latest_intact() if jax.process_index() == 0 else None
+        if jax.process_count() > 1:
+            known = np.int32(-1 if step is None else step)
+            step = int(multihost_utils.broadcast_one_to_all(known))
+            step = None if step < 0 else step
+        return step
+
+    def _latest_intact(self) -> int | None:
         for step in reversed(list_steps(self.directory)):
             lines = damage(self.directory, step)
             if not lines:
                 return step
-            log(f"checkpoint at step {step} is damaged, going back to the one before: {lines[0]}")
+            folder = step_dir(self.directory, step)
+            aside = folder.with_name(f"damaged_{folder.name}_{time.time_ns()}")
+            folder.rename(aside)
+            log(f"checkpoint at step {step} is damaged ({lines[0]}); it is now {aside}")
         return None
 
     def record_score(self, step: int, bpb: float) -> None:

@@ -103,7 +103,7 @@ def fit(
         checkpoints.save(state, host, batches.get_state())
         on_save()
 
-    with stop_requests() as asked_to_stop:
+    with stop_requests() as asked_to_stop, finished_saves(checkpoints):
         while True:
             last, first = step == num_steps, step == 0
             due = [e for e in evaluations if last or (not first and _is_due(step, e.every_steps))]
@@ -113,7 +113,6 @@ def fit(
                 if stop or step > start:  # what was resumed from is already there
                     save()
                 if stop and not last:
-                    checkpoints.wait()
                     return FitResult(False, step, state)
                 for evaluation in due:
                     _evaluate(evaluation, state, step, metrics, console, checkpoints, loop_state)
@@ -126,8 +125,16 @@ def fit(
             state, values = dispatched
             pending = (step, values, batch["epoch"], batch["doc_ids"])
             step += 1
-    checkpoints.wait()
     return FitResult(True, step, state)
+
+
+@contextmanager
+def finished_saves(checkpoints: Checkpoints) -> Iterator[None]:
+    """Whatever ends the loop, a save that has begun is finished first."""
+    try:
+        yield
+    finally:
+        checkpoints.wait()
 
 
 @contextmanager
@@ -191,7 +198,7 @@ def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkp
         f" and {len(documents) - 8} more" if len(documents) > 8 else ""
     )
     raise UserError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, expected finite "
-        f"numbers; its batch held the documents {shown}; the last good checkpoint is {good}; lower "
-        "the learning rates or look at these documents"
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, update norm "
+        f"{values['update_norm']}, expected finite numbers; its batch held the documents {shown}; "
+        f"the last good checkpoint is {good}; lower the learning rates or look at these documents"
     )

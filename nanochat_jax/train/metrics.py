@@ -137,5 +137,6 @@ def _open_tracker(name: str, run_name: str):
         raise UserError(
             f"config.run.tracker={name} needs that package; pip install {name}"
         ) from None
-    module.init(project="nanochat-jax", name=run_name)
+    once = {"id": run_name, "resume": "allow"} if name == "wandb" else {"resume": "allow"}
+    module.init(project="nanochat-jax", name=run_name, **once)  # a restart continues the same run
     return module

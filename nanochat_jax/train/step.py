@@ -3,9 +3,9 @@
   batch [R, T] -> A microbatches -> sum of gradients / trained tokens of the whole batch -> update
 
 The loss is weighted by trained tokens over the global batch, so no split into microbatches or
-devices changes it, and a row without targets is harmless. When loss or gradient is not finite the
-state stays as it was and metrics["finite"] says so: the loop stops with nothing lost, without a
-check per step.
+devices changes it, and a row without targets is harmless. When a loss, gradient or update is not
+finite the state stays as it was and metrics["finite"] says so: the loop stops with nothing lost,
+without a check per step.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def make_train_step(
     """The jitted (state, batch) -> (state, metrics); the state given is consumed (donated).
 
     device_batch_size: rows one row shard works on at once; the rest of a batch is accumulated.
-    metrics: loss (before the update), grad_norm, tokens (trained ones), finite.
+    metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
     shards = num_row_shards(mesh)
     tile = loss_tile(tile_tokens, device_batch_size, config.seq_len)
@@ -63,17 +63,20 @@ def make_train_step(
 
             (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
 
-        grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        grad_norm = global_norm(grads)
         if grad_clip:
             factor = jnp.minimum(1.0, grad_clip / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        # An update can overflow though its gradient did not, and would poison the checkpoint.
+        update_norm = global_norm(updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         params = jax.tree.map(jnp.add, state.params, updates)
         new = TrainState(state.step + 1, params, opt_state, state.key)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return state, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "update_norm": update_norm}
+        return state, metrics | {"tokens": tokens, "finite": finite}
 
     shardings = state_shardings(config, tx, mesh)
     return jax.jit(
@@ -90,11 +93,17 @@ def loss_tile(tile_tokens: int, device_batch_size: int, seq_len: int) -> int:
     return min(seq_len, max(1, tile_tokens // device_batch_size))
 
 
+def global_norm(tree) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(tree)))
+
+
 def put_batch(batch: dict, mesh: Mesh) -> Batch:
     """This process's rows of inputs and targets as global arrays."""
     sharding = NamedSharding(mesh, ROWS)
     return {
-        name: jax.make_array_from_process_local_data(sharding, batch[name])
+        name: jax.make_array_from_process_local_data(
+            sharding, batch[name], (len(batch[name]) * jax.process_count(), batch[name].shape[1])
+        )
         for name in ("inputs", "targets")
     }
 

@@ -289,4 +289,4 @@ def test_script_meets_a_full_disk_and_continues_in_a_new_process(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 training shards and shard_01822.parquet" in done.stdout
     assert_whole(folder)
-    assert "bytes=100000-" in [r for _, _, r in hub.asked]
+    assert "bytes=102400-" in [r for _, _, r in hub.asked]

@@ -288,10 +288,22 @@ def test_eval_batches_begin_one_pass(make, corpus_paths, tiny_tokenizer, packing
 def test_eval_batches_stop_where_the_text_ends(corpus_paths, tiny_tokenizer):
     settings = dict(seq_len=SEQ_LEN, batch_rows=4)
     batches = eval_batches(corpus_paths[1], tiny_tokenizer, num_batches=10_000, **settings)
-    names = [name for b in batches for ids in b["doc_ids"] for name in ids]
+    real = [row for b in batches for row in range(4) if (b["targets"][row] >= 0).any()]
+    names = [
+        name
+        for b in batches
+        for row, ids in enumerate(b["doc_ids"])
+        if (b["targets"][row] >= 0).all()
+        for name in ids
+    ]
     assert len(names) == len(set(names)) <= 57
-    with pytest.raises(UserError, match="expected enough for 512 rows of 2049 tokens"):
-        eval_batches(corpus_paths[1], tiny_tokenizer, num_batches=1, seq_len=2048, batch_rows=512)
+    assert len(batches) == -(-len(real) // 4)  # filled up with rows nobody is scored on
+    one_by_one = eval_batches(
+        corpus_paths[1], tiny_tokenizer, num_batches=10_000, seq_len=SEQ_LEN, batch_rows=1
+    )
+    assert len(one_by_one) == len(real)  # the rows do not depend on the size of the batch
+    with pytest.raises(UserError, match="expected enough for a row of 65537 tokens"):
+        eval_batches(corpus_paths[1], tiny_tokenizer, num_batches=1, seq_len=2**16, batch_rows=2)
 
 
 TRAINER = """

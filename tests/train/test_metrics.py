@@ -39,7 +39,7 @@ def test_numbers_go_to_the_tracker_that_was_asked_for(tmp_path, monkeypatch):
     log = open_log(tmp_path / "metrics.jsonl", tracker="trackio")
     log.write("train", 7, loss=0.5, epoch=1, note="text is not a number")
     log.close()
-    assert started == {"project": "nanochat-jax", "name": "run"}
+    assert started == {"project": "nanochat-jax", "name": "run", "resume": "allow"}
     assert sent == [(7, {"train/loss": 0.5, "train/epoch": 1}), "finished"]
 
 

@@ -1,0 +1,151 @@
+"""What a run would be, before anything is paid for: numbers from the recipe, without a GPU.
+
+Closed forms give parameters, FLOPs, tokens, disk, hours and cost; with `compile_step` the training
+step is compiled for as many (CPU) devices as there would be GPUs, from shapes alone, and XLA's own
+analysis gives the memory. That is the CPU compiler's view: a GPU fuses attention and needs less.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from nanochat_jax import hardware, recipe
+from nanochat_jax.common import UserError
+from nanochat_jax.config import Recipe
+from nanochat_jax.data import registry
+from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops_per_token
+from nanochat_jax.model.gpt import param_shapes
+from nanochat_jax.model.sharding import ROWS, make_mesh
+from nanochat_jax.optim.build import build_optimizer
+from nanochat_jax.runtime import compiled_bytes
+from nanochat_jax.train.metrics import format_secs
+from nanochat_jax.train.state import abstract_state
+from nanochat_jax.train.step import make_train_step
+
+GIB = 2**30
+CHARS_PER_TOKEN = 4.7  # of English with vocabularies of 32k to 65k; scripts/tok_eval.py measures it
+BEST_FIT_KEPT_FRAC = 0.65  # best_fit packing cuts about a third of the text away
+
+Lines = list[tuple[str, str]]
+
+
+def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, compile_step: bool) -> str:
+    """The plan of a recipe on `num_gpus` of `gpu` at a model FLOPs utilisation `mfu`, as text."""
+    card = hardware.find_accelerator(gpu)
+    if card is None:
+        known = sorted({" ".join(row.words) for row in hardware.ACCELERATORS})
+        raise UserError(f"--gpu got {gpu!r}, expected one of: {', '.join(known)}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu got {mfu}, expected a fraction between 0 and 1")
+    derived = recipe.resolve(config, platform="gpu", num_devices=num_gpus)
+    shards = config.mesh.data * config.mesh.fsdp
+    rows, at_once = recipe.rows_per_step(config, shards)
+    sections = {
+        "derived": [(d.key, f"{_number(d.value):<14} {d.formula}") for d in derived],
+        "model": _model(config),
+        "text": _text(config),
+        "memory per device": _memory(config, card.memory_bytes, compile_step, rows, at_once),
+        f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, at_once),
+    }
+    lines = [f"{config.run.name}: a plan, nothing has been started"]
+    for title, entries in sections.items():
+        lines += ["", title, *(f"  {name:<24} {value}" for name, value in entries)]
+    return "\n".join(lines)
+
+
+def _model(config: Recipe) -> Lines:
+    c = recipe.gpt_config(config)
+    counts = param_counts(c)
+    shape = f"{c.num_layers} layers, width {c.model_dim}, {c.num_heads} heads of {c.head_dim}"
+    lines = [("shape", f"{shape}, {c.seq_len} tokens a row")]
+    lines += [(name.replace("_", " "), f"{n:>15,} parameters") for name, n in counts.items() if n]
+    return [*lines, ("FLOPs per token", f"{train_flops_per_token(c):>15,}")]
+
+
+def _text(config: Recipe) -> Lines:
+    d, b = config.data, config.base
+    tokens = b.num_steps * b.total_batch_tokens
+    kept = BEST_FIT_KEPT_FRAC if d.packing == "best_fit" else 1.0
+    chars = tokens * CHARS_PER_TOKEN / kept
+    lines = [
+        ("tokens", f"{tokens:,} in {b.num_steps:,} steps"),
+        ("characters needed", f"{chars / 1e9:,.1f}B ({d.packing} packing)"),
+    ]
+    dataset = registry.get(d.name)
+    if not dataset.repo_id:
+        return [*lines, ("source", f"{d.name}, made on the machine")]
+    have = d.num_shards * dataset.shard_chars
+    needed = -(-int(chars) // dataset.shard_chars)
+    enough = "enough" if have >= chars else f"{chars / have:.2f} epochs; one would take {needed}"
+    disk = (d.num_shards + 1) * dataset.shard_bytes / 1e9
+    return [
+        *lines,
+        ("shards", f"{d.num_shards} of {d.name} = {have / 1e9:,.1f}B characters: {enough}"),
+        ("download and disk", f"{disk:,.1f} GB"),
+    ]
+
+
+def _memory(config: Recipe, capacity: float, compiled: bool, rows: int, at_once: int) -> Lines:
+    split = config.mesh.fsdp * config.mesh.tensor
+    state = state_bytes(recipe.gpt_config(config))
+    lines = [(name, f"{size / split / GIB:6.1f} GiB") for name, size in state.items()]
+    if compiled:
+        needed = _compiled_step_bytes(config, rows, at_once)
+        lines.append(("whole step", f"{needed / GIB:6.1f} GiB by the CPU compiler's analysis"))
+    else:
+        lines.append(("whole step", "add --compile to have it compiled and analysed"))
+    checkpoint = (state["params"] + state["optimizer"]) / GIB
+    return [
+        *lines,
+        ("a device has", f"{capacity / GIB:6.1f} GiB"),
+        ("a checkpoint (disk)", f"{checkpoint:6.1f} GiB, kept: {config.base.keep_checkpoints} + 1"),
+    ]
+
+
+def _compiled_step_bytes(config: Recipe, rows: int, at_once: int) -> int:
+    m = config.mesh
+    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+    model = recipe.gpt_config(config)
+    tx = build_optimizer(
+        param_shapes(model),
+        model.model_dim,
+        recipe.optim_config(config, "gpu"),
+        lr_multiplier=lambda step: 1.0,
+        momentum=lambda step: 0.95,
+        weight_decay=lambda step: 0.0,
+    )
+    step = make_train_step(
+        model,
+        tx,
+        mesh,
+        device_batch_size=at_once,
+        tile_tokens=config.model.loss_tile_tokens,
+        grad_clip=config.optim.grad_clip,
+    )
+    batch = jax.ShapeDtypeStruct(
+        (rows, model.seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS)
+    )
+    with jax.set_mesh(mesh):
+        state = abstract_state(model, tx, mesh)
+        return compiled_bytes(step.lower(state, {"inputs": batch, "targets": batch}).compile())
+
+
+def _time(config: Recipe, card, num_gpus: int, mfu: float, rows: int, at_once: int) -> Lines:
+    b = config.base
+    flops = train_flops_per_token(recipe.gpt_config(config)) * b.total_batch_tokens
+    rate = num_gpus * card.peak_flops * mfu
+    secs = b.num_steps * flops / rate
+    parts = rows // (config.mesh.data * config.mesh.fsdp * at_once)
+    dollars = secs / 3600 * num_gpus * card.usd_per_hour
+    return [
+        ("a step", f"{rows} rows: {at_once} a device at once, {parts} in turn"),
+        ("all steps", f"{b.num_steps * flops:.3g} FLOPs"),
+        ("speed assumed", f"{mfu:.0%} of {num_gpus} x {card.peak_flops / 1e12:,.0f} TFLOP/s"),
+        ("tokens per second", f"{b.total_batch_tokens * rate / flops:,.0f}"),
+        ("time", f"{format_secs(secs)}, without evaluations and compiling"),
+        ("cost", f"${dollars:,.2f} at ${card.usd_per_hour:.2f} a device and hour"),
+    ]
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)

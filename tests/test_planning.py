@@ -1,0 +1,80 @@
+"""The plan of a run: its numbers by hand, and bad questions refused."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from nanochat_jax import config as cfg
+from nanochat_jax.common import UserError
+from nanochat_jax.planning import plan
+
+
+def planned(name: str, gpu="H100", num_gpus=8, mfu=0.5, compile_step=False, **overrides) -> str:
+    keys = {k.replace("__", "."): str(v) for k, v in overrides.items()}
+    config = cfg.load(cfg.CONFIGS / name, keys)
+    return plan(config, gpu=gpu, num_gpus=num_gpus, mfu=mfu, compile_step=compile_step)
+
+
+def test_d20_on_eight_h100s():
+    text = planned("d20.py")
+    for expected in (
+        "560,988,160 parameters",
+        "3,491,758,080",  # FLOPs per token
+        "11,219,763,200 in 21,400 steps",
+        "240 of fineweb_edu = 60.0B characters: enough",
+        "24.1 GB",  # 241 shards of 100 MB
+        "256 rows: 32 a device at once, 1 in turn",
+        "2h45m",  # 11.2e9 * 3.49e9 / (8 * 989e12 / 2) seconds
+        "$66.02",
+    ):
+        assert expected in text, f"{expected} in\n{text}"
+
+
+def test_fewer_gpus_take_longer_and_cost_the_same():
+    text = planned("d20.py", num_gpus=1)
+    assert "32 a device at once, 8 in turn" in text
+    assert "22h00m" in text and "$66.02" in text
+
+
+def test_too_little_text_is_told():
+    assert "epochs; one would take" in planned("d20.py", data__num_shards=100)
+
+
+def test_memory_of_the_compiled_step():
+    overrides = {"base__num_steps": 1, "base__total_batch_tokens": 1024}
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own bfloat16 attention counts on it
+        text = planned("tiny.py", num_gpus=8, compile_step=True, **overrides)
+    line = next(line for line in text.splitlines() if "whole step" in line)
+    assert 0 < float(line.split()[2]) + 0.1 < 1 and "CPU compiler" in line
+
+
+def test_bad_questions():
+    with pytest.raises(UserError, match="--gpu got 'Voodoo2', expected one of: .*h100"):
+        planned("d20.py", gpu="Voodoo2")
+    with pytest.raises(UserError, match="--mfu got 1.5"):
+        planned("d20.py", mfu=1.5)
+    with pytest.raises(UserError, match="expected a multiple of 3 row shards"):
+        planned("d20.py", num_gpus=3)
+
+
+def test_benchmarks_need_no_data_libraries():
+    """They run on machines that have JAX, flax and optax alone."""
+    program = (
+        "import sys\n"
+        "for name in ('grain', 'ml_collections', 'datasets', 'rustbpe'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.path.insert(0, 'scripts')\n"
+        "sys.argv = ['bench_train', '--shape=tiny', '--secs=0']\n"
+        "import bench_train\n"
+        "bench_train.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=cfg.CONFIGS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert result["bytes"]["ours"] < result["bytes"]["naive"]
+    assert min(result["ms"].values()) > 0
