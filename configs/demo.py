@@ -31,12 +31,12 @@ def get_config() -> ConfigDict:
     c.model.head_dim = 64
     c.model.seq_len = 256
     c.optim.scale_by_batch = False  # its reference, half a million tokens a step, is too far away
-    c.base.num_steps = 900
+    c.base.num_steps = 400
     c.base.total_batch_tokens = 8_192
     c.base.device_batch_size = 32
-    c.base.eval_every = 150
-    c.base.sample_every = 300
-    c.base.save_every = 150
+    c.base.eval_every = 100
+    c.base.sample_every = 200
+    c.base.save_every = 100
     c.eval.val_tokens = 262_144
     c.eval.prompts = PROMPTS
     c.eval.sample_tokens = 48
