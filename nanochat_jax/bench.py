@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
+from nanochat_jax.runtime import available_bytes, compiled_bytes
 
 MIN_TIMED_SECS = 0.02  # of one timing: shorter calls are repeated until the clock can resolve them
 
@@ -38,8 +40,8 @@ class Shape:
 
     model: GPTConfig
     rows: int  # a device works on at once
-    tile_tokens: int  # of the loss
     optim: str = "classic"
+    tile_tokens: int = 512  # of the loss
 
     @property
     def tokens(self) -> int:
@@ -60,23 +62,22 @@ def _model(vocab_size: int, depth: int, dim: int, heads: int, seq_len: int, **kw
     return GPTConfig(vocab_size, depth, dim, heads, heads, seq_len, **kw)
 
 
-_GPU = dict(compute_dtype="bfloat16")
 SHAPES = {
-    "d20": Shape(_model(65_536, 20, 1_280, 10, 2_048, **_GPU), 32, 8_192),
-    "d24": Shape(_model(32_768, 24, 1_536, 12, 2_048, **_GPU, **_MODERN), 16, 8_192, "modern"),
-    "d4": Shape(_model(4_096, 4, 256, 2, 256), 16, 512),
-    "demo": Shape(_model(4_096, 4, 192, 3, 256, **_MODERN), 32, 512, "modern"),
-    "tiny": Shape(_model(512, 2, 32, 2, 64), 8, 512),
+    "d20": Shape(_model(65_536, 20, 1_280, 10, 2_048), rows=32),
+    "gpt2": Shape(_model(32_768, 24, 1_536, 12, 2_048, **_MODERN), rows=16, optim="modern"),
+    "d4": Shape(_model(4_096, 4, 256, 2, 256), rows=16),
+    "demo": Shape(_model(4_096, 4, 192, 3, 256, **_MODERN), rows=32, optim="modern"),
+    "tiny": Shape(_model(512, 2, 32, 2, 64), rows=8),
 }
 
 
-def get_shape(name: str, *, rows: int = 0, dtype: str = "") -> Shape:
-    """A shape by name, with another number of rows or compute dtype if given."""
+def get_shape(name: str) -> Shape:
+    """A shape by name, in the dtype that this machine trains in."""
     if name not in SHAPES:
         raise UserError(f"shape got {name!r}, expected one of {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    model = replace(shape.model, compute_dtype=dtype) if dtype else shape.model
-    return replace(shape, rows=rows or shape.rows, model=model)
+    shape, gpu = SHAPES[name], jax.default_backend() == "gpu"
+    model = replace(shape.model, compute_dtype="bfloat16" if gpu else "float32")
+    return replace(shape, model=model, tile_tokens=8_192 if gpu else 512)
 
 
 def default_shapes() -> list[str]:
@@ -108,11 +109,32 @@ def optimizer(shape: Shape, paths=None) -> optax.GradientTransformation:
     )
 
 
-def random_batch(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(seed: int, rows: int, seq_len: int, vocab_size: int) -> dict[str, np.ndarray]:
     """inputs and targets, int32 [rows, seq_len]: every token trained."""
-    size = (shape.rows, shape.model.seq_len + 1)
-    ids = np.random.default_rng(seed).integers(0, shape.model.vocab_size, size, np.int32)
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, seq_len + 1), np.int32)
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+
+
+def random_arrays(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Normal numbers of these shapes, other ones for each."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(key, shape, jnp.dtype(dtype))
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def compile_all(
+    functions: dict[str, Callable], *arguments: Any
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """(calls, bytes) of functions of the same arguments; those that do not fit get no call."""
+    calls, needed = {}, {}
+    for name, function in functions.items():
+        compiled = jax.jit(function).lower(*arguments).compile()
+        needed[name] = compiled_bytes(compiled)
+        if needed[name] < available_bytes(one_device()):
+            calls[name] = partial(compiled, *arguments)
+    return calls, needed
 
 
 class Timing(NamedTuple):
@@ -156,8 +178,7 @@ def _summary(secs: list[float]) -> Timing:
 
 def matmul_flops(size: int, dtype: str, budget_secs: float = 1.0) -> float:
     """FLOP/s of a square matrix product of random numbers: what this device can really reach."""
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (size, size), jnp.dtype(dtype)) for key in keys)
+    a, b = random_arrays(dtype, (size, size), (size, size))
     multiply = jax.jit(jnp.matmul)
     timing = time_interleaved({"matmul": lambda: multiply(a, b)}, budget_secs=budget_secs)
     return 2 * size**3 / timing["matmul"].secs
@@ -187,6 +208,10 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def print_json(result: dict[str, Any]) -> None:
+def number(value: float | None, form: str = "{:,.1f}") -> str:
+    return "n/a" if value is None else form.format(value)
+
+
+def finish(result: dict[str, Any]) -> None:
     """The last line of every benchmark: one JSON object with all its numbers."""
     print(json.dumps(result | machine()), flush=True)

@@ -48,7 +48,7 @@ KNOW_CONFIG = {"config", "recipe", "parity", "stages", "planning", "scripts", "c
 
 MAX_LINES = 450
 MAX_SCRIPT_LINES = 85
-LONG_SCRIPTS = ("bench_", "parity")  # they are the program, not the door to it
+LONG_SCRIPTS = ("bench_", "gpu_check", "parity")  # they are the program, not the door to it
 MAY_EXECUTE = {"nanochat_jax/tools/sandbox.py"}  # runs generated code, in a process of its own
 
 
