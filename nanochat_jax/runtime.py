@@ -112,6 +112,6 @@ def _require(needed: int, what: str, mesh: Mesh) -> None:
         raise UserError(
             f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
             f"{(needed - available) / GIB:.1f} GiB too few; lower "
-            "--config.base.device_batch_size, set --config.model.remat=full, split the weights "
-            "with --config.mesh.fsdp, or choose a smaller --config.model.depth"
+            "--config.base.device_batch_size, split the weights with --config.mesh.fsdp, choose a "
+            "smaller --config.model.depth or, on a GPU, set --config.model.remat=full"
         )
