@@ -8,6 +8,7 @@ Needs JAX, flax and optax alone: neither the data pipeline nor recipes are impor
 that is borrowed for an hour can measure with what it has.
 """
 
+import argparse
 import json
 import platform
 import statistics
@@ -182,6 +183,16 @@ def matmul_flops(size: int, dtype: str, budget_secs: float = 1.0) -> float:
     multiply = jax.jit(jnp.matmul)
     timing = time_interleaved({"matmul": lambda: multiply(a, b)}, budget_secs=budget_secs)
     return 2 * size**3 / timing["matmul"].secs
+
+
+def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:
+    """What every benchmark of shapes takes on its command line."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--shape", choices=SHAPES, help="by default those that suit this machine")
+    made.add_argument("--secs", type=float, default=secs, help="of measuring, for each shape")
+    return made
 
 
 def machine() -> dict[str, Any]:

@@ -31,7 +31,6 @@ class RunInfo:
             "restarts": before.get("restarts", -1) + 1,
             **facts,
         }
-        self.update()
 
     def update(self) -> None:
         self.values["wall_secs"] = self._secs_before + time.monotonic() - self._began

@@ -7,8 +7,6 @@ Each with full causal attention and with a window of a quarter of the row. TFLOP
 pairs only, forward once and backward two and a half times, so skipping what is hidden shows.
 """
 
-import argparse
-
 import jax
 
 from nanochat_jax import bench
@@ -68,12 +66,7 @@ def visible_pairs(seq_len: int, window: int | None) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=bench.SHAPES)
-    parser.add_argument("--secs", type=float, default=15.0, help="of measuring, for each shape")
-    args = parser.parse_args()
+    args = bench.parser(__doc__, secs=15.0).parse_args()
     shapes = [args.shape] if args.shape else bench.default_shapes()
     results = [run(shape, args.secs) for shape in shapes]
     log(table(results))

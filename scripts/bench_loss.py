@@ -7,8 +7,6 @@ The floor is what the three matrix products alone (logits, d/dx, d/dhead) take. 
 compiled function, by the compiler's own analysis; what does not fit is not run.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 
@@ -54,12 +52,8 @@ def run(name: str, tiles: list[int], secs: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=bench.SHAPES)
+    parser = bench.parser(__doc__, secs=15.0)
     parser.add_argument("--tiles", type=int, nargs="+", help="tokens whose logits exist at once")
-    parser.add_argument("--secs", type=float, default=15.0, help="of measuring, for each shape")
     args = parser.parse_args()
     tiles = args.tiles or TILES[jax.default_backend()]
     shapes = [args.shape] if args.shape else bench.default_shapes()

@@ -6,8 +6,6 @@
 Muon is nearly all matrix products (its orthogonalisation), AdamW is nearly all memory traffic.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 
@@ -62,12 +60,7 @@ def muon_flops(shape: tuple[int, ...]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=bench.SHAPES)
-    parser.add_argument("--secs", type=float, default=10.0, help="of measuring, for each shape")
-    args = parser.parse_args()
+    args = bench.parser(__doc__, secs=10.0).parse_args()
     shapes = [args.shape] if args.shape else bench.default_shapes()
     results = [run(shape, args.secs) for shape in shapes]
     log(table(results))

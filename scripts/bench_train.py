@@ -8,8 +8,6 @@ one run. Also the forward pass alone, and the bytes each step needs by the compi
 a step that does not fit is not run.
 """
 
-import argparse
-
 import jax
 
 from nanochat_jax import bench, hardware
@@ -95,12 +93,7 @@ def stepper(compiled, state, batch):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=bench.SHAPES)
-    parser.add_argument("--secs", type=float, default=20.0, help="of measuring, for each shape")
-    args = parser.parse_args()
+    args = bench.parser(__doc__, secs=20.0).parse_args()
     shapes = [args.shape] if args.shape else bench.default_shapes()
     results = [run(shape, args.secs) for shape in shapes]
     rows = [

@@ -199,8 +199,11 @@ def test_continuing_on_another_mesh(base_dir, text, monkeypatch):
 def test_another_recipe_is_refused_key_by_key(base_dir, text, monkeypatch, capsys):
     interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stages.run_base(recipe(text))
+    info = run_dir("run") / "base" / "run_info.json"
+    before = info.read_text()
     with pytest.raises(UserError, match="config.optim.matrix_lr was 0.02, now 0.03; take these"):
         stages.run_base(recipe(text, optim__matrix_lr=0.03, base__save_every=4))
+    assert info.read_text() == before  # a refused start leaves no trace
     with pytest.raises(
         UserError, match="tokenizer .* config.tokenizer.vocab_size was 320, now 330"
     ):
