@@ -4,7 +4,9 @@ Compiling ahead of time tells how long it took and how much memory the step will
 cannot fit says so before it starts instead of dying in the middle of it.
 """
 
+import ctypes
 import os
+import shutil
 import time
 
 import jax
@@ -18,6 +20,7 @@ from nanochat_jax.model.sharding import ROWS
 from nanochat_jax.train.state import TrainState
 
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def start_runtime(
@@ -35,8 +38,22 @@ def start_runtime(
         os.environ["NANOCHAT_PROCESS_INDEX"] = str(process_id)
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+    if shutil.which("nvidia-smi") is None:  # before JAX starts its threads
+        keep_freed_memory()
     devices = jax.devices()
     log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep the buffers that a step frees for the next one; elsewhere do nothing.
+
+    By default it returns large ones to the system, which then clears every page anew at each step:
+    an eighth to a half of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(parameter, value)
 
 
 def compile_step(train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh):

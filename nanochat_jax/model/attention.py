@@ -1,21 +1,21 @@
-"""Causal attention with an optional sliding window: one function, two backends.
+"""Causal attention with an optional sliding window: one function, three backends.
 
-  cudnn  fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
-  xla    the same call left to the compiler; anywhere
-  auto   cudnn where it can run, else xla
+  cudnn    fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
+  xla      the same call left to the compiler; anywhere
+  blocked  query blocks, each against the keys it can see and no others; for CPUs
+  auto     cudnn where it can run, blocked on a CPU, else xla
 
 A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Windows are always passed
 together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.common import UserError
 
-BACKENDS = ("auto", "cudnn", "xla")
+BACKENDS = ("auto", "cudnn", "xla", "blocked")
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block; blocks of a row, all unrolled
 
 
 def attention(
@@ -26,7 +26,9 @@ def attention(
     q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K; returns [B, T, N, H].
     window: how many earlier positions are seen besides the own one; None: all.
     """
-    seq_len = q.shape[1]
+    seq_len, backend = q.shape[1], choose_backend(backend, q.dtype)
+    if backend == "blocked":
+        return _attention_blocked(q, k, v, seq_len if window is None else window)
     local = None if window is None or window >= seq_len - 1 else (window, 0)
     with jax.numpy_dtype_promotion("standard"):  # jax's own code counts on it for bfloat16
         return jax.nn.dot_product_attention(
@@ -35,11 +37,31 @@ def attention(
             v,
             is_causal=True,
             local_window_size=local,
-            implementation=choose_backend(backend, q.dtype),
+            implementation="cudnn" if backend == "cudnn" else "xla",
         )
 
 
-def choose_backend(backend: str, dtype: jnp.dtype) -> Literal["cudnn", "xla"]:
+def _attention_blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    T, N, K, H = q.shape[1], q.shape[2], k.shape[2], q.shape[3]
+    q = q * jnp.asarray(H**-0.5, q.dtype)
+    k, v = (jnp.repeat(t, N // K, axis=2) if N > K else t for t in (k, v))  # [B, T, N, H]
+    q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))  # [B, N, T, H]
+    block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
+    out = []
+    for start in range(0, T, block):
+        stop, first = min(start + block, T), max(0, start - window)
+        seen_k, seen_v = k[:, :, first:stop], v[:, :, first:stop]
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)  # query minus key
+        visible = (distance >= 0) & (distance <= window)
+        scores = jnp.einsum(
+            "bnth,bnsh->bnts", q[:, :, start:stop], seen_k, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        out.append(jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), seen_v))
+    return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2)
+
+
+def choose_backend(backend: str, dtype: jnp.dtype) -> str:
     if backend not in BACKENDS:
         raise UserError(f"attention backend got {backend!r}, expected one of {', '.join(BACKENDS)}")
     fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
@@ -48,7 +70,9 @@ def choose_backend(backend: str, dtype: jnp.dtype) -> Literal["cudnn", "xla"]:
             "attention backend cudnn needs an NVIDIA GPU and bfloat16, got "
             f"{jax.default_backend()} and {dtype}; use auto"
         )
-    return "cudnn" if backend == "cudnn" or (backend == "auto" and fused) else "xla"
+    if backend == "auto":
+        return "cudnn" if fused else "blocked" if jax.default_backend() == "cpu" else "xla"
+    return backend
 
 
 def attention_naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:

@@ -167,7 +167,8 @@ class GPT(nnx.Module):
         if c.extras:
             x = self.smear(x)
         x0 = mid = x
-        cos_sin = rotary_tables(jnp.arange(ids.shape[1]), c.head_dim, c.rope_base)
+        with jax.ensure_compile_time_eval():  # else XLA repeats cos and sin for every head and row
+            cos_sin = rotary_tables(jnp.arange(ids.shape[1]), c.head_dim, c.rope_base)
         for layer, block in enumerate(self.blocks):
             ve = None
             if c.extras:

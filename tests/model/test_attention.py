@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.model.attention import attention, attention_naive, choose_backend
+from nanochat_jax.model.attention import MIN_BLOCK, attention, attention_naive, choose_backend
 
 T = 10
 
@@ -33,6 +33,14 @@ def test_equals_the_definition_with_gradients(window, kv_heads):
     ours, naive = jax.jit(both)(*qkv)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 0, 10, MIN_BLOCK, 100])
+@pytest.mark.parametrize("length", [MIN_BLOCK, 2 * MIN_BLOCK + 22])
+def test_blocks_see_what_they_should(window, length):
+    q, k, v = draw(2, length, 4, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
+    ours, naive = attention(q, k, v, window, "blocked"), attention_naive(q, k, v, window)
+    np.testing.assert_allclose(ours, naive, atol=2e-6)
 
 
 @pytest.mark.parametrize("function", [attention, attention_naive])
@@ -64,9 +72,9 @@ def test_scores_are_divided_by_the_root_of_the_head_dim():
 
 
 def test_a_backend_that_cannot_be_had_is_an_error():
-    with pytest.raises(UserError, match="got 'flash', expected one of auto, cudnn, xla"):
+    with pytest.raises(UserError, match="got 'flash', expected one of auto, cudnn, xla, blocked"):
         choose_backend("flash", jnp.dtype("float32"))
     with pytest.raises(UserError, match="cudnn needs"):
         choose_backend("cudnn", jnp.dtype("float32"))
-    assert choose_backend("auto", jnp.dtype("float32")) == "xla"
+    assert choose_backend("auto", jnp.dtype("float32")) == "blocked"
     assert choose_backend("xla", jnp.dtype("bfloat16")) == "xla"
