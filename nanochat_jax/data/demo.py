@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -73,7 +74,7 @@ _TYPING = {
 _TYPING_RE = re.compile(rf"\b(?:{'|'.join(_TYPING)})\b(?!['-])", re.IGNORECASE)
 _LAUGHTER = re.compile(r"\b(?:[ah]*(?:ha){2,}h?|(?:he){3,}|lo+l)\b", re.IGNORECASE)
 # Turns about the contest in which the conversations were collected, and links.
-_LEFT_OUT = re.compile(
+LEFT_OUT = re.compile(
     r"leader ?board|rankings?|chit ?-?chat|\bpoints\b|chatbot"
     r"|https?:|www\.|\w\.(?:com|org|net|edu)\b",
     re.IGNORECASE,
@@ -133,21 +134,31 @@ def _version(distribution: str) -> str | None:
         return None  # a package that goes by another name than its distribution
 
 
-def conversations() -> Iterator[shards.KeyedText]:
-    """Pieces of the conversations of chitchat-dataset, as dashed or quoted lines of speech."""
+def dataset_file() -> Path:
+    """The file of chitchat-dataset; UserError when the package is not installed."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
         raise UserError(
-            "got no package chitchat-dataset, which the demo data is made of; install it with "
-            "`pip install chitchat-dataset` (it is the extra `demo`)"
+            "got no package chitchat-dataset, which the demo data and the task chitchat are made "
+            "of; install it with `pip install chitchat-dataset` (it is the extra `demo`)"
         )
-    raw = json.loads((Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8"))
+    return Path(spec.origin).parent / "dataset.json"
+
+
+def read_dataset() -> dict[str, Any]:
+    """Conversations by key; their "messages" are turns, lists of {"text", "sender"}."""
+    return json.loads(dataset_file().read_text(encoding="utf-8"))
+
+
+def conversations() -> Iterator[shards.KeyedText]:
+    """Pieces of the conversations of chitchat-dataset, as dashed or quoted lines of speech."""
+    raw = read_dataset()
     kept = {}
     for key in sorted(raw):
         turns = [[message["text"] for message in turn] for turn in raw[key]["messages"]]
         if is_decent(" \n ".join(text for turn in turns for text in turn)):
             kept[key] = [tidy_turn(turn) for turn in turns]
-    known = _common_words(kept.values())
+    known = common_words(kept.values())
     for key, turns in kept.items():
         for piece in _pieces_of_conversation(turns):
             text = "" if len(piece) < _MIN_TURNS else _format_turns(piece)
@@ -188,7 +199,7 @@ def _pieces_of_conversation(turns: list[str]) -> Iterator[list[str]]:
     """Runs of turns of at most MAX_DOCUMENT_CHARS, interrupted by those that are left out."""
     piece: list[str] = []
     for turn in turns:
-        unwanted = len(turn) > _MAX_TURN_CHARS or _LEFT_OUT.search(turn)
+        unwanted = len(turn) > _MAX_TURN_CHARS or LEFT_OUT.search(turn)
         if unwanted or sum(map(len, piece)) + len(turn) > MAX_DOCUMENT_CHARS:
             yield piece
             piece = []
@@ -208,7 +219,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
 
-def _common_words(conversations: Iterable[list[str]]) -> frozenset[str]:
+def common_words(conversations: Iterable[list[str]]) -> frozenset[str]:
     """Words that at least three conversations use: few misspellings are among them."""
     counts: dict[str, int] = {}
     for turns in conversations:

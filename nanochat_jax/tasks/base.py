@@ -1,20 +1,80 @@
-"""In which order the examples of a mixture of tasks are seen.
+"""What a task is: a sequence of conversations, and a verdict on what a model answers.
 
-Every example of every task is listed once, task by task, and the list is shuffled with a fixed
-seed: the order depends on the sizes alone. A task that should weigh more is listed more than once.
+  chat         conversations to learn from
+  categorical  the last message is the letter of the right choice
+  generative   the answer is written freely and graded
+
+A conversation is {"messages": [{"role", "content"}, ...]} as in tokenizer/chat.py, plus what the
+verdict needs. A task is a pure function of its index: the same example at every call, on every
+machine. Tasks that are generated deal out their own splits, by the hash of what must not recur.
 """
 
+import hashlib
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
+from nanochat_jax.common import UserError
+
+Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
+SPLITS = ("train", "test")  # of the tasks that deal out their own
+_TEST_FRAC = 0.1
 
 
-def mixture_order(tasks: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+class Task(Sequence[Conversation]):
+    """Examples of one task in a fixed order."""
+
+    kind: Literal["chat", "categorical", "generative"] = "chat"
+    chance = 0.0  # accuracy of guessing
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def example(self, index: int) -> Conversation:
+        """The conversation at 0 <= index < len; a categorical one also has "letters"."""
+
+    def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
+        """Verdicts on (index, what the model said), in order; only generative tasks have them."""
+        raise NotImplementedError(f"{type(self).__name__} is {self.kind}, not generative")
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self.example(i) for i in range(len(self))[index]]
+        return self.example(range(len(self))[index])
+
+
+def check_split(split: str) -> str:
+    if split not in SPLITS:
+        raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
+    return split
+
+
+def split_of(content: str) -> str:
+    """The split that content belongs to: by its hash, a tenth of all is test.
+
+    The hash is that of data/shards.py, which sets aside at most as much: what pretraining holds out
+    under this key lies in the test split too.
+    """
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") < _TEST_FRAC * 2**64 else "train"
+
+
+def mixture_order(
+    tasks: Sequence[Sequence[int]], seed: int = SHUFFLE_SEED
+) -> list[tuple[int, int]]:
     """(task, index) pairs of a mixture, given the example indices that each task takes part with.
 
-    A task of n examples takes part with range(n), a slice of it with range(n)[start:stop:step].
+    Every example of every task is listed once, task by task, and the list is shuffled with a fixed
+    seed: the order depends on the sizes alone. A task that should weigh more is listed more than
+    once. A task of n examples takes part with range(n), a slice of it with range(n)[a:b:c].
     """
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
-    random.Random(SHUFFLE_SEED).shuffle(pairs)
+    random.Random(seed).shuffle(pairs)
     return pairs

@@ -1,0 +1,124 @@
+"""Small talk between people, from the package chitchat-dataset (the `demo` extra).
+
+    Hi! How was your weekend?        user
+    Good, I went hiking. And yours?  assistant
+
+Read, filtered and tidied as for pretraining in data/demo.py. What one person says before the other
+answers is one message. A conversation is cut into pieces short enough for small contexts; a piece
+starts with a greeting or a question, so that it needs nothing said before, and ends with an answer.
+
+Whole conversations belong to one split, by the hash by which data/shards.py sets validation aside,
+here the largest share that it takes: what is validation in the demo's pretraining is in no training
+example here.
+
+Filtering and tidying 7,000 conversations takes seconds, and every stage that chats needs them: what
+comes out is kept in $NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with the hashes of what it was
+made from, and made anew when these differ.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from nanochat_jax.common import data_dir, locked, read_json, sha256_file, write_json
+from nanochat_jax.data import demo
+from nanochat_jax.tasks.base import Conversation, Task, check_split, split_of
+
+MAX_CHARS = 700  # of a piece: with the demo tokenizer nearly all are within its 256 tokens
+_MAX_MESSAGE_CHARS = 400  # longer ones are stories, not small talk
+_OPENING = re.compile(r"(?:hi|hey|hello|howdy|good (?:morning|afternoon|evening))\b|.*\?", re.I)
+# Left out beside what demo leaves out: talk about the place where the conversations were held, and
+# corrections of one's own typing.
+_SETTING = re.compile(
+    r"disconnect|\bprompts?\b|\bbots?\b|\bconnected\b|\btyping|\bcontest\b|\bbyu\b|\blds\b|gospel"
+    r"|\bmission|\*\w|\w'haha",
+    re.IGNORECASE,
+)
+
+
+class ChitChat(Task):
+    """Two or more messages each, roles in turn. UserError when the package is not installed."""
+
+    def __init__(self, split: str):
+        check_split(split)
+        self.pieces = [piece for key, piece in _all_pieces() if split_of(key) == split]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def example(self, index: int) -> Conversation:
+        roles = ("user", "assistant")
+        texts = self.pieces[index]
+        return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]}
+
+
+@cache
+def _all_pieces() -> list[tuple[str, list[str]]]:
+    """(key of the conversation, messages) of every piece, in the order of the keys."""
+    sources = (demo.dataset_file(), Path(demo.__file__), Path(__file__))
+    made_of = [sha256_file(source) for source in sources]
+    path = data_dir() / "tasks" / "chitchat.json"
+    with locked(path):
+        kept = read_json(path, "remove it") if path.exists() else {}
+        if kept.get("made_of") != made_of:
+            kept = {"made_of": made_of, "pieces": list(_make_pieces())}
+            write_json(path, kept)
+    return [(key, piece) for key, piece in kept["pieces"]]
+
+
+def _make_pieces() -> Iterator[tuple[str, list[str]]]:
+    raw = demo.read_dataset()
+    talks: dict[str, list[tuple[str, str]]] = {}
+    for key in sorted(raw):
+        turns = [turn for turn in raw[key]["messages"] if turn]
+        if demo.is_decent(" \n ".join(message["text"] for turn in turns for message in turn)):
+            talks[key] = [
+                (turn[0]["sender"], demo.tidy_turn(message["text"] for message in turn))
+                for turn in turns
+            ]
+    known = demo.common_words([text for _, text in turns] for turns in talks.values())
+    for key, turns in talks.items():
+        for piece in cut(turns):
+            if demo.reads_like_english("\n".join(piece), known):
+                yield key, piece
+
+
+def cut(turns: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
+    """Runs of an even number of messages, from (speaker, text) turns.
+
+    Speakers take turns in a run, which starts with an opening and has at most MAX_CHARS. A message
+    that is left out ends the run; a turn without text is as if it had not been.
+    """
+    piece: list[str] = []
+    for text in _join_speakers(turns):
+        unwanted = (
+            len(text) > _MAX_MESSAGE_CHARS or demo.LEFT_OUT.search(text) or _SETTING.search(text)
+        )
+        if unwanted or sum(map(len, piece)) + len(text) > MAX_CHARS:
+            yield from _even(piece)
+            piece = []
+        if not unwanted and (piece or _OPENING.match(text)):
+            piece.append(text)
+    yield from _even(piece)
+
+
+def _join_speakers(turns: Iterable[tuple[str, str]]) -> Iterator[str]:
+    last, joined = "", ""
+    for speaker, text in turns:
+        if not text:
+            continue
+        if joined and speaker == last:
+            joined += f" {text}"
+        else:
+            if joined:
+                yield joined
+            last, joined = speaker, text
+    if joined:
+        yield joined
+
+
+def _even(piece: list[str]) -> Iterator[list[str]]:
+    """The piece up to its last answer, if it has one."""
+    if len(piece) >= 2:
+        yield piece[: len(piece) // 2 * 2]

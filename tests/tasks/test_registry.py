@@ -1,0 +1,252 @@
+"""Specs against what they select, written out; mixtures against the goldens and their own names."""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.tasks import registry
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.registry import TASKS, mixture, open_task
+from nanochat_jax.tasks.sources import SOURCES
+from nanochat_jax.tokenizer.chat import check as check_conversation
+
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "text.json").read_text())
+
+
+def chat(text):
+    return {
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+    }
+
+
+def asked(task):
+    return [conversation["messages"][0]["content"] for conversation in task]
+
+
+@pytest.fixture
+def json_file(tmp_path):
+    """Writes n conversations, whose questions are NAME0, NAME1, ...; file order is kept."""
+
+    def write(name, n):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f"{json.dumps(chat(f'{name}{i}'))}\n" for i in range(n)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def task_dir(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(10)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rest, indices",
+    [
+        ("", [0, 1, 2, 3, 4, 5]),
+        ("[:2]", [0, 1]),
+        ("[4:]", [4, 5]),
+        ("[-2:]", [4, 5]),
+        ("[1::2]", [1, 3, 5]),
+        ("[1:4] x2", [1, 2, 3, 1, 2, 3]),
+        (" x1", [0, 1, 2, 3, 4, 5]),
+        ("[:100]", [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_slices_and_weights(json_file, rest, indices):
+    task = open_task(f"json {json_file('a', 6)}{rest}")
+    assert asked(task) == [f"a{i}" for i in indices]
+
+
+@pytest.mark.parametrize(
+    "weight, counts", [("2.5", {2: 5, 3: 5}), ("0.3", {1: 3}), ("1.05", {1: 10})]
+)
+def test_weights_with_a_fraction(json_file, weight, counts):
+    spec = f"json {json_file('a', 10)} x{weight}"
+    often = Counter(asked(open_task(spec)))
+    assert Counter(often.values()) == counts
+    assert Counter(asked(open_task(spec))) == often
+
+
+def test_a_path_may_have_spaces_and_brackets(tmp_path, json_file):
+    path = json_file("a", 3).rename(tmp_path / "my chats [1:2] x7.jsonl")
+    assert asked(open_task(f"  json {path}[1:]  x2 ")) == ["a1", "a2", "a1", "a2"]
+
+
+def test_a_selection_is_graded_as_its_task(task_dir):
+    whole, some = open_task("gsm8k test", task_dir=task_dir), "gsm8k test[3:9:2] x2"
+    task = open_task(some, task_dir=task_dir)
+    assert isinstance(whole, GSM8K) and task.kind == "generative" and len(task) == 6
+    numbers = [text.removeprefix("q") for text in asked(task)]
+    assert numbers == [text.removeprefix("q") for text in asked(whole[3:9:2])] * 2
+    assert task.grade([(i, f"#### {n}") for i, n in enumerate(numbers)]) == [True] * 6
+    assert task.grade([(5, f"#### {numbers[5]}"), (0, f"#### {numbers[5]}")]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("gsm9k test", r"got task 'gsm9k' \(perhaps gsm8k\?\), expected one of arc_easy, .*json"),
+        (
+            "gsm8k tset",
+            r"got split 'tset' of gsm8k \(perhaps test\?\), expected one of train, test",
+        ),
+        ("gsm8k", r"got 'gsm8k', expected .<task> <split>.*gsm8k has train, test"),
+        ("json", r"json has the path of a \.jsonl file"),
+        ("gsm8k test[:x]", r"got split 'test\[:x\]' of gsm8k"),
+        ("gsm8k test[5]", r"got split 'test\[5\]' of gsm8k"),
+        ("gsm8k test[::0]", r"got split 'test\[::0\]' of gsm8k"),
+        ("gsm8k test x-1", r"got split 'test x-1' of gsm8k"),
+        ("gsm8k test[10:]", "selects none of 10 examples"),
+        ("gsm8k test x0", "selects none of 10 examples"),
+        ("", "got task ''"),
+        ("mmlu train", r"expected one of test, dev, validation, auxiliary_train"),
+    ],
+)
+def test_wrong_specs(task_dir, spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        open_task(spec, task_dir=task_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_golden_mixture(json_file):
+    a, b, c = (json_file(name, n) for name, n in (("a", 7), ("b", 5), ("c", 8)))
+    mixed = mixture([f"json {a}", f"json {b}", f"json {c}[1::2]"])
+    assert asked(mixed) == [f"{name}{index}" for name, index in GOLDENS["mixture"]]
+
+
+def test_a_mixture_knows_where_its_examples_are_from(task_dir, json_file):
+    specs = ["gsm8k test[2:6]", f"json {json_file('a', 7)} x2.5", "gsm8k test[2:6]"]
+    mixed = mixture(specs, task_dir=task_dir)
+    assert mixed.counts() == {specs[0]: 8, specs[1]: 18}
+    assert len(mixed) == 26
+    for index, conversation in enumerate(mixed):
+        spec, _, inner = mixed.name(index).rpartition(" ")
+        assert open_task(spec, task_dir=task_dir)[int(inner)] == conversation
+    assert Counter(asked(mixed)) == Counter(
+        [text for spec in specs for text in asked(open_task(spec, task_dir=task_dir))]
+    )
+    assert asked(mixed[3:5]) == asked([mixed[3], mixed[4]])
+
+
+def test_the_seed_changes_the_order_alone(json_file):
+    specs = [f"json {json_file('a', 20)}"]
+    first, again, other = (asked(mixture(specs, seed=seed)) for seed in (42, 42, 43))
+    assert first == again == asked(mixture(specs))
+    assert first != other and sorted(first) == sorted(other)
+
+
+def test_a_mixture_reaches_worker_processes(task_dir):
+    mixed = mixture(["gsm8k test[:5] x2"], task_dir=task_dir)
+    assert asked(pickle.loads(pickle.dumps(mixed))) == asked(mixed)
+
+
+def test_wrong_mixtures(task_dir, monkeypatch):
+    with pytest.raises(UserError, match="got no task for the mixture"):
+        mixture([])
+
+    def load(*args):
+        raise AssertionError("loaded something before all specs were checked")
+
+    monkeypatch.setattr(registry, "load_rows", load)
+    with pytest.raises(UserError, match="'nonsense'"):
+        mixture(["gsm8k test", "nonsense x2"], task_dir=task_dir)
+
+
+def test_every_task_of_a_folder_opens_by_name(tmp_path):
+    """As what it is, which the evaluations go by; conversations end with the right answer."""
+    choices = {"text": ["no", "yes"], "label": ["1", "2"]}
+    arc = {"question": "?", "choices": choices, "answerKey": "2"}
+    code = {"prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+    code |= {"task_id": "T/0", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"}
+    files = {
+        "arc/arc_easy_test": arc,
+        "arc/arc_challenge_test": arc,
+        "mmlu/test": {"question": "?", "subject": "s", "choices": ["no", "yes"], "answer": 1},
+        "gsm8k/test": {"question": "?", "answer": "#### 7"},
+        "humaneval/HumanEval": code,
+        "chat/mixture/test": chat("?"),
+    }
+    for name, row in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row))
+    opened = {name: open_task(f"{name} test", task_dir=str(tmp_path)) for name in SOURCES}
+    assert {name: (task.kind, task.chance) for name, task in opened.items()} == {
+        "arc_easy": ("categorical", 0.25),
+        "arc_challenge": ("categorical", 0.25),
+        "mmlu": ("categorical", 0.25),
+        "gsm8k": ("generative", 0.0),
+        "humaneval": ("generative", 0.0),
+        "smoltalk": ("chat", 0.0),
+    }
+    answers = {name: task[0]["messages"][-1]["content"] for name, task in opened.items()}
+    assert answers["arc_easy"] == answers["arc_challenge"] == answers["mmlu"] == "B"
+    assert answers["gsm8k"] == [{"type": "text", "text": "#### 7"}]
+    assert "return 1" in answers["humaneval"] and answers["smoltalk"] == "yes"
+
+
+GENERATED = {
+    "spelling_bee": "spelling.SpellingBee",
+    "simple_spelling": "spelling.SimpleSpelling",
+    "arithmetic": "arithmetic.Arithmetic",
+    "identity": "identity.Identity",
+    "chitchat": "chitchat.ChitChat",
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_tasks_are_made_from_what_they_need(name, monkeypatch):
+    made = []
+
+    def make(*arguments):
+        made.append(arguments)
+        return [chat("0"), chat("1")]
+
+    monkeypatch.setattr(f"nanochat_jax.tasks.{GENERATED[name]}", make)
+    for split in ("train", "test"):
+        assert asked(open_task(f"{name} {split}", persona="me.toml", task_dir="/nowhere")) == [
+            "0",
+            "1",
+        ]
+    rest = ("me.toml",) if name == "identity" else ()
+    assert made == [("train", *rest), ("test", *rest)]
+
+
+def test_file_stamps_name_the_files_that_specs_read(json_file, tmp_path):
+    mine, ours = json_file("a", 2), str(Path(registry.__file__).parents[2] / "configs/persona.toml")
+    persona = tmp_path / "me.toml"
+    persona.write_text("")
+
+    def stamped(*specs, persona=""):
+        return [path for path, *_ in registry.file_stamps(specs, persona)]
+
+    assert stamped(f"json {mine}", "arithmetic train", persona=str(persona)) == [str(mine)]
+    assert stamped("identity train[:3]", f"json {mine} x2") == [str(mine), ours]
+    assert stamped("identity train", persona=str(persona)) == [str(persona)]
+    before = registry.file_stamps(["identity train"], str(persona))
+    persona.write_text("another")
+    assert registry.file_stamps(["identity train"], str(persona)) != before
+
+
+def test_every_task_is_tested():
+    assert set(TASKS) == {*SOURCES, *GENERATED, "json"}
+
+
+# chitchat reads 40 MB of a package that need not be there.
+@pytest.mark.parametrize("name", [name for name in GENERATED if name != "chitchat"])
+def test_generated_tasks_open_by_name(name):
+    """Both splits hold well-formed conversations, and none of them is in both."""
+    train, test = (open_task(f"{name} {split}[:40]") for split in ("train", "test"))
+    for conversation in (*train, *test):
+        assert len(check_conversation(conversation)) >= 2
+    assert not {str(it["messages"]) for it in train} & {str(it["messages"]) for it in test}
+    assert open_task(f"{name} train[5:6]")[0] == train[5]
