@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_attention import run as bench_attention
+from bench_infer import run as bench_infer
 from bench_loss import run as bench_loss
 from bench_optim import run as bench_optim
 from bench_train import run as bench_train
 
 from nanochat_jax import bench
 from nanochat_jax.common import log, run_main
+from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.model.attention import attention, attention_naive
 from nanochat_jax.model.gpt import GPTConfig, bind, init_params, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum
@@ -29,6 +31,7 @@ from nanochat_jax.train.state import create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 
 GPU = jax.default_backend() == "gpu"
+MODERN = dict(extras=True, window_pattern="SL", qk_scale=1.2, rope_base=100_000.0)
 
 
 def main() -> int:
@@ -41,12 +44,16 @@ def main() -> int:
         "attention, grouped": (True, lambda: check_attention(256, 4, 2)),
         "tiled loss": (True, check_loss),
         "bf16 against float32": (True, check_bf16),
+        "decoding, classic": (True, lambda: check_decoding({})),
+        "decoding, modern": (True, lambda: check_decoding(MODERN)),
         "matmul ceiling": (GPU, lambda: bench_matmul(secs / 4)),
         "attention speed": (True, lambda: bench_attention(shape, secs)),
         "loss speed": (True, lambda: bench_loss(shape, [2048, 8192] if GPU else [128], secs)),
         "optimizer speed": (True, lambda: bench_optim(shape, secs)),
         "train step, classic": (True, lambda: bench_train(shape, secs)),
         "train step, modern": (GPU, lambda: bench_train("gpt2", secs)),
+        "inference, classic": (True, lambda: bench_infer(shape, secs)),
+        "inference, modern": (GPU, lambda: bench_infer("gpt2", secs)),
     }
     results, failed = {}, []
     for name, (possible, part) in parts.items():
@@ -136,6 +143,34 @@ def check_bf16() -> dict:
     logits = bind(config, init_params(config, jax.random.key(0)))(batch["inputs"])
     assert jnp.isfinite(logits).all()
     return {"relative": within(np.array(losses["bfloat16"]), np.array(losses["float32"]), 5e-2)}
+
+
+def check_decoding(variant: dict) -> dict:
+    """Log probabilities of what the engine wrote against one full forward pass over it."""
+    dtype = "bfloat16" if GPU else "float32"
+    config = GPTConfig(512, 3, 256, 2, 1, 512, compute_dtype=dtype, **variant)  # windows of 128
+    params = init_params(config, jax.random.key(0))
+    noise = bench.random_arrays("float32", *(value.shape for value in params.values()))
+    params = {
+        path: value + 0.05 * n for (path, value), n in zip(params.items(), noise, strict=True)
+    }
+    engine = Engine(config, bench.one_device(), slots=2, max_len=384, stop_ids=())
+    engine.load(params)
+    prompts = [bench.random_batch(n, 1, n, 512)["inputs"][0].tolist() for n in (1, 40, 200)]
+    answers = engine.generate([Request(prompt, 160, temperature=1.0) for prompt in prompts])
+    ids = np.zeros((3, 384), np.int32)
+    for row, prompt, answer in zip(ids, prompts, answers, strict=True):
+        row[: len(prompt) + 160] = [*prompt, *answer.tokens]
+    expected = jax.nn.log_softmax(jax.jit(lambda p, i: bind(config, p)(i))(params, ids))
+    pairs = zip(prompts, answers, expected, strict=True)
+    return {
+        f"after {len(prompt)}": within(
+            np.array(answer.logprobs),
+            row[np.arange(len(prompt) - 1, len(prompt) + 159), np.array(answer.tokens)],
+            3e-2 if GPU else 1e-4,
+        )
+        for prompt, answer, row in pairs
+    }
 
 
 def bench_matmul(secs: float) -> dict:

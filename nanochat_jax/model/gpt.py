@@ -17,12 +17,17 @@ Parameters travel as a flat dict {dotted path: float32 array}, e.g. "blocks.3.at
 N*H]: the key of optimizer groups, shardings, checkpoints and conversions alike. `bind` puts them
 back into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact
 numbers.
+
+Training, prefill and decoding are one path, `GPT.hidden`: who decodes says where its tokens stand,
+what came before them, and which keys they attend to (inference/decode.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nanochat_jax.model.attention import attention
@@ -32,6 +37,9 @@ from nanochat_jax.model.sharding import shard_rows
 SOFTCAP = 15.0
 VE_GATE_DIM = 12  # leading channels of x that steer the value-embedding gate
 SMEAR_GATE_DIM = 24  # leading channels of x that steer the smear gate
+
+# (layer, q [B, T, N, H], k and v [B, T, K, H]) -> y [B, T, N, H]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -79,15 +87,21 @@ class GPTConfig:
         ]
         return tuple(size[letter] for letter in pattern[:-1] + ["L"])
 
+    def sees(self, layer: int) -> int | None:
+        """How many earlier positions the attention of a layer sees; None: all.
+
+        Classic has no windows: where a text is longer than seq_len, all of it is seen.
+        """
+        windowed = self.extras or "S" in self.window_pattern
+        return self.windows[layer] if windowed else None
+
     def has_value_embed(self, layer: int) -> bool:
         return self.extras and layer % 2 == (self.num_layers - 1) % 2
 
 
 class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
-        # Classic has no windows: where a text is longer than seq_len, all of it is seen.
-        windowed = config.extras or "S" in config.window_pattern
-        self.config, self.window = config, config.windows[layer] if windowed else None
+        self.config, self.layer = config, layer
         D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.c_q = Linear(uniform(rngs, (D, D), D))
         self.c_k = Linear(uniform(rngs, (D, kv_dim), D))
@@ -96,7 +110,7 @@ class Attention(nnx.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(small_positive(rngs, (VE_GATE_DIM, config.num_kv_heads)))
 
-    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin) -> jax.Array:
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend) -> jax.Array:
         B, T, D = x.shape
         c = self.config
         q = self.c_q(x).reshape(B, T, c.num_heads, c.head_dim)
@@ -107,8 +121,7 @@ class Attention(nnx.Module):
             v = v + gate[..., None] * ve.reshape(v.shape)
         # Normalised after the rotation; the scale sharpens the softmax, half on each side.
         q, k = (rms_norm(rotate(t, *cos_sin)) * c.qk_scale for t in (q, k))
-        y = attention(q, k, v, self.window, c.attention_backend)
-        return self.c_proj(y.reshape(B, T, D))
+        return self.c_proj(attend(self.layer, q, k, v).reshape(B, T, D))
 
 
 class MLP(nnx.Module):
@@ -126,8 +139,8 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin) -> jax.Array:
-        x = x + self.attn(rms_norm(x), ve, cos_sin)
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend) -> jax.Array:
+        x = x + self.attn(rms_norm(x), ve, cos_sin, attend)
         return shard_rows(x + self.mlp(rms_norm(x)))
 
 
@@ -157,18 +170,43 @@ class GPT(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Softcapped logits [B, T, vocab_size] in float32 for ids [B, T]; holds all of them at
         once."""
-        logits = self.lm_head(self.hidden(ids))[..., : self.config.vocab_size]
-        return SOFTCAP * jnp.tanh(logits.astype(jnp.float32) / SOFTCAP)
+        return self.logits(self.hidden(ids))
 
-    def hidden(self, ids: jax.Array) -> jax.Array:
-        """What the head sees: [B, T, D] in the compute dtype."""
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Softcapped logits [..., vocab_size] in float32 for hidden [..., D]."""
+        head = self.lm_head.kernel[...].astype(hidden.dtype)
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return SOFTCAP * jnp.tanh(logits[..., : self.config.vocab_size] / SOFTCAP)
+
+    def hidden(
+        self,
+        ids: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        previous: jax.Array | None = None,
+        attend: Attend | None = None,
+    ) -> jax.Array:
+        """What the head sees: [B, T, D] in the compute dtype for ids [B, T].
+
+        positions [B, T]: where the ids stand; by default 0..T-1. previous [B, T]: the id before
+        each of them, negative where there is none; by default the one to its left. attend: in
+        place of causal attention among these positions.
+        """
         c = self.config
-        x = rms_norm(shard_rows(self.wte(ids, jnp.dtype(c.compute_dtype))))
+        attend = attend or self.attend
+        x = self.embed(ids)
         if c.extras:
-            x = self.smear(x)
+            x = self.smear(x, previous)
         x0 = mid = x
-        with jax.ensure_compile_time_eval():  # else XLA repeats cos and sin for every head and row
-            cos_sin = rotary_tables(jnp.arange(ids.shape[1]), c.head_dim, c.rope_base)
+        if positions is None:  # constants, else XLA repeats cos and sin for every head and row
+            cos_sin = rotary_tables(np.arange(ids.shape[1]), c.head_dim, c.rope_base)
+        else:
+            cos_sin = rotary_tables(positions, c.head_dim, c.rope_base)
+
+        def run(block, x, ve, cos_sin):
+            return block(x, ve, cos_sin, attend)
+
+        run = nnx.remat(run) if c.remat == "full" else run
         for layer, block in enumerate(self.blocks):
             ve = None
             if c.extras:
@@ -176,7 +214,6 @@ class GPT(nnx.Module):
                 x = x + self.x0_lambdas[layer].astype(x.dtype) * x0
                 if c.has_value_embed(layer):
                     ve = self.value_embeds[str(layer)](ids, x.dtype)
-            run = nnx.remat(Block.__call__) if c.remat == "full" else Block.__call__
             x = run(block, x, ve, cos_sin)
             if layer == c.num_layers // 2:
                 mid = x
@@ -184,11 +221,22 @@ class GPT(nnx.Module):
             x = x - self.backout_lambda[...].astype(x.dtype) * mid
         return rms_norm(x)
 
-    def smear(self, x: jax.Array) -> jax.Array:
-        """Mix the previous position's embedding into each position but the first. x [B, T, D]."""
-        gate = jax.nn.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_GATE_DIM]))  # [B, T-1, 1]
+    def embed(self, ids: jax.Array) -> jax.Array:
+        return rms_norm(shard_rows(self.wte(ids, jnp.dtype(self.config.compute_dtype))))
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        c = self.config
+        return attention(q, k, v, c.sees(layer), c.attention_backend)
+
+    def smear(self, x: jax.Array, previous: jax.Array | None) -> jax.Array:
+        """Mix into each embedding of x [B, T, D] the one before it, where there is one."""
+        channels = x[:, 1:, :SMEAR_GATE_DIM] if previous is None else x[..., :SMEAR_GATE_DIM]
+        gate = jax.nn.sigmoid(self.smear_gate(channels))  # [B, T, 1], or T - 1
         gate = gate * self.smear_lambda[...].astype(x.dtype)
-        return jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
+        if previous is None:
+            return jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
+        smeared = x + gate * self.embed(jnp.maximum(previous, 0))
+        return jnp.where(previous[..., None] >= 0, smeared, x)
 
 
 def init_params(config: GPTConfig, key: jax.Array) -> dict[str, jax.Array]:

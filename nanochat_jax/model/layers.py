@@ -6,6 +6,7 @@ module computes in bfloat16 on a GPU and in float32 on a CPU. No layer has a bia
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -36,11 +37,15 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return x * lax.rsqrt(mean_square + jnp.finfo(jnp.float32).eps).astype(x.dtype)
 
 
-def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(
+    positions: jax.Array | np.ndarray, head_dim: int, base: float
+) -> tuple[jax.Array, jax.Array]:
     """cos, sin [..., H/2] in float32 for integer positions [...]; any position, no table to
-    outgrow."""
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    outgrow. Positions known while tracing (a numpy array) give constants."""
+    frequencies = (base ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions.astype(np.float32)[..., None] * frequencies
+    if isinstance(positions, np.ndarray):
+        return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat_jax.common import UserError
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.sampling import generate_greedy
+from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.model import accounting
 from nanochat_jax.model.gpt import bind, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum, token_nll

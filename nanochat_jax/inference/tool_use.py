@@ -1,0 +1,62 @@
+"""What the model may call while it writes, as tools of the engine.
+
+<|python_start|> 12/60 <|python_end|>  ->  <|output_start|> 0.2 <|output_end|>, forced
+
+  calculator   an expression of the calculator, worked out here; anything else gets no answer
+  python       that, and else a program in the sandbox: what it prints, an expression its value
+"""
+
+import ast
+from collections.abc import Callable
+
+from nanochat_jax.common import UserError
+from nanochat_jax.inference.engine import Tool
+from nanochat_jax.tokenizer.bpe import Tokenizer
+from nanochat_jax.tokenizer.chat import PARTS
+from nanochat_jax.tools.calculator import calculate
+from nanochat_jax.tools.sandbox import run_program
+
+MAX_OUTPUT_CHARS = 400  # of a program; it has to fit the model's context
+
+
+def make_tool(name: str, tokenizer: Tokenizer) -> Tool | None:
+    """The tool called `name`: calculator, python or none."""
+    tools = {"calculator": calculate, "python": run_python}
+    if name == "none":
+        return None
+    if name not in tools:
+        raise UserError(f"got tool {name!r}, expected one of none, {', '.join(tools)}")
+    return _tool(tokenizer, tools[name])
+
+
+def calculator_tool(tokenizer: Tokenizer) -> Tool:
+    """A Tool that answers an expression with its value, and one that has none with nothing."""
+    return _tool(tokenizer, calculate)
+
+
+def _tool(tokenizer: Tokenizer, answer: Callable[[str], str | None]) -> Tool:
+    start, end = (tokenizer.special_id(name) for name in PARTS["python"][:2])
+    opening, closing = (tokenizer.special_id(name) for name in PARTS["python_output"][:2])
+
+    def run(ids: list[int]) -> list[int]:
+        value = answer(tokenizer.decode(ids))
+        return [] if value is None else [opening, *tokenizer.encode(value), closing]
+
+    return Tool(start, end, run)
+
+
+def run_python(code: str) -> str | None:
+    """What a piece of Python says; the last line of its error where it fails."""
+    value = calculate(code)
+    if value is not None:
+        return value
+    try:
+        ast.parse(code.strip(), mode="eval")
+        code = f"print(({code.strip()}\n))"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass  # a program, or nothing that Python can read, which the sandbox will say
+    outcome = run_program(code, require=("network", "files", "time"))
+    said = outcome.stdout.strip()
+    if outcome.status != "ok":
+        said = (outcome.stderr.strip().splitlines() or [outcome.status])[-1]
+    return said[:MAX_OUTPUT_CHARS]

@@ -1,0 +1,95 @@
+"""Small models with weights that are nowhere zero, and their logits by full forward passes."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
+
+
+class ShortWindows(GPTConfig):
+    """Windows far below the 128 that recipes start from, so that short texts go round the rings."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return (5, 11, 24)[: self.num_layers]
+
+
+CLASSIC = GPTConfig(
+    vocab_size=60, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, seq_len=16
+)
+MODERN = ShortWindows(
+    vocab_size=60,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    seq_len=24,
+    rope_base=100_000.0,
+    window_pattern="SL",
+    qk_scale=1.2,
+    extras=True,
+)
+
+
+@pytest.fixture(params=[CLASSIC, MODERN], ids=["classic", "modern"])
+def config(request) -> GPTConfig:
+    return request.param
+
+
+@pytest.fixture
+def classic() -> GPTConfig:
+    return CLASSIC
+
+
+@pytest.fixture
+def modern() -> GPTConfig:
+    return MODERN
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[[GPTConfig], dict[str, np.ndarray]]:
+    """config -> parameters of the right shapes."""
+
+    def draw(config: GPTConfig) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        params = {}
+        for path, leaf in param_shapes(config).items():
+            value = rng.standard_normal(leaf.shape, np.float32)
+            if path.endswith("kernel"):
+                value *= leaf.shape[0] ** -0.5
+            elif path.endswith("lambdas"):
+                value = 1 + 0.1 * value
+            elif path.endswith("lambda"):
+                value = 0.3 + 0.1 * value
+            params[path] = value.astype(np.float32)
+        return params
+
+    return draw
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_probs(config, params, ids):
+    return jax.nn.log_softmax(bind(config, params)(ids), axis=-1)
+
+
+@pytest.fixture(scope="session")
+def full_forward() -> Callable[..., np.ndarray]:
+    """(config, params, texts of at most 128 ids) -> log probabilities [B, 128, V]."""
+
+    def run(config, params, texts):
+        ids = np.zeros((len(texts), 128), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = text
+        return np.asarray(_log_probs(config, params, ids))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
