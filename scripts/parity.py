@@ -1,6 +1,6 @@
 """Compare what this package computes with a folder of reference numbers; fail on any difference.
 
-  python scripts/parity.py tests/goldens
+  python scripts/parity.py tests/goldens --core-data=DIR
 
 Prints a line for everything compared. A number that is off, a file or a key that no comparison
 reads, a file that is missing: exit status 1.
@@ -19,14 +19,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder laid out as tests/goldens/README.md says")
     parser.add_argument(
-        "--core-data", type=Path, help="the CORE tasks; unused until CORE is covered"
+        "--core-data",
+        type=Path,
+        help="folder of CORE's tasks, like the evaluation bundle; default FOLDER/../data/core",
     )
     options = parser.parse_args(argv)
-    if options.core_data:
-        if not options.core_data.is_dir():
-            raise UserError(f"--core-data got {options.core_data}, expected a folder of CORE tasks")
-        log("--core-data is not used: CORE is not covered yet")
-    rows, not_covered = compare_folder(options.folder)
+    beside = options.folder.resolve().parent / "data" / "core"
+    core_data = options.core_data or (beside if beside.is_dir() else None)
+    if core_data and not core_data.is_dir():
+        raise UserError(f"--core-data got {core_data}, expected a folder of CORE tasks")
+    rows, not_covered = compare_folder(options.folder, core_data)
     log(table(rows, not_covered))
     return 0 if all(row.ok for row in rows) else 1
 

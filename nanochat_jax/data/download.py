@@ -109,7 +109,7 @@ def _is_recorded(directory: Path, manifest: dict[str, Any], name: str) -> bool:
 
 def _ask(repo_id: str, name: str, revision: str, endpoint: str | None) -> RemoteFile:
     url = hf_hub_url(repo_id, name, repo_type="dataset", revision=revision, endpoint=endpoint)
-    found = _persistently(name, lambda: get_hf_file_metadata(url, endpoint=endpoint), time.sleep)
+    found = persistently(name, lambda: get_hf_file_metadata(url, endpoint=endpoint), time.sleep)
     if found.size is None or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
         raise UserError(
             f"{url}: got size {found.size} and etag {found.etag}, expected a size and a SHA-256; "
@@ -136,7 +136,7 @@ def _fetch(
             progress(-file.num_bytes)
             raise _WrongHash(f"got SHA-256 {digest}, expected {file.sha256}")
 
-    _persistently(file.name, attempt, stop.wait, lambda: _received_bytes(directory, file))
+    persistently(file.name, attempt, stop.wait, lambda: _received_bytes(directory, file))
     os.replace(part, path)
     return file
 
@@ -192,7 +192,7 @@ class _Stopped(Exception):
     """Another file failed for good."""
 
 
-def _persistently(
+def persistently(
     name: str,
     action: Callable[[], T],
     pause: Callable[[float], Any],

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nanochat_jax.common import UserError
 from nanochat_jax.parity.arrays import compare_model
+from nanochat_jax.parity.core import FILES as CORE_FILES
+from nanochat_jax.parity.core import compare_core
 from nanochat_jax.parity.rows import Row, not_comparable
 from nanochat_jax.parity.scaling import compare_scaling
 from nanochat_jax.parity.text import TEXT_FILE, TOKENIZER_FILE, compare_text
@@ -22,8 +24,6 @@ COMPARISONS = (
 )
 DESCRIPTION = "README.md"
 NOT_COVERED = {
-    "core.json": "CORE",
-    "core_model.npz": "CORE",
     "hf_nanochat": "export to Hugging Face",
     "upstream_classic": "import of upstream checkpoints",
     "upstream_modern": "import of upstream checkpoints",
@@ -32,13 +32,17 @@ NOT_COVERED = {
 HEADER = ("file", "what", "compared", "largest difference", "tolerance", "result")
 
 
-def compare_folder(folder: Path) -> tuple[list[Row], list[str]]:
-    """(a row for everything compared, the entries that are not covered yet)."""
+def compare_folder(folder: Path, core_data: Path | None = None) -> tuple[list[Row], list[str]]:
+    """(a row for everything compared, the entries that are not covered yet).
+
+    core_data: folder of CORE's tasks; without it only those that need no data are compared.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"got {folder}, expected a folder of reference numbers like tests/goldens")
-    rows = [row for _, compare in COMPARISONS for row in compare(folder)]
-    files = [file for files, _ in COMPARISONS for file in files]
+    comparisons = (*COMPARISONS, (CORE_FILES, partial(compare_core, data=core_data)))
+    rows = [row for _, compare in comparisons for row in compare(folder)]
+    files = [file for files, _ in comparisons for file in files]
     rows.sort(key=lambda row: files.index(row.file))
     entries = sorted(path.name for path in folder.iterdir())
     known = {*files, *NOT_COVERED, DESCRIPTION}

@@ -18,7 +18,8 @@ from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
 from nanochat_jax.parity.case import Case
 from nanochat_jax.parity.reference import close_row, exact_row
 from nanochat_jax.parity.rows import Row
-from nanochat_jax.train.state import TrainState, state_shardings
+from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.state import TrainState
 from nanochat_jax.train.step import make_train_step
 
 STEP_TOLERANCE = 2e-5
@@ -187,10 +188,9 @@ def compare_trajectory(case: Case) -> Iterable[Row]:
         optim_config(case),
         **{name: lambda step, value=value: jnp.float32(value) for name, value in constants.items()},
     )
-    params = jax.tree.map(jnp.copy, case.params)  # the step consumes what it is given
     key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(jnp.int32(0), params, tx.init(params), key)
-    state = jax.device_put(state, state_shardings(case.config, tx, case.mesh))
+    state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
+    state = Owners(case.config, case.mesh).to_owned(state)
     step = make_train_step(case.config, tx, case.mesh, device_batch_size=1, tile_tokens=case.tile)
     batch = {"inputs": case.ids, "targets": case.targets}
     reference = case.arrays.take("trajectory_loss")

@@ -1,0 +1,374 @@
+"""CORE against the protocol written out: one example after the other, whole rows, all logits."""
+
+import csv
+import json
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from nanochat_jax.common import UserError
+from nanochat_jax.eval import core
+from nanochat_jax.eval.core_bundle import FIELDS, NUM_EXAMPLES, CoreTask, read_tasks
+from nanochat_jax.eval.core_prompts import make_rows, render, to_rows
+from nanochat_jax.eval.core_score import Row, batch_width, score_rows
+from nanochat_jax.interop.upstream import params_from_upstream
+from nanochat_jax.model.gpt import GPTConfig, bind
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.tokenizer.bpe import Tokenizer
+
+# Rows longer than seq_len are among the examples below.
+CONFIG = GPTConfig(
+    vocab_size=2048, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=4, seq_len=32
+)
+CHOICES = [
+    {"query": "Question: What swims?", "choices": [" A cat", " A fish", " A stone"], "gold": 1},
+    {"query": "Question: What is 7 + 5?", "choices": ["12", "123", "12.5"], "gold": 0},
+    {"query": "Question: Which is red?", "choices": ["the sky", "blood", "blood"], "gold": 2},
+    {"query": "Question: Where is Paris? " * 4, "choices": ["France", "In the north"], "gold": 0},
+    {"query": "", "choices": ["up", "down"], "gold": 1},
+]
+SCHEMAS = [
+    {"context_options": ["The boy", "The boys"], "continuation": "was late for school.", "gold": 0},
+    {"context_options": ["Ann gave Eve", "Ann had from Eve"], "continuation": "a key", "gold": 1},
+    {"context_options": ["It rained", "It has rained"], "continuation": "on us all day", "gold": 1},
+    {"context_options": ["same", "same"], "continuation": "as before", "gold": 0},
+]
+TEXTS = [
+    {"context": "The captain looked at the sea and said ", "continuation": "that he was late"},
+    {"context": "  One, two,", "continuation": "three"},
+    {"context": "Water boils at\n", "continuation": "100 degrees, and freezes at 0"},
+]
+OWN = {  # label: (kind, shots, delimiter, examples)
+    "choices": ("multiple_choice", 2, "\nAnswer: ", CHOICES),
+    "bare": ("multiple_choice", 0, " ", CHOICES),
+    "schemas": ("schema", 0, " ", SCHEMAS),
+    "schemas_shot": ("schema", 1, " ", SCHEMAS),
+    "texts": ("language_modeling", 2, " ", TEXTS),
+}
+
+
+def tasks() -> list[CoreTask]:
+    return [
+        CoreTask(label, kind, "", shots, delimiter, 0.0, items, len(items))
+        for label, (kind, shots, delimiter, items) in OWN.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(goldens) -> Tokenizer:
+    return Tokenizer.load(goldens)
+
+
+@pytest.fixture(scope="module")
+def params(goldens) -> dict[str, jax.Array]:
+    arrays = params_from_upstream(dict(np.load(goldens / "core_model.npz")))
+    return {path: jnp.asarray(value) for path, value in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def naive_prompts(task: CoreTask, index: int) -> list[str]:
+    others = [i for i in range(len(task.items)) if i != index]
+    drawn = random.Random(1234 + index).sample(others, task.num_shots)
+    before = ""
+    for shot in [task.items[i] for i in drawn]:
+        if task.kind == "multiple_choice":
+            before += f"{shot['query']}{task.delimiter}{shot['choices'][shot['gold']]}\n\n"
+        elif task.kind == "schema":
+            option = shot["context_options"][shot["gold"]]
+            before += f"{option}{task.delimiter}{shot['continuation']}\n\n"
+        else:
+            before += f"{shot['context'].strip()}{task.delimiter}{shot['continuation']}\n\n"
+    item = task.items[index]
+    if task.kind == "multiple_choice":
+        return [f"{before}{item['query']}{task.delimiter}{c}" for c in item["choices"]]
+    if task.kind == "schema":
+        return [
+            f"{before}{option}{task.delimiter}{item['continuation']}"
+            for option in item["context_options"]
+        ]
+    alone = f"{before}{item['context'].strip()}{task.delimiter}"
+    return [alone.strip(), alone + item["continuation"]]
+
+
+def naive_spans(kind: str, rows: list[list[int]]) -> list[tuple[list[int], int, int]]:
+    if kind == "language_modeling":
+        alone, whole = rows
+        assert whole[: len(alone)] == alone
+        return [(whole, len(alone), len(whole))]
+    shared = 0
+    step = [row[::-1] for row in rows] if kind == "schema" else rows
+    while all(shared < len(row) for row in step) and len({row[shared] for row in step}) == 1:
+        shared += 1
+    if kind == "schema":
+        return [(row, len(row) - shared, len(row)) for row in rows]
+    return [(row, shared, len(row)) for row in rows]
+
+
+def naive_verdict(forward, tokenizer: Tokenizer, task: CoreTask, index: int):
+    """(verdict, spans, losses), each row on its own and unpadded."""
+    tokens = [tokenizer.encode(text, bos=True) for text in naive_prompts(task, index)]
+    losses, hits, spans = [], [], []
+    for row, start, end in naive_spans(task.kind, tokens):
+        logits = np.asarray(forward(row), np.float64)[: len(row)]
+        nll = np.log(np.sum(np.exp(logits[:-1]), axis=-1)) - logits[range(len(row) - 1), row[1:]]
+        span = nll[max(start - 1, 0) : end - 1] if start else nll[:0]
+        losses.append(span.mean() if len(span) else math.nan)
+        hits.append(logits[start - 1 : end - 1].argmax(axis=-1).tolist() == row[start:end])
+        spans.append((start, end))
+    if task.kind == "language_modeling":
+        return hits[0], spans, losses
+    return losses.index(min(losses)) == task.items[index]["gold"], spans, losses
+
+
+@pytest.fixture(scope="module")
+def naive(tokenizer, params):
+    """{label: what each example must come to}."""
+    whole = jax.jit(lambda ids: bind(CONFIG, params)(ids))
+
+    def forward(row):
+        ids = np.zeros((1, 160), np.int32)  # one shape to compile; the future is not seen
+        ids[0, : len(row)] = row
+        return whole(ids)[0]
+
+    with jax.default_matmul_precision("highest"):
+        return {
+            task.label: [naive_verdict(forward, tokenizer, task, i) for i in range(len(task.items))]
+            for task in tasks()
+        }
+
+
+LAYOUTS = [  # device_batch_tokens, tile_tokens, mesh
+    (64, 3, {"devices": 1}),
+    (400, 100, {"devices": 1}),
+    (128, 64, {"devices": 8, "fsdp": 2, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize("batch_tokens, tile_tokens, axes", LAYOUTS)
+def test_shared_batches_give_the_verdicts_of_one_by_one(
+    tokenizer, params, naive, batch_tokens, tile_tokens, axes
+):
+    axes = axes | {"devices": jax.devices()[: axes["devices"]]}
+    seen = []
+    graded = core.grade(
+        CONFIG,
+        make_mesh(**axes),
+        params,
+        tokenizer,
+        tasks(),
+        device_batch_tokens=batch_tokens,
+        tile_tokens=tile_tokens,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    for task, examples in zip(tasks(), graded, strict=True):
+        for example, (correct, spans, losses) in zip(examples, naive[task.label], strict=True):
+            assert (example.correct, example.spans) == (correct, spans)
+            np.testing.assert_allclose(example.losses, losses, atol=1e-5)
+    assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
+    assert max(length for e in graded[0] for length in e.lengths) > 2 * CONFIG.seq_len
+
+
+def test_the_examples_are_worth_it(naive):
+    """Both verdicts, rows of several widths, and a choice that is the beginning of another."""
+    verdicts = {correct for examples in naive.values() for correct, _, _ in examples}
+    assert verdicts == {True, False}
+    assert any(math.isnan(loss) for _, _, losses in naive["bare"] for loss in losses)
+
+
+def test_prompts_are_those_of_the_protocol():
+    for task in tasks():
+        for index in range(len(task.items)):
+            assert render(task, index) == naive_prompts(task, index)
+    choices, _, schemas, _, texts = tasks()
+    assert render(choices, 4)[1].endswith("\n\n\nAnswer: down")
+    assert render(schemas, 0) == ["The boy was late for school.", "The boys was late for school."]
+    alone, whole = render(texts, 1)
+    assert alone.endswith("\n\nOne, two,") and whole == alone + " three"
+
+
+def rows_of(kind, *tokens):
+    return [(r.start, r.end) for r in to_rows(kind, [np.array(t, np.int32) for t in tokens])]
+
+
+def test_spans_are_found_in_tokens():
+    multiple, schema, text = FIELDS
+    assert rows_of(multiple, [0, 5, 6, 7], [0, 5, 8]) == [(2, 4), (2, 3)]
+    assert rows_of(multiple, [0, 5], [0, 5, 8]) == [(2, 2), (2, 3)]  # nothing to score: nan
+    assert rows_of(multiple, [0, 5], [0, 5]) == [(2, 2), (2, 2)]
+    assert rows_of(schema, [0, 1, 5, 6], [0, 5, 6]) == [(2, 4), (1, 3)]
+    assert rows_of(schema, [0, 1, 5, 6], [0, 1, 5, 7]) == [(4, 4), (4, 4)]
+    assert rows_of(text, [0, 5], [0, 5, 6, 7]) == [(2, 4)]
+    # The prompt's last token and the continuation's first have become one.
+    assert rows_of(text, [0, 5, 6], [0, 5, 9, 7]) == [(2, 4)]
+
+
+def test_a_continuation_that_merges_with_the_prompt_is_scored_from_that_token(tokenizer):
+    item = {"context": "The cap", "continuation": "tain"}
+    task = CoreTask("t", "language_modeling", "", 0, "", 0.0, [item], 1)
+    ((row,),) = make_rows(task, tokenizer)
+    scored = tokenizer.decode(row.ids[row.start :].tolist())
+    assert scored.endswith("tain") and "The captain".endswith(scored) and row.start > 0
+    item["continuation"] = ""
+    with pytest.raises(UserError, match="nothing to score"):
+        list(make_rows(task, tokenizer))
+
+
+def test_of_equal_options_the_first_is_chosen(tokenizer, params, mesh):
+    def verdicts(choices):
+        items = [{"query": "Well", "choices": choices, "gold": g} for g in range(len(choices))]
+        task = CoreTask("t", "multiple_choice", "", 0, " ", 0.0, items, len(items))
+        sizes = {"device_batch_tokens": 128, "tile_tokens": 16}
+        (graded,) = core.grade(CONFIG, mesh, params, tokenizer, [task], **sizes)
+        return [example.correct for example in graded]
+
+    assert verdicts(["so", "so"]) == [True, False]
+    three = verdicts(["so", "no", "so"])
+    assert three in ([True, False, False], [False, True, False])
+    # The span of "now" is empty, its loss nan: chosen where it comes first, as `min` has it.
+    assert verdicts(["now", "now or never"]) == [True, False]
+    assert verdicts(["now or never", "now"]) == [True, False]
+
+
+def test_rows_share_few_widths():
+    widths = [batch_width(length) for length in range(1, 5000)]
+    assert sorted(set(widths))[:5] == [64, 96, 128, 192, 256] and len(set(widths)) == 14
+    for length, width in enumerate(widths, 1):
+        assert length <= width and (width == 64 or 3 * length > 2 * width - 3)
+
+
+def test_a_long_row_comes_alone_and_a_short_one_does_not_wait_for_it(params, mesh):
+    """Batches hold at most device_batch_tokens; what is padding is not reported."""
+    rng = np.random.default_rng(0)
+    lengths = [200, 5, 7, 64, 9, 11, 70]
+    rows = [Row(rng.integers(0, 2000, n).astype(np.int32), 1, n) for n in lengths]
+    sizes = {"device_batch_tokens": 128, "tile_tokens": 16}
+    batches = [places for places, _, _ in score_rows(CONFIG, mesh, params, rows, **sizes)]
+    assert batches == [[0], [1, 2], [3, 4], [6], [5]]
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    lines = ["icl_tasks:"]
+    for label, (kind, shots, delimiter, items) in OWN.items():
+        lines += ["-", f"  label: {label}", f"  dataset_uri: some/{label}.jsonl"]
+        lines += [f"  num_fewshot: [{shots}]", f"  icl_task_type: {kind}"]
+        lines += [] if delimiter == " " else [f"  continuation_delimiter: {json.dumps(delimiter)}"]
+        path = tmp_path / "eval_data" / "some" / f"{label}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "core.yaml").write_text("\n".join(lines) + "\n")
+    with open(tmp_path / "eval_meta_data.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Eval Task", "#datapoints", "Random baseline", "Description"])
+        table.writerows([label, 9, 10 * i, 'with, "signs"'] for i, label in enumerate(OWN))
+    return tmp_path
+
+
+def test_a_bundle_is_read_as_it_lies(bundle):
+    read = read_tasks(bundle)
+    assert [task.label for task in read] == list(OWN)
+    for i, task in enumerate(read):
+        kind, shots, delimiter, items = OWN[task.label]
+        random.Random(1337).shuffle(items := list(items))
+        assert (task.kind, task.num_shots, task.delimiter) == (kind, shots, delimiter)
+        assert task.items == items and task.baseline == 10 * i
+    assert [len(task.items) for task in read_tasks(bundle, 3)] == [3, 3, 3, 3, 3]
+    assert read_tasks(bundle, 3)[0].items == read[0].items[:3]
+    assert read_tasks(bundle, 3)[0].num_available == 5
+
+
+def run(bundle, params, tokenizer, mesh, **more):
+    sizes = {"device_batch_tokens": 400, "tile_tokens": 100}
+    return core.evaluate(CONFIG, mesh, params, tokenizer, bundle, **sizes, **more)
+
+
+def test_core_is_the_mean_of_centred_scores(bundle, params, tokenizer, mesh, monkeypatch):
+    monkeypatch.setattr(core, "NUM_EXAMPLES", {n: len(items) for n, (*_, items) in OWN.items()})
+    result = run(bundle, params, tokenizer, mesh)
+    graded = core.grade(
+        CONFIG, mesh, params, tokenizer, read_tasks(bundle), device_batch_tokens=64, tile_tokens=3
+    )
+    centred = []
+    for i, (label, examples) in enumerate(zip(OWN, graded, strict=True)):
+        accuracy, chance = np.mean([e.correct for e in examples]), i / 10
+        score = result["tasks"][label]
+        assert score["accuracy"] == pytest.approx(accuracy) and score["num_examples"] == len(
+            examples
+        )
+        centred.append((accuracy - chance) / (1 - chance))
+        assert score["centered"] == pytest.approx(centred[-1])
+    assert result["core"] == pytest.approx(np.mean(centred)) and "core_partial" not in result
+    assert result["missing"] == [] and result["partial"] == {}
+    assert sum(score["secs"] for score in result["tasks"].values()) == pytest.approx(result["secs"])
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh, monkeypatch):
+    wanted = {label: len(items) for label, (*_, items) in OWN.items()} | {"coqa": 7, "bare": 6}
+    monkeypatch.setattr(core, "NUM_EXAMPLES", wanted)
+    (bundle / "eval_data" / "some" / "schemas.jsonl").unlink()
+    result = run(bundle, params, tokenizer, mesh, max_per_task=3)
+    assert result["missing"] == ["schemas", "coqa"] and result["partial"] == {"bare": "5 of 6"}
+    scores = [score["centered"] for score in result["tasks"].values()]
+    assert result["core_partial"] == pytest.approx(np.mean(scores)) and "core" not in result
+    assert [score["num_examples"] for score in result["tasks"].values()] == [3] * 4
+
+
+def test_other_tasks_are_not_core_either(bundle, params, tokenizer, mesh):
+    assert len(NUM_EXAMPLES) == 22
+    result = run(bundle, params, tokenizer, mesh, max_per_task=3)
+    assert result["missing"] == list(NUM_EXAMPLES) and "core" not in result
+
+
+def spoil(name, old, new):
+    def change(bundle):
+        path = bundle / name
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (spoil("core.yaml", "icl_tasks", "other"), "no list of CORE tasks"),
+        (spoil("core.yaml", "type: schema", "type: riddle"), "got kind 'riddle', expected one of"),
+        (spoil("core.yaml", "num_fewshot: [2]", "shots: 2"), "in the list of tasks"),
+        (
+            spoil("core.yaml", "[2]", "[5]"),
+            "choices: got 5 examples, expected at least 6 for its 5",
+        ),
+        (spoil("eval_meta_data.csv", "Random", "Rnd"), "no table of random baselines"),
+        (spoil("eval_meta_data.csv", "texts", "text"), "'texts'"),
+        (spoil("eval_data/some/texts.jsonl", '"continuation"', '"end"'), "texts.jsonl:1: got"),
+        (spoil("eval_data/some/choices.jsonl", '"gold": 1', '"gold": 3'), "choices.jsonl:1: got"),
+        (spoil("eval_data/some/schemas.jsonl", "}\n", "\n"), "schemas.jsonl:1: got"),
+    ],
+)
+def test_a_broken_bundle_is_said_in_one_line(bundle, change, said):
+    change(bundle)
+    with pytest.raises(UserError) as error:
+        read_tasks(bundle)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bundle_without_examples_is_refused(bundle, params, tokenizer, mesh):
+    for path in (bundle / "eval_data" / "some").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="without any examples"):
+        run(bundle, params, tokenizer, mesh)
