@@ -15,12 +15,14 @@ from nanochat_jax.model.accounting import train_flops_per_token
 from nanochat_jax.model.gpt import init_params
 from nanochat_jax.optim.build import label
 from nanochat_jax.optim.muon import NEWTON_SCHULZ
+from nanochat_jax.train.owners import Owners
 
 
 def run(name: str, secs: float) -> dict:
     """Numbers of one shape: milliseconds, share of the model's FLOPs, bytes."""
     shape = bench.get_shape(name)
-    params = jax.jit(lambda: init_params(shape.model, jax.random.key(0)))()
+    owners = Owners(shape.model, bench.one_device())  # stacks, as in training
+    params = owners.to_owned(init_params(shape.model, jax.random.key(0)))
     arrays = bench.random_arrays("float32", *(p.shape for p in params.values()))
     grads = dict(zip(params, arrays, strict=True))
     groups = {
@@ -54,9 +56,9 @@ def run(name: str, secs: float) -> dict:
 
 
 def muon_flops(shape: tuple[int, ...]) -> int:
-    """Of orthogonalising one matrix: per polynomial X X', its square, and their product with X."""
-    short, long = sorted(shape)
-    return len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)
+    """Of orthogonalising a stack: per polynomial X X', its square, and their product with X."""
+    stack, short, long = shape[0], *sorted(shape[1:])
+    return stack * len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)
 
 
 def main() -> None:

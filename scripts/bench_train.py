@@ -13,7 +13,7 @@ import jax
 from nanochat_jax import bench, hardware
 from nanochat_jax.common import log, run_main
 from nanochat_jax.model.accounting import train_flops_per_token
-from nanochat_jax.model.gpt import bind
+from nanochat_jax.model.gpt import bind, init_params
 from nanochat_jax.model.loss import cross_entropy_naive
 from nanochat_jax.runtime import available_bytes, compiled_bytes
 from nanochat_jax.train import step as step_module
@@ -34,7 +34,7 @@ def run(name: str, secs: float) -> dict:
         memory[loss] = compiled_bytes(compiled)
         if memory[loss] < available_bytes(mesh):
             calls[loss] = stepper(compiled, create_state(shape.model, tx, mesh, seed=0), batch)
-    params = create_state(shape.model, tx, mesh, seed=0).params
+    params = init_params(shape.model, jax.random.key(0))
     forward = jax.jit(lambda params, ids: bind(shape.model, params).hidden(ids))
     calls["forward without head"] = lambda: forward(params, batch["inputs"])
     with jax.set_mesh(mesh):

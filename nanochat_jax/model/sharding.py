@@ -2,11 +2,13 @@
 
 Axes (sizes from the recipe's mesh section; a size of 1 means the axis does nothing):
   data    rows of the batch; every group has its own copy of the weights
-  fsdp    rows of the batch too, but weights and optimizer state are split and gathered when used
+  fsdp    rows of the batch too, but weights are split and gathered when used
   tensor  heads, MLP width and vocabulary; rows are shared
 
-The compiler (GSPMD) derives all communication from the placement of inputs, parameters and the row
-constraint on activations, so the model code never names a device.
+In evaluation and inference the compiler (GSPMD) derives all communication from the placement of
+inputs, parameters and the row constraint on activations, so the model code never names a device.
+Training says itself what moves over the row axes, once a step (train/owners.py): there data and
+fsdp are the same, and masters and optimizer state are split over all devices.
 """
 
 import re
@@ -18,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.common import UserError
 
-ROWS = P(("data", "fsdp"))  # the leading dim of batches and activations
+ROW_AXES = ("data", "fsdp")
+ROWS = P(ROW_AXES)  # the leading dim of batches and activations
+OWNERS = P((*ROW_AXES, "tensor"))  # the leading dim of what each device keeps for all
 
 # First match on the parameter's dotted path wins. Kernels are [in, out], tables [vocab, dim].
 RULES = (
@@ -68,20 +72,9 @@ def param_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
     return shardings
 
 
-def like_params(tree, shardings: dict[str, NamedSharding], shapes: dict, mesh: Mesh):
-    """Shardings for an optimizer state: a leaf kept per parameter lies where its parameter does.
-
-    Leaves are recognised by the parameter's path as last dict key; those of another shape (Muon's
-    second moment, counters) are small and lie everywhere.
-    """
-
-    def place(path, leaf):
-        name = next((k.key for k in reversed(path) if hasattr(k, "key")), None)
-        if name in shardings and leaf.shape == shapes[name].shape:
-            return shardings[name]
-        return NamedSharding(mesh, P())
-
-    return jax.tree_util.tree_map_with_path(place, tree)
+def tensor_spec(path: str) -> P:
+    """The split over the tensor axis alone, of a weight that is whole in all else."""
+    return P(*(axis if axis == "tensor" else None for axis in param_spec(path)))
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -89,7 +82,9 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-    """Keep an activation split by rows; without a mesh (a lone test) nothing is said."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Keep an activation split by rows; nothing is said without a mesh (a lone test) and inside a
+    training step's shard_map, where a device has its own rows only."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or ROW_AXES[0] in mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, ROWS)

@@ -13,9 +13,11 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from nanochat_jax.optim.muon import Schedule, muon
+from nanochat_jax.optim.muon import MuonState, Schedule, muon
 
 LABELS = (
     (r"^blocks\.", "muon"),
@@ -89,10 +91,12 @@ def build_optimizer(
     momentum: Schedule,
     weight_decay: Schedule,
 ) -> optax.GradientTransformation:
-    """The transform for parameters at `paths`; the three schedules are functions of the step."""
+    """The transform for parameters at `paths` or stacks of them (whose names get the same labels).
+
+    The three schedules are functions of the step.
+    """
     groups = adam_groups(o, model_dim)
-    labels = {path: label(path) for path in paths}
-    unknown = set(labels.values()) - set(groups) - {"muon"}
+    unknown = {label(path) for path in paths} - set(groups) - {"muon"}
     if unknown:
         raise ValueError(
             f"optim.recipe={o.recipe} has no settings for the groups {sorted(unknown)}"
@@ -114,4 +118,19 @@ def build_optimizer(
         modern=o.recipe == "modern",
         dtype=o.ns_dtype,
     )
-    return optax.multi_transform(transforms, labels)
+    return optax.multi_transform(transforms, lambda params: {name: label(name) for name in params})
+
+
+def warm_start(opt_state):
+    """An optimizer state for the next stage: its moments stay, its schedules start over.
+
+    Adam's own count stays too, for its moments are no longer biased towards zero.
+    """
+
+    def is_counted(node) -> bool:
+        return isinstance(node, MuonState | optax.ScaleByScheduleState)
+
+    def restart(node):
+        return node._replace(count=jnp.zeros_like(node.count)) if is_counted(node) else node
+
+    return jax.tree.map(restart, opt_state, is_leaf=is_counted)

@@ -1,4 +1,5 @@
-"""Muon: momentum, orthogonalised. An Optax transform over matrices [in, out], both generations.
+"""Muon: momentum, orthogonalised. An Optax transform over matrices [..., in, out], both
+generations.
 
 Momentum gives a matrix u per parameter; Muon steps along the nearest orthogonal matrix instead (all
 singular values near 1), so that rare directions learn as fast as common ones. The nearest
@@ -11,11 +12,12 @@ matmuls.
            where it agrees with the step ("cautious")
 
 Papers and upstream write weights [out, in]; ours are the transpose, so their "row" is our last dim.
-Matrices of one shape are stacked and orthogonalised by one batched program.
+A leaf may be a stack of matrices, each of which is treated by itself in one batched program; no
+operation crosses the stack, so it can be split over devices.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +40,7 @@ VARIANCE_DECAY = 0.9
 class MuonState(NamedTuple):
     count: jax.Array  # [] int32, steps taken
     momentum: Any  # like the parameters
-    variance: Any  # [1, out] or [in, 1] per parameter; None in the classic form
+    variance: Any  # [..., 1, out] or [..., in, 1] per parameter; None in the classic form
 
 
 def muon(
@@ -49,7 +51,7 @@ def muon(
     modern: bool,
     dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Steps for matrices [in, out]; the schedules are functions of the step count.
+    """Steps for matrices [..., in, out]; the schedules are functions of the step count.
 
     dtype: of the orthogonalisation; bfloat16 on GPUs. The returned updates are to be added as they
     are.
@@ -68,13 +70,17 @@ def muon(
         buf = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda b, g: (1 - m) * g + m * b, buf, updates)
 
+        variance = None
         if modern:
-            directions, variance = _map_stacked(_modern_direction(dtype), nesterov, state.variance)
+            pairs = jax.tree.map(partial(_modern_direction, dtype), nesterov, state.variance)
+            directions, variance = (
+                jax.tree.map(lambda _, pair, i=i: pair[i], nesterov, pairs) for i in (0, 1)
+            )
         else:
-            directions, variance = _map_stacked(_classic_direction(dtype), nesterov, state.variance)
+            directions = jax.tree.map(partial(_classic_direction, dtype), nesterov)
 
         def step(x, p):
-            size = lr * max(1.0, p.shape[1] / p.shape[0]) ** 0.5
+            size = lr * max(1.0, p.shape[-1] / p.shape[-2]) ** 0.5
             if not modern:
                 return -size * x
             return -size * (x + wd * p * (x * p >= 0).astype(p.dtype))
@@ -95,29 +101,23 @@ def orthogonalise(x: jax.Array, polynomials) -> jax.Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def _classic_direction(dtype):
-    def direction(u, variance):  # u [K, in, out]
-        x = u / (_frobenius(u) + 1e-7)
-        return orthogonalise(x.astype(dtype), NEWTON_SCHULZ).astype(u.dtype), variance
-
-    return direction
+def _classic_direction(dtype, u: jax.Array) -> jax.Array:
+    x = u / (_frobenius(u) + 1e-7)
+    return orthogonalise(x.astype(dtype), NEWTON_SCHULZ).astype(u.dtype)
 
 
-def _modern_direction(dtype):
-    def direction(u, variance):
-        fan_in, fan_out = u.shape[-2:]
-        row_norm = jnp.sqrt(jnp.sum(u * u, axis=-2, keepdims=True))  # [K, 1, out]
-        u = u * (_frobenius(u) / fan_out**0.5) / jnp.maximum(row_norm, 1e-6)
-        x = (u / (1.01 * _frobenius(u) + 1e-6)).astype(dtype)
-        x = orthogonalise(x, POLAR_EXPRESS).astype(u.dtype)
-        x = x * (min(fan_in, fan_out) ** 0.5 / jnp.maximum(_frobenius(x), 1e-7))
-        axis = -2 if fan_out >= fan_in else -1
-        second_moment = jnp.mean(x * x, axis=axis, keepdims=True)
-        variance = VARIANCE_DECAY * variance + (1 - VARIANCE_DECAY) * second_moment
-        scaled = x * jax.lax.rsqrt(jnp.maximum(variance, 1e-10))
-        return scaled * (_frobenius(x) / jnp.maximum(_frobenius(scaled), 1e-10)), variance
-
-    return direction
+def _modern_direction(dtype, u: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    fan_in, fan_out = u.shape[-2:]
+    row_norm = jnp.sqrt(jnp.sum(u * u, axis=-2, keepdims=True))  # [..., 1, out]
+    u = u * (_frobenius(u) / fan_out**0.5) / jnp.maximum(row_norm, 1e-6)
+    x = (u / (1.01 * _frobenius(u) + 1e-6)).astype(dtype)
+    x = orthogonalise(x, POLAR_EXPRESS).astype(u.dtype)
+    x = x * (min(fan_in, fan_out) ** 0.5 / jnp.maximum(_frobenius(x), 1e-7))
+    axis = -2 if fan_out >= fan_in else -1
+    second_moment = jnp.mean(x * x, axis=axis, keepdims=True)
+    variance = VARIANCE_DECAY * variance + (1 - VARIANCE_DECAY) * second_moment
+    scaled = x * jax.lax.rsqrt(jnp.maximum(variance, 1e-10))
+    return scaled * (_frobenius(x) / jnp.maximum(_frobenius(scaled), 1e-10)), variance
 
 
 def _frobenius(x: jax.Array) -> jax.Array:
@@ -125,25 +125,6 @@ def _frobenius(x: jax.Array) -> jax.Array:
 
 
 def _variance_zeros(p: jax.Array) -> jax.Array:
-    fan_in, fan_out = p.shape
-    return jnp.zeros((1, fan_out) if fan_out >= fan_in else (fan_in, 1), p.dtype)
-
-
-def _map_stacked(function, tree, second):
-    """Apply function(stack, second stack) to all leaves of a shape at once; returns both trees."""
-    leaves, treedef = jax.tree.flatten(tree)
-    out, second_out = list(leaves), None if second is None else treedef.flatten_up_to(second)
-    groups = defaultdict(list)
-    for index, leaf in enumerate(leaves):
-        groups[leaf.shape].append(index)
-    for members in groups.values():
-        stack = jnp.stack([leaves[i] for i in members])
-        if second_out is None:
-            results, _ = function(stack, None)
-        else:
-            results, seconds = function(stack, jnp.stack([second_out[i] for i in members]))
-            for position, index in enumerate(members):
-                second_out[index] = seconds[position]
-        for position, index in enumerate(members):
-            out[index] = results[position]
-    return treedef.unflatten(out), None if second_out is None else treedef.unflatten(second_out)
+    *stack, fan_in, fan_out = p.shape
+    kept = (1, fan_out) if fan_out >= fan_in else (fan_in, 1)
+    return jnp.zeros((*stack, *kept), p.dtype)

@@ -121,8 +121,8 @@ class Checkpoints:
                     shutil.rmtree(folder)
 
     def save(self, state: TrainState, host: dict[str, Any], data_state: dict[str, Any]) -> None:
-        """Start saving at state.step; waits only for an earlier save that is still being
-        written."""
+        """Start saving at state.step, a state by path (Owners.to_paths); waits only for an earlier
+        save that is still being written."""
         self.wait()
         step = int(state.step)
         folder = step_dir(self.directory, step)
@@ -153,7 +153,7 @@ class Checkpoints:
             raise self._disk_error(self.directory, failure) from failure
 
     def restore(self, target: TrainState, step: int) -> TrainState:
-        """The state at `step`, laid out as `target` (train.state.abstract_state) says."""
+        """The state at `step`, by path, laid out as `target` (Owners.on_disk) says."""
         rest = _flat(target._replace(params={}))
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(target.params), state=ocp.args.StandardRestore(rest)

@@ -1,9 +1,16 @@
 """One optimizer step: the only jitted function of the training loop.
 
-  batch [R, T] -> A microbatches -> sum of gradients / trained tokens of the whole batch -> update
+  owned shares -> gather weights, in the compute dtype          } on every row shard by itself,
+  own rows -> A microbatches -> float32 sum of gradients        } under shard_map
+  scatter: the sum over all shards, each owner its share        }
+  clip -> optimizer, every device on what it owns -> new shares
+
+Nothing is sent between the gather and the scatter (but over the tensor axis, which is left to the
+compiler), and nothing but a few norms after it.
 
 The loss is weighted by trained tokens over the global batch, so no split into microbatches or
-devices changes it, and a row without targets is harmless. When a loss, gradient or update is not
+devices changes it, and a row without targets is harmless. A batch may bring weights of its own
+instead: the advantages of RL. When a loss, gradient or update is not
 finite the state stays as it was and metrics["finite"] says so: the loop stops with nothing lost,
 without a check per step.
 """
@@ -14,13 +21,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.loss import cross_entropy_sum
-from nanochat_jax.model.sharding import ROWS, num_row_shards
-from nanochat_jax.train.state import TrainState, state_shardings
+from nanochat_jax.model.sharding import ROW_AXES, ROWS
+from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.state import TrainState, abstract_state
 
-Batch = dict[str, jax.Array]  # inputs, targets: int32 [R, T]; target -1 = not trained
+# inputs, targets: int32 [R, T], target -1 = not trained; perhaps weights: float32 [R, T]
+Batch = dict[str, jax.Array]
 
 
 def make_train_step(
@@ -37,32 +47,52 @@ def make_train_step(
     device_batch_size: rows one row shard works on at once; the rest of a batch is accumulated.
     metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
-    shards = num_row_shards(mesh)
-    tile = loss_tile(tile_tokens, device_batch_size, config.seq_len)
+    owners = Owners(config, mesh)
+    dtype = jnp.dtype(config.compute_dtype)
 
     def loss_fn(params, micro: Batch, scale: jax.Array) -> jax.Array:
         hidden = bind(config, params).hidden(micro["inputs"])
-        weights = jnp.broadcast_to(scale, micro["targets"].shape)
+        weights = micro.get("weights", jnp.broadcast_to(scale, micro["targets"].shape))
+        tile = loss_tile(tile_tokens, device_batch_size, micro["inputs"].shape[1])
         head = params["lm_head.kernel"]
         return cross_entropy_sum(hidden, head, micro["targets"], weights, config.vocab_size, tile)
+
+    def sum_gradients(shares, batch: Batch, scale: jax.Array):
+        """On one row shard, with its rows: (loss of all, its share of the gradient of all)."""
+        weights = owners.gather(shares, dtype)
+
+        def gradient(micro: Batch):
+            # The model casts them back, which compiles to nothing; gradients come out in float32.
+            params = {path: weight.astype(jnp.float32) for path, weight in weights.items()}
+            return jax.value_and_grad(loss_fn)(params, micro, scale)
+
+        rows = len(batch["targets"])
+        num_micro = max(1, rows // device_batch_size)
+        if num_micro == 1:
+            loss, grads = gradient(batch)
+        else:
+            micros = jax.tree.map(lambda a: a.reshape(num_micro, -1, a.shape[1]), batch)
+            zero = (jnp.zeros(()), {path: jnp.zeros(w.shape) for path, w in weights.items()})
+
+            def accumulate(total, micro):
+                return jax.tree.map(jnp.add, total, gradient(micro)), None
+
+            (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
+        return jax.lax.psum(loss, ROW_AXES), owners.scatter(grads)
+
+    sum_gradients = jax.shard_map(
+        sum_gradients,
+        mesh=mesh,
+        in_specs=(owners.specs(), ROWS, P()),
+        out_specs=(P(), owners.specs()),
+        axis_names=set(mesh.axis_names if mesh.shape["tensor"] == 1 else ROW_AXES),
+        check_vma=False,
+    )
 
     def train_step(state: TrainState, batch: Batch):
         tokens = jnp.sum(batch["targets"] >= 0)
         scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        gradient = jax.value_and_grad(loss_fn)
-        rows = batch["targets"].shape[0]
-        num_micro = max(1, rows // (shards * device_batch_size))
-        if num_micro == 1:
-            loss, grads = gradient(state.params, batch, scale)
-        else:
-            micros = jax.tree.map(lambda a: _split(a, shards, num_micro), batch)
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-
-            def accumulate(total, micro):
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro, scale)), None
-
-            (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
-
+        loss, grads = sum_gradients(state.params, batch, scale)
         grad_norm = global_norm(grads)
         if grad_clip:
             factor = jnp.minimum(1.0, grad_clip / jnp.maximum(grad_norm, 1e-12))
@@ -78,7 +108,7 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "update_norm": update_norm}
         return state, metrics | {"tokens": tokens, "finite": finite}
 
-    shardings = state_shardings(config, tx, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, tx, mesh))
     return jax.jit(
         train_step,
         in_shardings=(shardings, NamedSharding(mesh, ROWS)),
@@ -98,18 +128,12 @@ def global_norm(tree) -> jax.Array:
 
 
 def put_batch(batch: dict, mesh: Mesh) -> Batch:
-    """This process's rows of inputs and targets as global arrays."""
+    """This process's rows of inputs, targets and, if any, weights as global arrays."""
     sharding = NamedSharding(mesh, ROWS)
     return {
         name: jax.make_array_from_process_local_data(
             sharding, batch[name], (len(batch[name]) * jax.process_count(), batch[name].shape[1])
         )
-        for name in ("inputs", "targets")
+        for name in ("inputs", "targets", "weights")
+        if name in batch
     }
-
-
-def _split(a: jax.Array, shards: int, num_micro: int) -> jax.Array:
-    """[R, T] -> [num_micro, R / num_micro, T], every shard keeping its own rows: nothing moves."""
-    rows, seq_len = a.shape
-    a = a.reshape(shards, num_micro, rows // (shards * num_micro), seq_len)
-    return jnp.swapaxes(a, 0, 1).reshape(num_micro, rows // num_micro, seq_len)

@@ -1,5 +1,7 @@
 """Who is optimised how: every parameter has a group, and AdamW is the textbook's."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.optim.build import OptimConfig, adam_groups, build_optimizer, label
+from nanochat_jax.optim.build import OptimConfig, adam_groups, build_optimizer, label, warm_start
 
 CLASSIC = OptimConfig(
     "classic", embed_lr=0.3, unembed_lr=0.004, matrix_lr=0.02, scalar_lr=0.5, smear_lr=0.2
@@ -121,3 +123,46 @@ def test_three_steps_equal_plain_adamw(recipe):
             p, [g[path] for g in grads], lrs, group.b1, group.b2, group.weight_decay
         )
         np.testing.assert_allclose(params[path], expected, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("recipe", [CLASSIC, MODERN], ids=["classic", "modern"])
+def test_a_warm_start_keeps_moments_and_restarts_schedules(recipe):
+    """A step after it is the step that would have come, at the new schedules' first values."""
+    config = GPTConfig(num_layers=1, extras=recipe.recipe == "modern", **SHAPE)
+    rng = np.random.default_rng(0)
+    shapes = {path: s.shape for path, s in param_shapes(config).items()}
+    params = {p: jnp.asarray(rng.standard_normal(s), jnp.float32) for p, s in shapes.items()}
+    grads = [
+        {p: jnp.asarray(rng.standard_normal(s), jnp.float32) for p, s in shapes.items()}
+        for _ in range(4)
+    ]
+
+    def optimizer(lrs, momenta, decays):
+        steps = {"lr_multiplier": lrs, "momentum": momenta, "weight_decay": decays}
+        schedules = {name: partial(jnp.take, jnp.array(values)) for name, values in steps.items()}
+        return build_optimizer(shapes, config.model_dim, recipe, **schedules)
+
+    # One schedule all the way, and the same values cut in two at the warm start.
+    lrs, momenta, decays = [1.0, 0.5, 0.9, 0.3], [0.85, 0.9, 0.95, 0.8], [0.1, 0.3, 0.2, 0.0]
+    whole = optimizer(lrs, momenta, decays)
+    first = optimizer(lrs[:2], momenta[:2], decays[:2])
+    second = optimizer(lrs[2:], momenta[2:], decays[2:])
+
+    def updates(update_step, state, grads):
+        made = []
+        with jax.numpy_dtype_promotion("standard"):
+            for g in grads:
+                update, state = update_step(g, state, params)
+                made.append(update)
+        return made, state
+
+    start = whole.init(params)
+    whole, first, second = (jax.jit(tx.update) for tx in (whole, first, second))
+    expected, _ = updates(whole, start, grads)
+    _, state = updates(first, start, grads[:2])
+    warm, _ = updates(second, warm_start(state), grads[2:])
+    for step in (0, 1):
+        for path, update in warm[step].items():
+            np.testing.assert_allclose(update, expected[2 + step][path], rtol=1e-6, err_msg=path)
+    cold, _ = updates(second, start, grads[2:])
+    assert all(not np.allclose(cold[0][path], update) for path, update in warm[0].items())

@@ -15,6 +15,7 @@ from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train import checkpoint as ck
+from nanochat_jax.train.owners import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 
 CONFIG = GPTConfig(
@@ -31,7 +32,8 @@ def tx():
 
 @pytest.fixture
 def state(tx):
-    return create_state(CONFIG, tx, one_device(), seed=0)
+    mesh = one_device()
+    return Owners(CONFIG, mesh).to_paths(create_state(CONFIG, tx, mesh, seed=0))
 
 
 def one_device() -> Mesh:
@@ -52,14 +54,19 @@ def test_a_restored_state_is_the_saved_one_on_any_layout(tmp_path, tx, state):
     save(checkpoints, at(state, 7), loop={"loss_ema": 0.1 + 0.2})
     layouts = [one_device(), make_mesh(data=2, fsdp=2, tensor=2), make_mesh(fsdp=8)]
     for mesh in layouts:
-        restored = checkpoints.restore(abstract_state(CONFIG, tx, mesh), 7)
-        assert jax.tree.structure(restored) == jax.tree.structure(state)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_array_equal(np.array(a), np.array(b)),
-            restored,
-            at(state, 7),
-        )
-        assert len(restored.params["lm_head.kernel"].sharding.device_set) == mesh.size
+        owners = Owners(CONFIG, mesh)
+        target = abstract_state(CONFIG, tx, mesh)
+        restored = checkpoints.restore(owners.on_disk(target), 7)
+        owned = owners.to_owned(restored)
+        jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b)), owned, target)
+        for again in (restored, owners.to_paths(owned)):
+            assert jax.tree.structure(again) == jax.tree.structure(state)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_array_equal(np.array(a), np.array(b)),
+                again,
+                at(state, 7),
+            )
+        assert restored.params["lm_head.kernel"].sharding.num_devices == mesh.size
     assert ck.read_host(tmp_path, 7)["loop"]["loss_ema"] == 0.1 + 0.2
     assert ck.read_data_states(tmp_path, 7) == [{"lanes": {"0": [1, 2]}}]
 

@@ -53,13 +53,13 @@ def test_a_tracker_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
 
 def test_the_line_of_a_step(capsys):
     console = Console(200, 0, flops_per_token=2e6, peak_flops=1e12)
-    console.step(9, loss=5.1234, lr=0.5, tokens=50_000, epoch=1, secs=0.25)
+    console.step(9, {"loss": 5.1234, "reward": 0.5}, tokens=50_000, secs=0.25)
     assert capsys.readouterr().out == (
-        "step 00010/00200 (5.0%) | loss 5.1234 | lr 0.500 | dt 250 ms | 200,000 tok/s | "
-        "mfu 40.0% | epoch 1 | eta 48s\n"
+        "step 00010/00200 (5.0%) | loss 5.1234 | reward 0.5000 | dt 250 ms | 200,000 tok/s | "
+        "mfu 40.0% | eta 48s\n"
     )
     unknown = Console(200, 0, flops_per_token=2e6, peak_flops=None)
-    unknown.step(9, loss=5, lr=0.5, tokens=50_000, epoch=1, secs=0.25)
+    unknown.step(9, {"loss": 5.0}, tokens=50_000, secs=0.25)
     assert "mfu n/a" in capsys.readouterr().out
 
 

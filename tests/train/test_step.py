@@ -1,5 +1,9 @@
 """The step: the same result however it is split, and nothing lost when a number is not finite."""
 
+import re
+from collections import defaultdict
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +11,11 @@ import pytest
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
-from nanochat_jax.model.gpt import GPTConfig, param_shapes
+from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.train.state import create_state
+from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 
 CLASSIC = GPTConfig(
@@ -82,8 +87,9 @@ def generic(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def train(config: GPTConfig, mesh: Mesh, data, *, device_batch_size: int = ROWS, grad_clip=1.0):
     tx = optimizer(config)
-    state = create_state(config, tx, mesh, seed=0)
-    state = state._replace(params=generic(state.params))
+    owners = Owners(config, mesh)
+    state = owners.to_paths(create_state(config, tx, mesh, seed=0))
+    state = owners.to_owned(state._replace(params=generic(state.params)))
     step = make_train_step(
         config,
         tx,
@@ -97,7 +103,7 @@ def train(config: GPTConfig, mesh: Mesh, data, *, device_batch_size: int = ROWS,
         for batch in data:
             state, metrics = step(state, put_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
-    return np.array(losses), state, step
+    return np.array(losses), owners.to_paths(state), step
 
 
 def one_device() -> Mesh:
@@ -121,9 +127,81 @@ def test_eight_devices_give_the_losses_of_one(config, layout):
     losses, state, _ = train(config, mesh, data, device_batch_size=1)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0] - 0.5  # it did learn, so the comparison means something
-    kernel = state.params["blocks.0.attn.c_q.kernel"]
-    share = kernel.sharding.shard_shape(kernel.shape)
-    assert share == (64 // layout[1], 64 // layout[2])
+
+
+COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+
+
+def sent(hlo: str) -> dict[str, list[tuple[int, ...]]]:
+    """{operation: shapes of its results} of a compiled module; none may hide in a loop.
+
+    A computation's name starts its first line; only the entry's operations run once a call.
+    """
+    found, computation = defaultdict(list), ""
+    for line in hlo.splitlines():
+        if line and not line[0].isspace():
+            computation = line.split()[0]
+        elif match := re.search(r" = (.*?) " + COLLECTIVES, line):
+            assert computation == "ENTRY", f"in {computation}: {line}"
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found[match[2]] += [tuple(map(int, filter(None, s.split(",")))) for s in shapes]
+    return {name: sorted(shapes) for name, shapes in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [(CLASSIC, (8, 1)), (CLASSIC, (1, 8)), (MODERN, (2, 4))],
+    ids=["data", "fsdp", "modern-mixed"],
+)
+def test_a_step_gathers_once_and_scatters_once(config, layout):
+    mesh, tx = make_mesh(data=layout[0], fsdp=layout[1]), optimizer(config)
+    step = make_train_step(config, tx, mesh, device_batch_size=1, tile_tokens=8, grad_clip=1.0)
+    state, ids = abstract_state(config, tx, mesh), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
+    with jax.set_mesh(mesh):
+        hlo = step.lower(state, {"inputs": ids, "targets": ids}).compile().as_text()
+    assert len(re.findall(r" while\(", hlo)) >= 2  # over microbatches, over tiles of the loss
+    found, small = sent(hlo), Owners(config, mesh).everywhere
+    whole = [leaf for name, leaf in state.params.items() if name not in small]
+    assert found.pop("all-gather") == sorted(leaf.shape for leaf in whole)
+    assert found.pop("reduce-scatter") == sorted(
+        (leaf.shape[0] // mesh.size, *leaf.shape[1:]) for leaf in whole
+    )
+    sums = found.pop("all-reduce")
+    numbers = {state.params[name].shape for name in small} | {()}
+    assert set(sums) <= numbers and not found
+
+
+def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32():
+    """Asked of the program before compiling: XLA for CPUs widens every bfloat16 collective."""
+    config, mesh = replace(CLASSIC, compute_dtype="bfloat16"), make_mesh(data=8)
+    tx, ids = optimizer(config), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
+    step = make_train_step(config, tx, mesh, device_batch_size=1, tile_tokens=8)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, tx, mesh)
+        program = step.lower(state, {"inputs": ids, "targets": ids}).as_text()
+    gathered = re.findall(r"stablehlo.all_gather.*-> tensor<[\dx]+x(\w+)>", program)
+    scattered = re.findall(r"reduce_scatter\".*?-> tensor<[\dx]+x(\w+)>", program, re.DOTALL)
+    assert gathered == ["bf16"] * len(state.params)
+    assert scattered == ["f32"] * len(state.params)
+
+
+def test_muon_divides_its_work_among_the_devices():
+    """Per device the matmuls of the matrices it owns, by the closed form, and nothing sent."""
+    mesh, tx = make_mesh(data=2, fsdp=4), optimizer(CLASSIC)
+    state = abstract_state(CLASSIC, tx, mesh)
+    update = jax.jit(lambda grads, state: tx.update(grads, state.opt_state, state.params))
+    with jax.numpy_dtype_promotion("standard"):
+        compiled = update.lower(state.params, state).compile()
+    assert sent(compiled.as_text()) == {}
+    shapes = {name: leaf.shape for name, leaf in state.params.items() if "blocks" in name}
+    # 2 layers of 4 square matrices; 2 of each MLP shape, padded to one for each device
+    assert shapes == {name: (8, *map(int, name[7:].split("x"))) for name in shapes}
+    flops = 0
+    for stack, *matrix in shapes.values():
+        m, n = sorted(matrix)
+        flops += stack // mesh.size * 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+    counted = compiled.cost_analysis()["flops"]
+    assert flops < counted < 1.1 * flops
 
 
 def test_accumulation_does_not_change_the_result():
@@ -146,6 +224,43 @@ def test_loss_is_the_mean_over_trained_tokens_of_the_whole_batch():
     kept = {name: rows[3:] for name, rows in batch.items()}
     without, _, _ = train(CLASSIC, one_device(), [kept])
     np.testing.assert_allclose(whole, without, rtol=1e-6)
+
+
+def test_width_and_filling_do_not_matter():
+    """Columns and rows of padding, whole microbatches of it; and the loss is the naive mean."""
+    (batch,) = batches(CLASSIC, 1)
+    batch["targets"][:, 9:] = -1
+    batch["targets"][::3, :4] = -1
+    narrow = {name: rows[:, :9] for name, rows in batch.items()}
+    more = ((0, ROWS), (0, 0))
+    filled = {
+        n: np.pad(rows, more, constant_values=-(n == "targets")) for n, rows in narrow.items()
+    }
+    wide, _, _ = train(CLASSIC, one_device(), [batch, batch])
+    padded, _, _ = train(CLASSIC, make_mesh(data=8), [filled, filled], device_batch_size=2)
+    state = create_state(CLASSIC, optimizer(CLASSIC), one_device(), seed=0)
+    params = generic(Owners(CLASSIC, one_device()).weights(state.params))
+    model = bind(CLASSIC, params)
+    logits = jax.jit(lambda ids: model.logits(model.hidden(ids)))(narrow["inputs"])
+    log_probs, targets = jax.nn.log_softmax(logits), narrow["targets"]
+    said = np.take_along_axis(np.asarray(log_probs), np.maximum(targets, 0)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(wide[0], -said[targets >= 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(padded, wide, rtol=1e-5)
+
+
+def test_weights_of_a_batch_stand_in_for_the_mean():
+    """Signed ones too, however the batch is split; equal ones are the mean, zeros teach nothing."""
+    (batch,) = batches(CLASSIC, 1)
+    rng, shape = np.random.default_rng(0), batch["targets"].shape
+    even = np.full(shape, 1 / batch["targets"].size, np.float32)
+    signed = even * rng.standard_normal(shape).astype(np.float32)
+    weighted = [batch | {"weights": w} for w in (even, signed, signed, 0 * even, 0 * even)]
+    losses, _, _ = train(CLASSIC, one_device(), weighted)
+    plain, _, _ = train(CLASSIC, one_device(), [batch])
+    np.testing.assert_allclose(losses[0], plain[0], rtol=1e-6)
+    assert losses[2] < losses[1] - 1e-3 and losses[3] == losses[4] == 0
+    split, _, _ = train(CLASSIC, make_mesh(data=4, fsdp=2), weighted, device_batch_size=1)
+    np.testing.assert_allclose(split, losses, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_without_targets_changes_no_loss_to_nan():
@@ -171,8 +286,8 @@ def test_a_not_finite_step_leaves_the_state_as_it_was():
     tx = optimizer(CLASSIC)
     step = make_train_step(CLASSIC, tx, mesh, device_batch_size=ROWS, tile_tokens=64)
     state = create_state(CLASSIC, tx, mesh, seed=0)
-    broken = state.params["blocks.1.mlp.c_proj.kernel"].at[0, 0].set(jnp.nan)
-    state = state._replace(params=state.params | {"blocks.1.mlp.c_proj.kernel": broken})
+    broken = state.params["blocks.256x64"].at[1, 0, 0].set(jnp.nan)
+    state = state._replace(params=state.params | {"blocks.256x64": broken})
     before = jax.tree.map(np.array, state)
     with jax.set_mesh(mesh):
         state, metrics = step(state, put_batch(batch, mesh))
@@ -187,8 +302,10 @@ def test_the_step_compiles_once():
 
 def test_initial_parameters_do_not_depend_on_the_layout():
     tx = optimizer(MODERN)
-    one = create_state(MODERN, tx, one_device(), seed=3).params
-    many = create_state(MODERN, tx, make_mesh(data=2, fsdp=2, tensor=2), seed=3).params
+    one, many = (
+        Owners(MODERN, mesh).to_paths(create_state(MODERN, tx, mesh, seed=3)).params
+        for mesh in (one_device(), make_mesh(data=2, fsdp=2, tensor=2))
+    )
     for name, value in one.items():
         np.testing.assert_array_equal(value, many[name], err_msg=name)
 

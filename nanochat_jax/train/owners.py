@@ -1,0 +1,177 @@
+"""Who keeps what between steps: each device its share of every array, no two the same numbers.
+
+  by path  {"blocks.3.attn.c_q.kernel": [D, N*H], ...}              model, checkpoints, conversions
+  owned    {"blocks.512x512": [K, 512, 512], "wte.table": [V, D]}   masters and optimizer state
+
+All matrices of the blocks that have one shape are a stack, split by matrix: the device that owns a
+matrix has all of it, so Muon needs nobody else. Tables and head are split by rows. A few numbers
+(scalars, the smear gate) lie everywhere. Leading dims are padded with zeros to a multiple of the
+number of devices; a zero gets a gradient of 0 and stays 0 under every optimizer here.
+
+The idea of ZeRO (arXiv 1910.02054): a step gathers the weights that it computes with, each device
+adds up the gradient of its own rows, and their sum goes back to the owner, each once a step.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.model.gpt import GPTConfig, param_shapes
+from nanochat_jax.model.sharding import (
+    OWNERS,
+    ROW_AXES,
+    ROWS,
+    num_row_shards,
+    param_shardings,
+    param_spec,
+    tensor_spec,
+)
+
+
+class Owners:
+    """The two forms of a model's parameters on a mesh, and every way between them.
+
+    A "tree" is any pytree, a TrainState say: each dict in it that is keyed by parameters changes
+    its form, the rest stays. The on-disk form is by path, split by rows where rows divide.
+
+    weights(params): masters by path, placed for evaluation and inference
+    to_paths(tree), to_owned(tree): to and from the on-disk form; nothing is gathered in between
+    """
+
+    def __init__(self, config: GPTConfig, mesh: Mesh):
+        self.mesh, self.alone = mesh, num_row_shards(mesh) == 1
+        shapes = param_shapes(config)
+        placed = param_shardings(mesh, shapes)
+        self.rows = {path: leaf.shape[0] for path, leaf in shapes.items()}
+        members: dict[str, list[str]] = {}
+        for path, leaf in shapes.items():
+            members.setdefault(_owned_name(path, leaf.shape), []).append(path)
+        self.members = members
+        self.everywhere = {n for n in members if not _is_stack(n) and param_spec(n) == P()}
+        self.weights = jax.jit(lambda params: _place(self.split(self._turn(params)), placed))
+        self.to_paths = jax.jit(lambda tree: self._by_rows(self._split_tree(self._turn(tree))))
+
+    def to_owned(self, tree):
+        places = self.shardings(jax.eval_shape(self.owned, tree))
+        return jax.jit(self.owned, out_shardings=places)(tree)
+
+    def join(self, by_path: dict) -> dict:
+        """By path -> owned, of parameters or of anything kept per parameter."""
+
+        def join_one(name, values):
+            if isinstance(values[0], optax.MaskedNode):  # another optimizer's
+                return values[0]
+            whole = jnp.stack(values) if _is_stack(name) else values[0]
+            padding = 0 if name in self.everywhere else -len(whole) % self.mesh.size
+            return jnp.pad(whole, [(0, padding)] + [(0, 0)] * (whole.ndim - 1))
+
+        return {n: join_one(n, [by_path[p] for p in paths]) for n, paths in self.members.items()}
+
+    def split(self, owned: dict) -> dict:
+        """Owned -> by path."""
+        by_path = {}
+        for name, paths in self.members.items():
+            whole = owned[name]
+            if isinstance(whole, optax.MaskedNode):
+                by_path |= dict.fromkeys(paths, whole)
+            elif _is_stack(name):
+                by_path |= {path: whole[index] for index, path in enumerate(paths)}
+            else:
+                by_path[name] = whole[: self.rows[name]]
+        return {path: by_path[path] for path in self.rows}
+
+    def owned(self, tree):
+        """A tree by path in its owned form; for use inside jit, with `shardings` for its place."""
+        return self._turn(self._map_dicts(self.join, self.rows, self._by_rows(tree)))
+
+    def shardings(self, tree):
+        """Where the leaves of an owned tree lie."""
+
+        def place(path, _leaf):
+            names = {key.key for key in path if hasattr(key, "key")}
+            mine = names & (self.members.keys() - self.everywhere)
+            return NamedSharding(self.mesh, OWNERS if mine else P())
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def on_disk(self, tree):
+        """The on-disk form of an owned tree of shapes, as shapes with shardings."""
+        shapes = jax.eval_shape(self._split_tree, tree)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            jax.tree.map(self._row_sharding, shapes),
+        )
+
+    # Inside a step's shard_map over the row axes, where an owned array is this device's share.
+
+    def specs(self) -> dict[str, P]:
+        return {name: P() if name in self.everywhere else ROWS for name in self.members}
+
+    def gather(self, shares: dict, dtype) -> dict:
+        """All weights by path in the compute dtype (the few numbers in float32)."""
+
+        def gather_one(name, share):
+            if name in self.everywhere:
+                return share
+            share = share.astype(dtype)
+            return share if self.alone else lax.all_gather(share, ROW_AXES, tiled=True)
+
+        weights = self.split({name: gather_one(name, share) for name, share in shares.items()})
+        if self.mesh.shape["tensor"] == 1:
+            return weights
+        return {p: lax.with_sharding_constraint(w, tensor_spec(p)) for p, w in weights.items()}
+
+    def scatter(self, grads: dict) -> dict:
+        """This device's share of the sum over all devices of gradients by path."""
+
+        def scatter_one(name, grad):
+            if self.alone:
+                return grad
+            if name in self.everywhere:
+                return lax.psum(grad, ROW_AXES)
+            return lax.psum_scatter(grad, ROW_AXES, tiled=True)
+
+        return {name: scatter_one(name, grad) for name, grad in self.join(grads).items()}
+
+    def _split_tree(self, tree):
+        return self._map_dicts(self.split, self.members, tree)
+
+    def _map_dicts(self, function, names: dict, tree):
+        def is_keyed(node) -> bool:
+            return isinstance(node, dict) and node.keys() == names.keys()
+
+        return jax.tree.map(lambda n: function(n) if is_keyed(n) else n, tree, is_leaf=is_keyed)
+
+    def _turn(self, tree):
+        """Split stacks by rows of their matrices, so that (un)stacking moves nothing."""
+
+        def turn(leaf):
+            if leaf.ndim < 3 or leaf.shape[1] % self.mesh.size:
+                return leaf
+            sharding = NamedSharding(self.mesh, P(None, *OWNERS))
+            return lax.with_sharding_constraint(leaf, sharding)
+
+        return jax.tree.map(turn, tree)
+
+    def _by_rows(self, tree):
+        return _place(tree, jax.tree.map(self._row_sharding, tree))
+
+    def _row_sharding(self, leaf) -> NamedSharding:
+        divides = leaf.ndim > 1 and leaf.shape[0] % self.mesh.size == 0
+        return NamedSharding(self.mesh, OWNERS if divides else P())
+
+
+def _owned_name(path: str, shape: tuple[int, ...]) -> str:
+    return "blocks." + "x".join(map(str, shape)) if path.startswith("blocks.") else path
+
+
+def _is_stack(name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+def _place(tree, shardings):
+    return jax.tree.map(lax.with_sharding_constraint, tree, shardings)
