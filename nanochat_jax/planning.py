@@ -3,6 +3,7 @@
 Closed forms give parameters, FLOPs, tokens, disk, hours and cost; with `compile_step` the training
 step is compiled for as many (CPU) devices as there would be GPUs, from shapes alone, and XLA's own
 analysis gives the memory. That is the CPU compiler's view: a GPU fuses attention and needs less.
+planning_scale.py says what more GPUs would bring.
 """
 
 import jax
@@ -17,6 +18,7 @@ from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import ROWS, make_mesh
 from nanochat_jax.optim.build import build_optimizer
+from nanochat_jax.planning_scale import GPUS_PER_NODE, NETWORKS, most_gpus, step_on
 from nanochat_jax.runtime import compiled_bytes
 from nanochat_jax.train.metrics import format_secs
 from nanochat_jax.train.state import abstract_state
@@ -25,11 +27,20 @@ from nanochat_jax.train.step import make_train_step
 GIB = 2**30
 CHARS_PER_TOKEN = 4.7  # of English with vocabularies of 32k to 65k; scripts/tok_eval.py measures it
 BEST_FIT_KEPT_FRAC = 0.65  # best_fit packing cuts about a third of the text away
+SCALE = (1, 8, 64, 1024)  # GPUs
 
 Lines = list[tuple[str, str]]
 
 
-def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, compile_step: bool) -> str:
+def plan(
+    config: Recipe,
+    *,
+    gpu: str,
+    num_gpus: int,
+    mfu: float,
+    compile_step: bool,
+    network: str = "infiniband",
+) -> str:
     """The plan of a recipe on `num_gpus` of `gpu` at a model FLOPs utilisation `mfu`, as text."""
     card = hardware.find_accelerator(gpu)
     if card is None:
@@ -37,6 +48,8 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, compile_step: b
         raise UserError(f"--gpu got {gpu!r}, expected one of: {', '.join(known)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu got {mfu}, expected a fraction between 0 and 1")
+    if network not in NETWORKS:
+        raise UserError(f"--network got {network!r}, expected one of: {', '.join(NETWORKS)}")
     derived = recipe.resolve(config, platform="gpu", num_devices=num_gpus)
     shards = config.mesh.data * config.mesh.fsdp
     rows, at_once = recipe.rows_per_step(config, shards)
@@ -46,6 +59,7 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, compile_step: b
         "text": _text(config),
         "memory per device": _memory(config, card.memory_bytes, compile_step, rows, at_once),
         f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, at_once),
+        f"on more of them, nodes of {GPUS_PER_NODE}, {network}": _scale(config, card, mfu, network),
     }
     lines = [f"{config.run.name}: a plan, nothing has been started"]
     for title, entries in sections.items():
@@ -86,9 +100,15 @@ def _text(config: Recipe) -> Lines:
 
 
 def _memory(config: Recipe, capacity: float, compiled: bool, rows: int, at_once: int) -> Lines:
-    split = config.mesh.fsdp * config.mesh.tensor
-    state = state_bytes(recipe.gpt_config(config))
-    lines = [(name, f"{size / split / GIB:6.1f} GiB") for name, size in state.items()]
+    m = config.mesh
+    devices, state = m.data * m.fsdp * m.tensor, state_bytes(recipe.gpt_config(config))
+    held = {  # masters and moments are shared out; the rest is whole while a step lasts
+        "params": state["params"] / devices,
+        "optimizer": state["optimizer"] / devices,
+        "weights gathered": state["params"] / 2 / m.tensor,
+        "grads": state["grads"] / m.tensor,
+    }
+    lines = [(name, f"{size / GIB:6.1f} GiB") for name, size in held.items()]
     if compiled:
         needed = _compiled_step_bytes(config, rows, at_once)
         lines.append(("whole step", f"{needed / GIB:6.1f} GiB by the CPU compiler's analysis"))
@@ -142,8 +162,61 @@ def _time(config: Recipe, card, num_gpus: int, mfu: float, rows: int, at_once: i
         ("all steps", f"{b.num_steps * flops:.3g} FLOPs"),
         ("speed assumed", f"{mfu:.0%} of {num_gpus} x {card.peak_flops / 1e12:,.0f} TFLOP/s"),
         ("tokens per second", f"{b.total_batch_tokens * rate / flops:,.0f}"),
-        ("time", f"{format_secs(secs)}, without evaluations and compiling"),
+        ("time", f"{format_secs(secs)}, without communication, evaluations, compiling"),
         ("cost", f"${dollars:,.2f} at ${card.usd_per_hour:.2f} a device and hour"),
+    ]
+
+
+def _scale(config: Recipe, card, mfu: float, network: str) -> Lines:
+    """The pretraining on other numbers of GPUs, weights and batch divided over all of them."""
+    b, model = config.base, recipe.gpt_config(config)
+    tokens, rows = b.num_steps * b.total_batch_tokens, b.total_batch_tokens // model.seq_len
+    kind = {"device_batch_size": b.device_batch_size, "mfu": mfu, "network": network}
+    titles = (
+        "rows",
+        "model",
+        "Muon",
+        "reduce",
+        "gather",
+        "useful",
+        "hidden",
+        "GiB",
+        "time",
+        "cost",
+    )
+    lines = [("ms of a step, a GPU's", "".join(f"{title:>9}" for title in titles))]
+    for num_gpus in SCALE:
+        needed = -(-rows // num_gpus) * num_gpus  # at least a row for each
+        s = step_on(model, card, num_gpus, batch_rows=needed, **kind)
+        secs = tokens / (needed * model.seq_len) * s.secs
+        terms = (s.model_secs, s.muon_secs, s.reduce_secs, s.gather_secs)
+        cells = [f"{s.rows}", *(f"{1e3 * term:,.1f}" for term in terms)]
+        cells += [f"{s.efficiency:.0%}", f"{s.overlapped_efficiency:.0%}"]
+        cells += [f"{s.memory_bytes / GIB:.0f}", format_secs(secs)]
+        cells += [f"${secs / 3600 * num_gpus * card.usd_per_hour:,.0f}"]
+        note = "" if needed == rows else f"  batch x {needed / rows:g}: learns less from a token"
+        lines.append(
+            (
+                f"{num_gpus:,} GPU{'s' * (num_gpus > 1)}",
+                "".join(f"{cell:>9}" for cell in cells) + note,
+            )
+        )
+    half, last = most_gpus(model, card, batch_rows=rows, **kind)
+    return [
+        *lines,
+        ("assumed", "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided"),
+        ("useful, hidden", "share of the time in the model; the same if communication overlaps"),
+        (
+            "efficient up to",
+            f"{half.num_gpus:,} GPUs: {half.efficiency:.0%} useful, {half.communication_frac:.0%} "
+            "communication; twice as many work on the model less than half of the time"
+            if half is not last
+            else f"{half.num_gpus:,} GPUs: {half.efficiency:.0%} useful",
+        ),
+        (
+            "rows for",
+            f"{last.num_gpus:,} GPUs: {last.efficiency:.0%} useful; more need a larger batch",
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 """What a run would be: size, text, memory, time and cost, without a GPU and without starting it.
 
   python scripts/plan.py --config=configs/d20.py [--gpu=H100] [--gpus=8] [--mfu=0.5] [--compile]
+                          [--network=infiniband|ethernet]     between nodes of eight
 
 --compile compiles the training step for as many devices, from shapes alone, and prints the memory
 it needs; minutes for a large model.
@@ -15,7 +16,7 @@ from nanochat_jax.config import load, parse_argv
 
 def main() -> None:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
-    options = {"gpu": "H100", "gpus": "8", "mfu": "0.5", "compile": "no"}
+    options = {"gpu": "H100", "gpus": "8", "mfu": "0.5", "compile": "no", "network": "infiniband"}
     for word in rest:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in options or bool(value) == (name == "compile"):
@@ -34,7 +35,8 @@ def main() -> None:
     from nanochat_jax.planning import plan
 
     compile_step = options["compile"] == "yes"
-    log(plan(config, gpu=options["gpu"], num_gpus=num_gpus, mfu=mfu, compile_step=compile_step))
+    known = {"gpu": options["gpu"], "network": options["network"]}
+    log(plan(config, **known, num_gpus=num_gpus, mfu=mfu, compile_step=compile_step))
 
 
 if __name__ == "__main__":
