@@ -1,0 +1,83 @@
+"""Talk to a trained model in the terminal.
+
+  python scripts/chat_cli.py --config=configs/demo.py           # a chat; /help lists commands
+  python scripts/chat_cli.py --config=configs/demo.py -p "text" # the answer alone, for pipes
+
+  -p TEXT             ask one question; only the answer goes to stdout. One that starts with a
+                      dash: -p="-5+3?"
+  --stage=NAME        rl, sft, mid or base; by default the latest that has a checkpoint. A base
+                      model continues the text, it does not answer
+  --temperature=X     0: always the most likely token (0.6)
+  --top-k=N           sample among the N most likely tokens; 0: all (50)
+  --max-new-tokens=N  length of an answer (256)
+  --seed=N            the same seed and questions give the same answers (42)
+  --system=TEXT       a system message
+  --tool=NAME         calculator, python (in a sandbox) or none (calculator)
+  --no-color          as $NO_COLOR does
+
+Ctrl-C stops an answer, Ctrl-D leaves.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+
+from nanochat_jax.common import UserError, run_main
+from nanochat_jax.config import load, parse_argv
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-p", dest="question")
+    for name in ("stage", "system", "tool"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--no-color", action="store_true")
+    kinds = {"temperature": float, "top-k": int, "max-new-tokens": int, "seed": int}
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --help shows what there is") from None
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; --help shows what there is")
+    return args
+
+
+def main() -> int:
+    path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
+    args, config = arguments(rest), load(path, overrides)
+    from nanochat_jax import chat_cli, chat_model  # after --help and typing errors: JAX takes long
+
+    names = [field.name for field in dataclasses.fields(chat_cli.Settings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = chat_cli.Settings(**given)
+    interactive = args.question is None
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+        opened = chat_model.open_model(config, args.stage)
+        base = opened.stage == "base"
+        # One token an event shows it at once; where nobody watches, many at a time are faster.
+        burst = 1 if interactive else 16
+        tool = "calculator" if args.tool is None else args.tool
+        engine = chat_model.start_engine(opened, slots=1, burst=burst, tool_name=tool)
+        if base and args.tool not in (None, "none"):
+            print(f"--tool={tool} has no effect: a base model uses no tool", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    notes = sys.stdout if interactive else sys.stderr
+    color = chat_cli.wants_color(notes, args.no_color)
+    screen = chat_cli.Screen(sys.stdout, notes, interactive=interactive, color=color)
+    chat = chat_cli.Chat(
+        engine, opened.tokenizer, settings, screen, system=args.system or "", base=base
+    )
+    if interactive:
+        screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        chat.loop()
+        return 0
+    return 130 if chat.ask(args.question) == "cancelled" else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
