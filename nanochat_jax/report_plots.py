@@ -23,9 +23,13 @@ CHART_CSS = """
 .chart polyline { fill: none; stroke-linejoin: round; }
 .chart .raw { stroke: var(--raw, #b9c9e6); stroke-width: 1; }
 .chart .main { stroke: var(--main, #2456c7); stroke-width: 2; }
+.chart .half { stroke: var(--main, #2456c7); stroke-width: 2; stroke-opacity: .62; }
+.chart .pale { stroke: var(--main, #2456c7); stroke-width: 2; stroke-opacity: .35; }
 .chart .thin { stroke: var(--main, #2456c7); stroke-width: 1; }
 .chart .ref { stroke: var(--ref, #b4590a); stroke-width: 1.5; stroke-dasharray: 5 4; }
-.chart circle { fill: var(--main, #2456c7); }
+.chart circle { fill: var(--main, #2456c7); stroke: none; }
+.chart circle.half { fill-opacity: .62; }
+.chart circle.pale { fill-opacity: .35; }
 """
 # For a file of its own, which no page lends its colours.
 STANDALONE_CSS = """
@@ -38,7 +42,7 @@ STANDALONE_CSS = """
 class Line:
     label: str
     points: Sequence[tuple[float, float]]  # (step, value), by step; not finite ones are left out
-    style: str = "main"  # main | raw (in the background) | thin
+    style: str = "main"  # main | half | pale (of one family) | raw (in the background) | thin
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Chart:
     title: str
     lines: Sequence[Line]
     reference: tuple[str, float] | None = None  # a dashed level to compare with
-    from_zero: bool = False  # the vertical axis starts at 0
+    from_zero: bool = False  # the vertical axis starts at 0, or below
     clip_start: bool = False  # let the first points, often far off, leave the frame
 
     def svg(self, standalone: bool = False) -> str:
@@ -78,9 +82,9 @@ class Chart:
         for line, points in lines:
             path = " ".join(f"{x_at(x)},{y_at(y)}" for x, y in points)
             out.append(f'<polyline class="{line.style}" points="{path}"/>')
-            if line.style == "main" and len(points) <= MAX_MARKERS:
+            if line.style in ("main", "half", "pale") and len(points) <= MAX_MARKERS:
                 dots += [
-                    f'<circle cx="{x_at(x)}" cy="{y_at(y)}" r="3">'
+                    f'<circle class="{line.style}" cx="{x_at(x)}" cy="{y_at(y)}" r="3">'
                     f"<title>step {x:,.0f}: {y:.4g}</title></circle>"
                     for x, y in points
                     if y_low <= y <= y_high
@@ -94,12 +98,12 @@ class Chart:
 
     def _value_range(self, lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
         """Bottom and top of the vertical axis: all values that count, some air, the reference."""
-        values = [0.0] if not any(lines) else []
+        values = [0.0] if self.from_zero or not any(lines) else []
         for points in lines:
             clipped = math.ceil(CLIPPED_FRAC * len(points))
             is_clipped = self.clip_start and len(points) >= 6
             values += [y for _, y in points[clipped if is_clipped else 0 :]]
-        low, high = 0.0 if self.from_zero else min(values), max(values)
+        low, high = min(values), max(values)
         if self.reference:
             low, high = min(low, self.reference[1]), max(high, self.reference[1])
         air = 0.06 * (high - low) or 0.5 * abs(high) or 1.0

@@ -7,13 +7,17 @@ said in `notes`, which the report prints. Formats (all written elsewhere):
     <stage>/config.json     resolved configuration, a dict of sections
     <stage>/run_info.json   hardware (hardware.describe), git, started_unix_secs, command, params,
                             flops_per_token, tokens_per_step, num_steps, wall_secs, restarts,
-                            peak_flops and peak_flops_source (hardware.compute_ceiling)
+                            parent, documents (what was read), peak_flops and peak_flops_source
+                            (hardware.compute_ceiling)
     <stage>/metrics.jsonl   lines of kind "train" and "eval"; for a step written twice the later
-    counts eval/<stage>.json       final evaluation; eval/<stage>_<anything>.json are merged into it
+                            counts
+    <stage>/train_conversations/conversations.json    counts: conversations, cut_at_a_turn, ...
+    eval/<stage>.json       final evaluation; base: core or core_partial, core_tasks (eval/core.py)
+    eval/<stage>_chat.json  chat evaluation, written again after each task: tasks {spec: Score of
+                            eval/chat.py}, accuracy by task name, chatcore*, settings
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,10 +30,15 @@ STAGES = ("base", "mid", "sft", "rl")
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a number (NaN included), else None: files may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+    """The value if it is a finite number, else None: files may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    return float(value) if abs(value) < 1e300 else None  # so is NaN
+
+
+def whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
 
 
 @dataclass
@@ -41,12 +50,23 @@ class Stage:
     info: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)  # by step
     evals: list[dict[str, Any]] = field(default_factory=list)  # by step
-    results: dict[str, Any] = field(default_factory=dict)  # eval/<stage>*.json
+    eval_files: dict[str, dict[str, Any]] = field(default_factory=dict)  # eval/<stage>*.json
+    conversations: dict[str, Any] = field(default_factory=dict)  # counts of what was rendered
     notes: list[str] = field(default_factory=list)
 
     @property
     def has_run(self) -> bool:
-        return bool(self.train or self.evals or self.info or self.results)
+        return bool(self.train or self.evals or self.info or self.eval_files)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """All evaluation files in one."""
+        return {key: value for file in self.eval_files.values() for key, value in file.items()}
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The chat evaluation."""
+        return self.eval_files.get(f"{self.name}_chat", {})
 
     @property
     def steps_done(self) -> int:
@@ -54,14 +74,23 @@ class Stage:
 
     @property
     def num_steps(self) -> int | None:
-        planned = number(self.info.get("num_steps")) or number(self.setting("num_steps"))
-        return int(planned) if planned else None
+        return whole(self.info.get("num_steps")) or whole(self.setting("num_steps"))
 
     @property
     def tokens_per_step(self) -> float | None:
+        """Time steps worked on, padding included; where `is_ragged`, the most there can be."""
         return number(self.info.get("tokens_per_step")) or number(
             self.setting("total_batch_tokens")
         )
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a batch is as wide as its longest row needs."""
+        return self.name == "rl" or self.setting("packing") == "rows"
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(whole(line.get("tokens")) or 0 for line in self.train)
 
     @property
     def step_secs(self) -> float | None:
@@ -70,10 +99,20 @@ class Stage:
         return median(secs) if secs else None
 
     @property
+    def rates(self) -> list[tuple[int, float]]:
+        """(step, tokens per second), without the first; where `is_ragged`, of trained tokens."""
+        points = []
+        for line in self.train[1:]:
+            secs = number(line.get("step_secs"))
+            tokens = number(line.get("tokens")) if self.is_ragged else self.tokens_per_step
+            if secs and secs > 0 and tokens:
+                points.append((line["step"], tokens / secs))
+        return points
+
+    @property
     def tokens_per_sec(self) -> float | None:
-        if not self.step_secs or not self.tokens_per_step:
-            return None
-        return self.tokens_per_step / self.step_secs
+        """Median of the rates."""
+        return median(rate for _, rate in self.rates) if self.rates else None
 
     @property
     def wall_secs(self) -> float | None:
@@ -84,7 +123,7 @@ class Stage:
 
     @property
     def eval_secs(self) -> float:
-        return number(self.results.get("eval_secs")) or 0.0
+        return sum(number(file.get("eval_secs")) or 0.0 for file in self.eval_files.values())
 
     @property
     def hardware(self) -> dict[str, Any]:
@@ -104,7 +143,7 @@ class Stage:
             peak = peak_flops(kind)
             ceiling = peak and peak * (number(self.hardware.get("num_devices")) or 1)
         flops_per_token = number(self.info.get("flops_per_token"))
-        if not ceiling or not flops_per_token or not self.tokens_per_sec:
+        if self.is_ragged or not ceiling or not flops_per_token or not self.tokens_per_sec:
             return None, source
         return flops_per_token * self.tokens_per_sec / ceiling, source
 
@@ -113,9 +152,12 @@ class Stage:
         return as_dict(self.config.get(self.name)).get(key)
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of a number in the evaluation lines, finite values only."""
-        points = {line["step"]: number(line[key]) for line in self.evals if key in line}
-        return [(s, v) for s, v in points.items() if v is not None and math.isfinite(v)]
+        """(step, value) of a number in the evaluation lines."""
+        return _points(self.evals, key)
+
+    def trained(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of a number in the training lines."""
+        return _points(self.train, key)
 
     def metric(self, key: str) -> float | None:
         """The final value: that of the evaluation file, else the last one seen while training."""
@@ -125,14 +167,13 @@ class Stage:
 
     def samples(self) -> tuple[list[tuple[str, str]], int | None]:
         """Newest samples as (prompt, continuation), and the step they are from."""
-        sources = [*self.evals, self.results]
+        sources = [*self.evals, *self.eval_files.values()]
         source = next((s for s in reversed(sources) if isinstance(s.get("samples"), list)), {})
         pairs = []
         for sample in source.get("samples", []):
             prompt, text = (str(as_dict(sample).get(k, "")) for k in ("prompt", "text"))
             pairs.append((prompt, text.removeprefix(prompt)))
-        step = number(source.get("step"))
-        return pairs, None if step is None else int(step)
+        return pairs, whole(source.get("step"))
 
 
 @dataclass
@@ -189,7 +230,7 @@ def read_run(run_dir: Path) -> Run:
     for name, values in results.items():
         stage = stages.get(name.split("_")[0])
         if stage:
-            stage.results.update(values)
+            stage.eval_files[name] = values
         else:
             other_results[name] = values
     info = _read_json(run_dir / "run_info.json", notes)
@@ -212,6 +253,8 @@ def _read_stage(run_dir: Path, name: str) -> Stage:
     stage, folder = Stage(name), run_dir / name
     stage.config = _read_json(folder / "config.json", stage.notes)
     stage.info = _read_json(folder / "run_info.json", stage.notes)
+    rendered = _read_json(folder / "train_conversations" / "conversations.json", stage.notes)
+    stage.conversations = as_dict(rendered.get("counts"))
     if not (folder / "metrics.jsonl").is_file():
         return stage
     lines: dict[tuple, dict[str, Any]] = {}
@@ -221,9 +264,9 @@ def _read_stage(run_dir: Path, name: str) -> Stage:
     for line_number, line in enumerate(all_lines, start=1):
         try:
             value = json.loads(line)
-            value["step"] = int(value["step"])
+            value["step"] = int(value["step"] if abs(value["step"]) < 1e15 else "too large")
             lines[value["kind"], value.get("name"), value["step"]] = value
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             broken.append(line_number)
     if broken == [len(all_lines)] and not text.endswith("\n"):
         stage.notes.append(f"{name}/metrics.jsonl: its last line is torn and was skipped")
@@ -251,6 +294,11 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.parent.name}/{path.name} cannot be read: it holds no object")
         return {}
     return value
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    values = ((line["step"], number(line.get(key))) for line in lines)
+    return [(step, value) for step, value in values if value is not None]
 
 
 def as_dict(value: Any) -> dict[str, Any]:

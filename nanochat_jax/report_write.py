@@ -60,6 +60,23 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Answer:
+    prompt: str
+    answer: str
+    expected: str  # shown beside a wrong one
+    is_correct: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Graded answers of a model, under a title that folds them away."""
+
+    title: str
+    answers: Sequence[Answer]
+    is_open: bool
+
+
+@dataclass(frozen=True)
 class Details:
     """Something long, folded away."""
 
@@ -67,7 +84,7 @@ class Details:
     value: Any  # printed as JSON
 
 
-Block = Heading | Paragraph | Figures | Facts | Table | Charts | Samples | Details
+Block = Heading | Paragraph | Figures | Facts | Table | Charts | Samples | Answers | Details
 
 # Control characters, lone surrogates (no UTF-8 for them), and marks that turn the direction of what
 # follows.
@@ -133,11 +150,20 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"![{_inline(c.title)}]({c.name}.svg)" for c in charts)
         case Samples(pairs):
             return "\n\n".join(_fenced(f"{prompt}\n... {text.lstrip()}") for prompt, text in pairs)
+        case Answers(title, answers, is_open):
+            shown = "\n\n".join(_fenced("\n".join(_answer_lines(a))) for a in answers)
+            opening = f"<details{' open' if is_open else ''}><summary>{escape(clean(title))}"
+            return f"{opening}</summary>\n\n{shown}\n\n</details>"
         case Details(summary, value):
             return (
                 f"<details><summary>{escape(clean(summary))}</summary>\n\n"
                 f"{_fenced(_as_json(value), 'json')}\n\n</details>"
             )
+
+
+def _answer_lines(answer: Answer) -> list[str]:
+    lines = [answer.prompt, "", f"{'right' if answer.is_correct else 'WRONG'}: {answer.answer}"]
+    return lines if answer.is_correct else [*lines, f"expected: {answer.expected}"]
 
 
 def _inline(text: str) -> str:
@@ -209,11 +235,29 @@ def _html(block: Block) -> str:
         case Samples(pairs):
             items = (f"<li><b>{_text(prompt)}</b>{_text(text)}</li>" for prompt, text in pairs)
             return f"<ul class=samples>{''.join(items)}</ul>"
+        case Answers(title, answers, is_open):
+            items = "".join(map(_html_answer, answers))
+            return (
+                f"<details{' open' if is_open else ''}><summary>{_text(title)}</summary>"
+                f"<ul class=answers>{items}</ul></details>"
+            )
         case Details(summary, value):
             return (
                 f"<details><summary>{_text(summary)}</summary>"
                 f"<pre>{_text(_as_json(value))}</pre></details>"
             )
+
+
+def _html_answer(answer: Answer) -> str:
+    verdict = "right" if answer.is_correct else "wrong"
+    parts = [("b", "", answer.prompt), ("p", verdict, answer.answer)]
+    if not answer.is_correct:
+        parts.append(("p", "expected", answer.expected))
+    inside = (
+        f"<{tag}>{f'<span class={word}>{word}</span>' if word else ''}{_text(text)}</{tag}>"
+        for tag, word, text in parts
+    )
+    return f"<li>{''.join(inside)}</li>"
 
 
 def _text(text: str) -> str:
@@ -240,10 +284,11 @@ PAGE = """<!doctype html>
 
 PAGE_CSS = """
 :root { --page: #f4f6f9; --card: #ffffff; --text: #1c2430; --muted: #5b6472; --line: #dfe3ea;
-  --raw: #b9c9e6; --main: #2456c7; --ref: #b4590a; --code: #f4f6f9; }
+  --raw: #b9c9e6; --main: #2456c7; --ref: #b4590a; --code: #f4f6f9;
+  --good: #18794e; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --page: #10151d; --card: #18202b; --text: #e6eaf2;
   --muted: #9aa6b8; --line: #2b3442; --raw: #40557d; --main: #82a8ff; --ref: #f0a45c;
-  --code: #10151d; } }
+  --code: #10151d; --good: #5fd39b; --bad: #ff8f85; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.55 system-ui,
 sans-serif;
@@ -274,7 +319,7 @@ dl, dd, figure, ul { margin: 0; padding: 0; }
   border-bottom: 1px solid var(--line); }
 .facts dt { color: var(--muted); overflow-wrap: normal; }
 .facts dd { text-align: right; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right;
@@ -286,25 +331,37 @@ tbody th { font-weight: 500; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr));
   gap: 16px 28px; margin-top: 14px; }
 .chart { display: block; width: 100%; max-width: 560px; height: auto; }
-.samples { list-style: none; }
+.samples, .answers { list-style: none; }
+.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr));
+  gap: 10px; margin-top: 8px; }
+.answers p { color: var(--text); margin: 6px 0 0; }
+.answers span { font-size: .78rem; font-weight: 600; border-radius: 4px; padding: 1px 6px;
+  margin-right: 8px; color: var(--muted); background: var(--card); }
+.answers .right { color: var(--good); }
+.answers .wrong { color: var(--bad); }
+.answers li { white-space: pre-wrap; unicode-bidi: isolate; padding: 10px 12px;
+  background: var(--code); border-radius: 8px; max-height: 18em; overflow-y: auto; }
 .samples li { white-space: pre-wrap; unicode-bidi: isolate; padding: 8px 12px; margin-bottom: 8px;
   background: var(--code); border-radius: 8px; max-height: 24em; overflow-y: auto; }
-.samples b { color: var(--main); font-weight: 600; }
+.samples b, .answers b { color: var(--main); font-weight: 600; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--muted); }
 pre { background: var(--code); border-radius: 8px; padding: 12px; overflow: auto; max-height: 32em;
   font: 12.5px/1.5 ui-monospace, monospace; overflow-wrap: normal; }
+@media screen and (min-width: 521px) { .figures:has(> :nth-child(7)) {
+  grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); } }
 @media (max-width: 520px) { section { padding: 14px; } .facts { grid-template-columns: 1fr; }
   .figures { grid-template-columns: 1fr 1fr; } .figures dd { font-size: 1.25rem; }
   .figures .more { font-size: .8rem; } .long div { grid-template-columns: 6.5em 1fr; }
   th, td { padding: 6px; } }
 @media print { :root { --page: #fff; --card: #fff; --text: #000; --muted: #444; --line: #ccc;
-  --raw: #b9c9e6; --main: #2456c7; --ref: #b4590a; --code: #f6f6f6; }
+  --raw: #b9c9e6; --main: #2456c7; --ref: #b4590a; --code: #f6f6f6;
+  --good: #18794e; --bad: #b42318; }
   main { max-width: none; padding: 0; } section { border: 0; padding: 0; }
   body { font-size: 12px; } .charts, .facts { grid-template-columns: 1fr 1fr; }
   .figures { grid-template-columns: repeat(auto-fit, minmax(115px, 1fr)); }
   .figures dd { font-size: 1.1rem; }
   .figures .more { font-size: .8rem; }
   figure, li, tr, .figures div { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .samples li, pre { max-height: none; } details:not([open]) { display: none; } }
+  .samples li, .answers li, pre { max-height: none; } details:not([open]) { display: none; } }
 """

@@ -1,6 +1,7 @@
 """The report: its numbers by hand, any file missing or broken, and text that tries to break out."""
 
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -8,9 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nanochat_jax import report_plots
+from nanochat_jax import report, report_plots
 from nanochat_jax.common import UserError
 from nanochat_jax.report import make_report
+from nanochat_jax.report_evals import curve_ks, readable, standard_error
 from nanochat_jax.report_plots import Chart, Line
 from nanochat_jax.report_write import show_amount, show_duration
 
@@ -128,7 +130,7 @@ def test_later_stages_fill_their_columns(run):
     text = markdown(run)
     for line in (
         "| ARC-Easy | - | - | 0.3876 | - |",
-        "| ChatCORE | - | - | 0.0884 | - |",
+        "| ChatCORE (6 tasks) | - | - | 0.0884 | - |",
         "| GSM8K | - | - | 0.0455 | 0.0758 |",
         "## Evaluation speed",
         "| tokens_per_sec | 1,000 |",
@@ -201,7 +203,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.items = set(), [], []
+        self.tags, self.attributes, self.items, self.in_item = set(), [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -209,9 +211,13 @@ class Page(HTMLParser):
         self.attributes += attrs
         if tag == "li":
             self.items.append("")
+            self.in_item = True
+
+    def handle_endtag(self, tag):
+        self.in_item &= tag != "li"
 
     def handle_data(self, data):
-        if self.items and self.lasttag in ("li", "b"):
+        if self.in_item:
             self.items[-1] += data
 
 
@@ -339,3 +345,244 @@ def test_another_evaluation_at_the_same_step_hides_nothing(run):
 def test_a_model_that_loses_to_the_yardstick_is_told_so(run):
     write(run / "eval" / "base.json", {"val_bpb": 1.5, "trigram_val_bpb": 1.25})
     assert "the yardstick; ours is 20% higher" in markdown(run)
+
+
+CALL = "<|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>"
+
+
+def chat_score(num_correct, num_problems, examples=(), **values):
+    score = {"accuracy": num_correct / num_problems, "num_correct": num_correct}
+    score |= {"num_problems": num_problems, "seconds": 61.0, "ended": {}, "examples": examples}
+    return score | {"pass_at_k": [], "pass_at_k_unbiased": []} | values
+
+
+@pytest.fixture
+def chat_run(run):
+    """All stages: SFT scored at two of its four tasks, RL at one with several answers each."""
+    asked = {"prompt": "What is 12+30?", "expected": f"{CALL}It is 42.\n#### 42"}
+    examples = [asked | {"answer": f"{CALL}#### 42", "correct": True}]
+    examples += [
+        asked | {"answer": "<|python_start|>111", "correct": False},
+        asked | {"answer": ""},
+    ]
+    tasks = {
+        "arithmetic test": chat_score(64, 256, examples, ended={"stop": 250, "length": 6}),
+        "arc_easy test[:100]": chat_score(100, 100),
+    }
+    settings = {"eval.chat_problems": 256, "eval.chat_samples": 1, "eval.chat_temperature": 0.0}
+    missing = ["mmlu", "gsm8k"]
+    sft = {"step": 4, "tasks": tasks, "eval_secs": 122.0, "settings": settings}
+    sft |= {"arithmetic": 0.25, "arc_easy": 1.0, "chatcore_5": 0.5, "chatcore_missing": missing}
+    write(run / "eval" / "sft_chat.json", sft)
+    specs = ["arithmetic test", "arc_easy test[:100]", "mmlu test", "riddles test"]
+    own = {"packing": "rows", "mixture": ["arithmetic train[:64]", "chitchat train x2"]}
+    write(run / "sft" / "config.json", {"sft": own, "eval": {"chat_tasks": specs}})
+    info = json.loads((run / "base" / "run_info.json").read_text())
+    write(run / "sft" / "run_info.json", info | {"num_steps": 5, "parent": "mid, step 7"})
+    counts = {"conversations": 1200, "cut_at_a_turn": 3, "dropped": 1}
+    write(run / "sft" / "train_conversations" / "conversations.json", {"counts": counts})
+    write_metrics(run, [train_line(s, tokens=100 + s) for s in range(5)], "sft")
+    riddles = chat_score(9, 36, pass_at_k=[0.1, 0.25], pass_at_k_unbiased=[0.125, 0.25])
+    rl = {"step": 20, "tasks": {"riddles test": riddles}, "eval_secs": 5.0, "riddles": 0.25}
+    write(run / "eval" / "rl_chat.json", rl)
+    own = {"questions_per_step": 16, "samples": 8}
+    write(run / "rl" / "config.json", {"rl": own})
+    lines = []
+    for step in range(20):
+        practice = {"reward": step / 20, "answer_tokens": 50.0 - step, "rollout_secs": 3.0}
+        lines.append(train_line(step, tokens=500, **practice))
+    for step, share in ((10, 0.5), (20, 0.4)):
+        passes = {f"pass@{k}": share + k / 100 for k in range(1, 9)}
+        lines.append({"kind": "eval", "name": "pass_at_k", "step": step, **passes})
+    write_metrics(run, lines, "rl")
+    return run
+
+
+def section(text, title):
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_a_chat_evaluation_by_hand(chat_run):
+    text = section(markdown(chat_run), "Finetuning (SFT)")
+    for line in (
+        "### Chat evaluation at step 4",
+        "The first 256 problems of each; one answer each; the likeliest token each time.",
+        "> The stage itself is at step 5.",
+        "> Not scored: mmlu test, riddles test.",
+        # sqrt(0.25 * 0.75 / 256) = 0.02706
+        "| Arithmetic | 25.00% | 2.71% | 64 | 256 | 1 min 01 s | finished 250, cut off 6 |",
+        "| ARC-Easy test\\[:100\\] | 100.00% | - | 100 | 100 | 1 min 01 s | - |",
+        "<details open><summary>Arithmetic: 3 answers, 1 right</summary>",
+        "What is 12+30?\n\nright: [12+30 -> 42]#### 42\n```",
+        "What is 12+30?\n\nWRONG: [111 ...]\nexpected: [12+30 -> 42]It is 42.\n#### 42\n```",
+        "WRONG: (nothing)\n",
+    ):
+        assert line in text
+    assert "No ChatCORE without MMLU, GSM8K." in text
+    page = Page(html(chat_run))
+    assert "What is 12+30?right[12+30 -> 42]#### 42" in page.items
+    assert "What is 12+30?wrong[111 ...]expected[12+30 -> 42]It is 42.\n#### 42" in page.items
+
+
+def test_the_stages_after_base_by_hand(chat_run):
+    text = markdown(chat_run)
+    sft, rl = section(text, "Finetuning (SFT)"), section(text, "Reinforcement")
+    for line in (
+        "| Started from | mid, step 7 |",
+        "| Trained tokens | 510 |",  # 100 + 101 + 102 + 103 + 104
+        "| Conversations | 1,200 (3 cut at a turn, 1 dropped) |",
+        "| Trained tokens per second | 410 (median) |",  # of 101 .. 104, in 0.25 s
+        "| MFU | n/a |",  # batches differ in width
+        "| Evaluation | 2 min 02 s |",
+        "| sft.mixture | arithmetic train\\[:64\\], chitchat train x2 |",
+    ):
+        assert line in sft
+    assert "| Tokens |" not in sft and "model.depth" not in sft
+    for line in (
+        "| Questions | 320, 8 answers each |",
+        "| pass@1 | 41.00% (highest 51.00%, step 10) |",
+        "| pass@8 | 48.00% (highest 58.00%, step 10) |",
+        "| Writing and grading answers | 1 min 00 s |",
+        "| Practice | first 2 steps | last 2 steps |",
+        "| mean reward | 0.0250 | 0.9250 |",
+        "| tokens of an answer | 49.5 | 31.5 |",
+        "| Unbiased estimate | pass@1 | pass@2 |",
+        "| riddles | 12.50% | 25.00% |",
+    ):
+        assert line in rl
+    names = re.findall(r"\((rl_.*)\.svg\)", rl)
+    curves = ("pass_at_k", "reward", "answer_tokens", "grad_norm", "speed")
+    assert names == [f"rl_{name}" for name in curves]  # no curve of the loss
+    drawn = ET.parse(chat_run / "report" / "rl_pass_at_k.svg").getroot().itertext()
+    assert [label for label in drawn if label.startswith("pass@") and "on" not in label] == [
+        *("pass@1", "pass@4", "pass@8")
+    ]
+
+
+def test_the_report_ends_with_all_metrics_time_and_cost(chat_run):
+    end = markdown(chat_run).split("\n## ")[-1].splitlines()
+    rows = [line for line in end if line.startswith("| ")]
+    assert rows[0] == "| Metric | BASE | MID | SFT | RL |"
+    assert rows[2:-1] == [
+        "| val bpb | 0.9600 | - | - | - |",
+        "| ARC-Easy | - | - | 1.0000 | - |",
+        "| Arithmetic | - | - | 0.2500 | - |",
+        "| riddles | - | - | - | 0.2500 |",  # sqrt(0.25 * 0.75 / 36) = 0.0722
+        "| ChatCORE (5 tasks) | - | - | 0.5000 | - |",
+    ]
+    assert end[-3] == (
+        "Binomial standard error, at most: Arithmetic ±0.0271 (256 problems), "
+        "riddles ±0.0722 (36 problems)."
+    )
+    # 3540 + 60 of base, 3540 + 122 of SFT, RL's last line and 5 s; RL's machine is the run's
+    hours = (3600 + 3662 + 34.75 + 5) / 3600
+    assert end[-1] == f"Total wall-clock time: 2 h 01 min. Cost: ${24 * hours:.2f}."
+
+
+def test_evaluations_of_one_stage_add_their_time(run):
+    before = "| wall-clock | 1 h 00 min |"
+    assert before in markdown(run)
+    tasks = {"gsm8k test": chat_score(1, 4)}
+    write(run / "eval" / "base_chat.json", {"step": 20, "tasks": tasks, "eval_secs": 600.0})
+    text = markdown(run)
+    assert before.replace("00", "10") in text
+    assert "| Evaluation | 11 min 00 s |" in text  # 60 and 600
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_core_task_by_task(run, is_whole):
+    scores = {"copa": {"accuracy": 0.8, "centered": 0.6, "num_examples": 100}}
+    scores |= {"squad": {"accuracy": 0.2, "centered": 0.2, "num_examples": 400}}
+    found = {"tasks": scores, "max_per_task": 500, "missing": [], "partial": {}}
+    if is_whole:
+        found["core"] = 0.4
+    else:
+        found |= {"core_partial": 0.4, "missing": ["boolq"], "partial": {"copa": "100 of 120"}}
+    values = {k: v for k, v in found.items() if k.startswith("core")} | {"core_tasks": found}
+    write(run / "eval" / "base.json", values | {"step": 20})
+    text = markdown(run)
+    for line in (
+        "At most 500 examples a task.",
+        "| copa | 80.00% | 4.00% | 0.6000 | 100 |",  # sqrt(0.8 * 0.2 / 100)
+        "| squad | 20.00% | 2.00% | 0.2000 | 400 |",
+    ):
+        assert line in text
+    if is_whole:
+        assert "### CORE at step 20" in text and "| CORE |  |  | 0.4000 |  |" in text
+        assert "| CORE | 0.4000 | - | - | - |" in text and "| CORE | 0.4000 | of the base" in text
+    else:
+        assert not re.search(r"\|\s*CORE\s*\||# CORE", text)
+        assert "> This is not CORE: missing are boolq; copa has 100 of 120 examples." in text
+        assert "| boolq | missing | - | - | - |" in text
+        assert "| mean of these 2 tasks |  |  | 0.4000 |  |" in text
+        assert "| Mean of some CORE tasks | 0.4000 | - | - | - |" in text
+
+
+STRIDE = 13  # one in so many of all odd values in all places
+
+
+def replaced(value, new):
+    """Copies of a JSON value, each with another of its parts replaced."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in items:
+        copy = value.copy()
+        for other in (new, *(replaced(part, new) if isinstance(part, dict | list) else ())):
+            copy[key] = other
+            yield copy
+
+
+def test_no_value_anywhere_breaks_the_report(chat_run, monkeypatch):
+    monkeypatch.setattr(report, "code_size", lambda root: dict(lines=1, files=1, chars=1))
+    odd = [None, -1, 1e400, float("nan"), 10**400, True, "x", [], {}, [{}], {"a": [1]}]
+    tried = 0
+    for file in sorted(chat_run.rglob("*.json*")):
+        text = file.read_text()
+        if file.name == "tokenizer.json":
+            continue
+        kept, last = "", text
+        if file.suffix == ".jsonl":
+            kept, last = text.splitlines(keepends=True)[0], text.splitlines()[-1]
+        for new in odd:
+            for value in replaced(json.loads(last), new):
+                tried += 1
+                if tried % STRIDE:
+                    continue
+                file.write_text(kept + json.dumps(value))
+                blocks = report.report_blocks(report.read_run(chat_run))
+                assert "## Summary" in report.to_markdown(blocks)
+                assert "<h2>Summary</h2>" in report.to_html(blocks, "title")
+        file.write_text(text)
+    assert tried > 1000
+
+
+@pytest.mark.parametrize(
+    "text,shown",
+    [
+        (f"So {CALL}, {CALL}", "So [12+30 -> 42], [12+30 -> 42]"),
+        ("<|python_start|>1<2\n<|python_end|> no", "[1<2\n] no"),
+        ("<|python_start|>12+", "[12+ ...]"),
+        ("<|python_start|>1+1<|python_end|><|output_start|>2", "[1+1 -> 2 ...]"),
+        ("<|python_start|>1<|python_start|>2<|python_end|>", "[1 ...][2]"),
+        ("<|output_end|> [1] <|bos|>", "<|output_end|> [1] <|bos|>"),
+    ],
+)
+def test_tool_calls_are_readable(text, shown):
+    assert readable(text) == shown
+
+
+def test_standard_error_is_the_spread_of_repeated_evaluations():
+    n, p = 256, 0.14
+    shares = [k / n for k in range(n + 1)]
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    spread = math.sqrt(sum(c * (s - p) ** 2 for c, s in zip(chances, shares, strict=True)))
+    assert standard_error(p, n) == pytest.approx(spread, rel=1e-9)
+    assert round(spread, 3) == 0.022
+    assert [standard_error(*pair) for pair in ((0.0, 9), (1.0, 9), (0.5, 0), (None, 9))] == [
+        *(None, None, None, None)
+    ]
+
+
+def test_a_few_ks_stand_for_many():
+    assert curve_ks(range(1, 9), most=3) == [1, 4, 8]
+    assert curve_ks(range(1, 7), most=5) == [1, 2, 4, 6]
+    assert curve_ks({1}, most=3) == [1] and curve_ks(set(), most=3) == []
