@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw text to a model and a report about it, on one machine:
+# From raw text to a chat model and a report about it, on one machine:
 #
 #   bash speedrun.sh                                   picks a recipe for this machine, says why
 #   bash speedrun.sh --config=configs/d26.py           another recipe (or CONFIG=configs/d26.py)
@@ -16,7 +16,13 @@ STAGES=(
   "tok_train.py   | train the tokenizer"
   "tok_eval.py    | how well it compresses, beside GPT-2's and GPT-4's"
   "train.py       | pretrain the base model"
-  "base_eval.py   | evaluate it: bits per byte, samples"
+  "base_eval.py   | evaluate it: bits per byte, CORE, samples"
+  "mid_train.py   | mid-training: conversations, multiple choice, tools"
+  "chat_eval.py --config.eval.chat_stage=mid | what it can do now"
+  "chat_sft.py    | fine-tune on what an assistant says"
+  "chat_eval.py --config.eval.chat_stage=sft | what it can do now"
+  "chat_rl.py     | practise on questions with an answer"
+  "chat_eval.py --config.eval.chat_stage=rl | what it can do now"
   "report.py      | write the report"
 )
 EXIT_RESUME_ME=75 # a stage says: interrupted, and saved (nanochat_jax/common.py)
@@ -107,3 +113,6 @@ for stage in "${STAGES[@]}"; do
   run_stage $number "${stage#*| }" "${words[@]}" "${arguments[@]}"
 done
 printf '\nAll done in %s. The report: %s\n' "$(duration $SECONDS)" "$run_dir/report/report.md (and .html)"
+printf 'Talk to it:'
+printf ' %q' "$PY" "$ROOT/scripts/chat_cli.py" "${arguments[@]}"
+echo

@@ -15,4 +15,5 @@ def get_config() -> ConfigDict:
     c.data.packing = "stream"
     c.data.num_shards = 450
     c.base.device_batch_size = 16  # 80 GB hold no more; accumulation keeps the step the same
+    c.mid.device_batch_size = 16
     return c

@@ -19,6 +19,33 @@ PROMPTS = (  # continued greedily to see what the model knows
     "If 5*x + 3 = 13, then x is",
 )
 
+MID_MIXTURE = (
+    "smoltalk train",
+    "mmlu auxiliary_train",
+    "gsm8k train",
+    "identity train x2",
+    "simple_spelling train[:200000]",
+    "spelling_bee train[:80000]",
+)
+MID_VAL_MIXTURE = ("smoltalk test[:24000]", "mmlu test[:5200]", "gsm8k test[:420]")
+SFT_MIXTURE = (
+    "arc_easy train",
+    "arc_challenge train",
+    "gsm8k train",
+    "smoltalk train[:10000]",
+    "identity train",
+    "simple_spelling train[:300]",
+    "spelling_bee train[:300]",
+)
+CHAT_TASKS = (
+    "arc_easy test",
+    "arc_challenge test",
+    "mmlu test",
+    "gsm8k test",
+    "humaneval test",
+    "spelling_bee test",
+)
+
 
 def get_config() -> ConfigDict:
     c = ConfigDict(
@@ -30,14 +57,18 @@ def get_config() -> ConfigDict:
     c.run.tracker = "none"  # none | wandb | trackio; metrics.jsonl is always written
     c.run.compile_cache = True  # keep compiled programs in $NANOCHAT_BASE_DIR/compile_cache
 
-    # Devices form a grid data x fsdp x tensor. Rows of a batch are split over data and fsdp,
-    # weights over fsdp and tensor.
-    c.mesh.data = derived(int)  # copies of the model: devices / (fsdp * tensor)
-    c.mesh.fsdp = 1  # ways to split weights and optimizer state, gathered when used
+    # Devices form a grid data x fsdp x tensor. Rows of a batch are split over data and fsdp.
+    # Masters and optimizer state are shared out over all devices; a step gathers the weights it
+    # needs.
+    c.mesh.data = derived(int)  # devices / (fsdp * tensor)
+    c.mesh.fsdp = 1  # ways to split the weights in evaluation and inference; in training as data
     c.mesh.tensor = 1  # ways to split heads, MLP and vocabulary
-    c.mesh.coordinator = ""  # host:port of process 0 of a multi-process run; empty: one process
-    c.mesh.num_processes = 1  # processes of a multi-process run
-    c.mesh.process_id = 0  # this process, from 0
+    # A run of several processes; the launcher's own variables are found without any of these.
+    c.mesh.launcher = "auto"  # auto | none | flags | slurm | openmpi | kubernetes: who started them
+    c.mesh.coordinator = ""  # host:port of process 0; empty: as the launcher says
+    c.mesh.num_processes = 1  # for flags: processes, all machines together
+    c.mesh.process_id = 0  # for flags: this process, from 0
+    c.mesh.local_device_ids = ""  # GPUs of this process, like 0,1; empty: all, or its own by turns
 
     c.tokenizer.vocab_size = 65_536  # ids, the 9 special tokens included
     c.tokenizer.train_chars = 2_000_000_000  # characters to train on
@@ -51,6 +82,8 @@ def get_config() -> ConfigDict:
     c.data.num_lanes = 8  # independent streams of rows; a multiple of the number of processes
     c.data.num_workers = 0  # 0: prefetch in a thread | 1: in a process of its own
     c.data.prefetch_batches = 4  # batches made ahead of the device
+    c.data.task_dir = ""  # folder with the tasks' data (gsm8k/, mmlu/, ...); empty: from the hub
+    c.data.persona = ""  # persona file (TOML) of the task identity; empty: configs/persona.toml
 
     c.model.depth = 20  # the one dial: layers, and by it width, horizon and cost
     c.model.aspect_ratio = 64  # width per layer
@@ -80,8 +113,8 @@ def get_config() -> ConfigDict:
     c.optim.momentum_start = 0.85  # Muon's momentum at step 0
     c.optim.momentum = 0.95  # after momentum_warmup_steps
     c.optim.momentum_end = 0.95  # at the end of the warmdown
-    c.optim.momentum_warmup_steps = 300
-    c.optim.grad_clip = 1.0  # global norm; 0: off
+    c.optim.momentum_warmup_steps = 300  # in base
+    c.optim.grad_clip = 1.0  # global norm, in base; 0: off
     c.optim.scale_by_batch = False  # modern: LRs by sqrt(batch/2^19), decay by that and by horizon
 
     c.base = ConfigDict()
@@ -92,11 +125,86 @@ def get_config() -> ConfigDict:
     c.base.device_batch_size = 32  # rows a device holds at once; the rest is accumulated
     c.base.warmup_steps = 0  # LR from 0
     c.base.warmdown_frac = 0.4  # of the steps, at the end, linear to final_lr_frac
-    c.base.final_lr_frac = 0.0
+    c.base.final_lr_frac = 0.0  # of the learning rate, at the end
     c.base.eval_every = 250  # steps between validations; 0: only at the end
+    c.base.core_every = 2_000  # steps between CORE scores on eval.core_loop_per_task; 0: never
     c.base.sample_every = 2_000  # steps between samples; 0: only at the end
     c.base.save_every = 500  # steps between checkpoints; 0: only at the end
     c.base.keep_checkpoints = 2  # newest ones kept, besides the best
+
+    # Stages after pretraining. A mixture names its tasks: "name split[first:last] xtimes"
+    # (nanochat_jax/tasks/registry.py). Without tasks a stage is left out.
+    c.mid = ConfigDict()
+    c.mid.mixture = MID_MIXTURE  # tasks to train on; empty: no such stage
+    c.mid.val_mixture = MID_VAL_MIXTURE  # tasks for bits per byte; empty: no validation
+    c.mid.packing = "stream"  # stream | best_fit: whole chats, then padding | rows: one each
+    c.mid.train_on = "all"  # all tokens | assistant: what the assistant says
+    c.mid.num_steps = 0  # stop after so many; 0: all of the mixture, once
+    c.mid.batch_rows = 0  # rows a step; 0: as many as in base
+    c.mid.device_batch_size = 32  # rows a device holds at once; the rest is accumulated
+    c.mid.lr_frac = 1.0  # of optim's learning rates
+    c.mid.embed_lr = 0.2  # instead of optim.embed_lr
+    c.mid.unembed_lr = 0.004  # instead of optim.unembed_lr
+    c.mid.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
+    c.mid.weight_decay = 0.0  # Muon's
+    c.mid.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
+    c.mid.momentum_warmup_steps = 300  # steps of that rise
+    c.mid.warmdown_frac = 0.2  # of the steps, at the end, linear to final_lr_frac
+    c.mid.final_lr_frac = 0.0  # of the learning rate, at the end
+    c.mid.warm_start = False  # go on with the optimizer's moments of the stage before
+    c.mid.eval_every = 150  # steps between validations; 0: only at the end
+    c.mid.save_every = 150  # steps between checkpoints; 0: only at the end
+    c.mid.keep_checkpoints = 2  # newest ones kept, besides the best
+
+    c.sft = ConfigDict()
+    c.sft.mixture = SFT_MIXTURE  # tasks to train on; empty: no such stage
+    c.sft.val_mixture = ("smoltalk test[:3200]",)  # tasks for bits per byte; empty: no validation
+    c.sft.packing = "rows"  # stream | best_fit: whole chats, then padding | rows: one each
+    c.sft.train_on = "assistant"  # all tokens | assistant: what the assistant says
+    c.sft.num_steps = 0  # stop after so many; 0: all of the mixture, once
+    c.sft.batch_rows = 32  # rows a step; 0: as many as in base
+    c.sft.device_batch_size = 4  # rows a device holds at once; the rest is accumulated
+    c.sft.lr_frac = 0.02  # of optim's learning rates
+    c.sft.embed_lr = 0.2  # instead of optim.embed_lr
+    c.sft.unembed_lr = 0.004  # instead of optim.unembed_lr
+    c.sft.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
+    c.sft.weight_decay = 0.0  # Muon's
+    c.sft.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
+    c.sft.momentum_warmup_steps = 0  # steps of that rise
+    c.sft.warmdown_frac = 1.0  # of the steps, at the end, linear to final_lr_frac
+    c.sft.final_lr_frac = 0.0  # of the learning rate, at the end
+    c.sft.warm_start = False  # go on with the optimizer's moments of the stage before
+    c.sft.eval_every = 100  # steps between validations; 0: only at the end
+    c.sft.save_every = 200  # steps between checkpoints; 0: only at the end
+    c.sft.keep_checkpoints = 2  # newest ones kept, besides the best
+
+    c.rl = ConfigDict()
+    c.rl.task = "gsm8k train"  # questions to practise on; empty: no such stage
+    c.rl.val_task = "gsm8k test"  # questions of pass@k
+    c.rl.seed = 0  # of the order of the questions and of the answers
+    c.rl.num_steps = 0  # stop after so many; 0: all questions, once
+    c.rl.questions_per_step = 16  # each answered samples times
+    c.rl.samples = 16  # answers to each question
+    c.rl.pass_rows = 8  # answers whose tokens are averaged together; divides samples
+    c.rl.max_new_tokens = 256  # tokens an answer
+    c.rl.temperature = 1.0  # of the sampled answers; more than 0
+    c.rl.top_k = 50  # most likely tokens to sample from; 0: all
+    c.rl.slots = 256  # answers written at once, on all devices together
+    c.rl.device_batch_size = 8  # rows a device trains on at once
+    c.rl.lr_frac = 0.05  # of optim's learning rates
+    c.rl.embed_lr = 0.2  # instead of optim.embed_lr
+    c.rl.unembed_lr = 0.004  # instead of optim.unembed_lr
+    c.rl.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
+    c.rl.weight_decay = 0.0  # Muon's
+    c.rl.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
+    c.rl.momentum_warmup_steps = 0  # steps of that rise
+    c.rl.warmdown_frac = 1.0  # of the steps, at the end, linear to final_lr_frac
+    c.rl.final_lr_frac = 0.0  # of the learning rate, at the end
+    c.rl.eval_every = 60  # steps between rounds of pass@k; 0: only at the end
+    c.rl.eval_questions = 400  # of val_task
+    c.rl.eval_samples = 8  # answers to each; pass@k for k up to it
+    c.rl.save_every = 60  # steps between checkpoints; 0: only at the end
+    c.rl.keep_checkpoints = 2  # newest ones kept
 
     c.eval = ConfigDict()
     c.eval.val_tokens = 20 * 524_288  # tokens of validation (and training) text for bits per byte
@@ -104,4 +212,16 @@ def get_config() -> ConfigDict:
     c.eval.prompts = PROMPTS  # continued greedily
     c.eval.sample_tokens = 16  # new tokens a sample
     c.eval.trigram_tokens = 0  # train a trigram yardstick on so many tokens; 0: none
+    c.eval.core = True  # score the base model on CORE's 22 tasks
+    c.eval.core_dir = ""  # folder of the CORE bundle; empty: downloaded
+    c.eval.core_per_task = 0  # questions a task, more than 10; 0: all
+    c.eval.core_loop_per_task = 500  # questions a task while the base model trains
+    c.eval.chat_stage = "sft"  # whose model chat_eval scores: base | mid | sft | rl
+    c.eval.chat_tasks = CHAT_TASKS  # tasks with right answers, in the grammar of a mixture
+    c.eval.chat_problems = 0  # problems a task; 0: all
+    c.eval.chat_max_new_tokens = 512  # tokens an answer
+    c.eval.chat_samples = 1  # answers to each generative problem; one right one is enough
+    c.eval.chat_temperature = 0.0  # 0: the most likely token
+    c.eval.chat_top_k = 50  # most likely tokens to sample from; 0: all
+    c.eval.chat_slots = 64  # answers written at once, on all devices together
     return c.lock()

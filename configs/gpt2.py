@@ -33,6 +33,27 @@ def modern(c: ConfigDict) -> ConfigDict:
     c.base.warmup_steps = 40
     c.base.warmdown_frac = 0.65
     c.base.final_lr_frac = 0.05
+    c.mid.mixture = ()  # folded into SFT
+    # Upstream's, and three that it dropped: who the assistant is (identity), and how words are
+    # spelled and letters counted.
+    c.sft.mixture = (
+        "smoltalk train",
+        "mmlu auxiliary_train x3",
+        "gsm8k train x4",
+        "identity train x2",
+        "simple_spelling train[:200000]",
+        "spelling_bee train[:80000]",
+    )
+    c.sft.val_mixture = c.mid.val_mixture
+    c.sft.packing = "best_fit"
+    c.sft.batch_rows = 0  # as many as in base
+    c.sft.device_batch_size = 16
+    c.sft.lr_frac = 0.8
+    c.sft.embed_lr = c.optim.embed_lr
+    c.sft.unembed_lr = c.optim.unembed_lr
+    c.sft.momentum_warmup_steps = 300
+    c.sft.warmdown_frac = 0.5
+    c.sft.warm_start = True
     return c
 
 

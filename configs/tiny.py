@@ -26,6 +26,31 @@ def get_config() -> ConfigDict:
     c.base.eval_every = 10
     c.base.sample_every = 20
     c.base.save_every = 5
+    tasks = ("arithmetic train[:64]", "simple_spelling train[:32]", "identity train[:16]")
+    c.mid.mixture = c.sft.mixture = tasks
+    c.mid.val_mixture = c.sft.val_mixture = ("arithmetic test[:8]",)
+    c.mid.num_steps = c.sft.num_steps = 8
+    c.mid.eval_every = c.sft.eval_every = 4
+    c.mid.save_every = c.sft.save_every = 3
+    c.mid.device_batch_size = 8
+    c.sft.batch_rows = 16
+    c.rl.task = "arithmetic train"
+    c.rl.val_task = "arithmetic test"
+    c.rl.num_steps = 4
+    c.rl.questions_per_step = 4
+    c.rl.samples = 4
+    c.rl.pass_rows = 2
+    c.rl.max_new_tokens = 8
+    c.rl.slots = 16
+    c.rl.eval_every = 2
+    c.rl.eval_questions = 4
+    c.rl.eval_samples = 2
+    c.rl.save_every = 2
+    c.eval.core = False
+    c.eval.chat_tasks = ("arithmetic test", "simple_spelling test")
+    c.eval.chat_problems = 8
+    c.eval.chat_max_new_tokens = 8
+    c.eval.chat_slots = 8
     c.eval.val_tokens = 4_096
     c.eval.device_batch_size = 8
     c.eval.sample_tokens = 8

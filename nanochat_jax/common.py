@@ -47,8 +47,8 @@ def log(message: str = "") -> None:
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a whole file or none of it: a reader never sees half, a crash never leaves half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     raw = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
@@ -72,7 +72,7 @@ def read_json(path: Path, what_to_do: str) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {what_to_do}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {what_to_do}") from None
 
 
@@ -102,4 +102,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    if code not in (0, EXIT_RESUME_ME) and "NANOCHAT_PROCESS_INDEX" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)  # the other processes end when this one does: it must not wait for them
     sys.exit(code)

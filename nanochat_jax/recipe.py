@@ -23,6 +23,15 @@ REFERENCE_DEPTH = 12  # where the modern recipe's numbers were tuned
 REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383
 
+LEAST = {  # what a key may be at least; a 0 that is allowed means "all" or "as in base"
+    **dict.fromkeys((f"{s}.num_steps" for s in ("mid", "sft", "rl")), 0),
+    **dict.fromkeys(("mid.batch_rows", "sft.batch_rows"), 0),
+    **dict.fromkeys(("rl.eval_questions", "eval.chat_problems"), 0),
+    **dict.fromkeys(("base.num_steps", "base.total_batch_tokens"), 1),
+    **dict.fromkeys((f"rl.{k}" for k in ("samples", "eval_samples", "slots", "max_new_tokens")), 1),
+    **dict.fromkeys((f"eval.chat_{k}" for k in ("slots", "samples", "max_new_tokens")), 1),
+}
+
 
 class Derived(NamedTuple):
     key: str
@@ -31,7 +40,9 @@ class Derived(NamedTuple):
 
 
 def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]:
-    """Fill the keys that are None, in place. platform: "cpu" or "gpu"."""
+    """Fill the keys that are None, in place. platform: "cpu" or "gpu". UserError for values that
+    no run can have."""
+    _check_values(config)
     derived: list[Derived] = []
 
     def fill(section: str, key: str, value, formula: str) -> None:
@@ -68,6 +79,14 @@ def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]
     missing = [key for key, value in flatten(config).items() if value is None]
     assert not missing, missing
     return derived
+
+
+def _check_values(config: Recipe) -> None:
+    for key, value in flatten(config).items():
+        if value is not None and value < LEAST.get(key, value):
+            raise UserError(f"config.{key} got {value}, expected {LEAST[key]} or more")
+        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+            raise UserError(f"config.{key} got {value!r}, expected strings in it")
 
 
 def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
@@ -150,7 +169,17 @@ def weight_decay(config: Recipe) -> float:
     return config.optim.weight_decay * lr_scale(config) * horizons
 
 
-def optim_config(config: Recipe, platform: str) -> OptimConfig:
+def optim_config(
+    config: Recipe,
+    platform: str,
+    *,
+    embed_lr: float | None = None,
+    unembed_lr: float | None = None,
+    lr_frac: float = 1.0,
+    scalar_frac: float = 1.0,
+) -> OptimConfig:
+    """Learning rates at the start; a stage after base has its own embed_lr and unembed_lr, takes a
+    fraction, of the scalars' perhaps a fraction of that, and does not scale by the batch."""
     o = config.optim
     if o.recipe not in ("classic", "modern"):
         raise UserError(f"config.optim.recipe got {o.recipe!r}, expected classic or modern")
@@ -161,21 +190,18 @@ def optim_config(config: Recipe, platform: str) -> OptimConfig:
         )
     return OptimConfig(
         recipe=o.recipe,
-        embed_lr=o.embed_lr,
-        unembed_lr=o.unembed_lr,
-        matrix_lr=o.matrix_lr,
-        scalar_lr=o.scalar_lr,
-        smear_lr=o.smear_lr,
-        lr_scale=lr_scale(config),
+        embed_lr=lr_frac * (o.embed_lr if embed_lr is None else embed_lr),
+        unembed_lr=lr_frac * (o.unembed_lr if unembed_lr is None else unembed_lr),
+        matrix_lr=lr_frac * o.matrix_lr,
+        scalar_lr=lr_frac * scalar_frac * o.scalar_lr,
+        smear_lr=lr_frac * scalar_frac * o.smear_lr,
+        lr_scale=lr_scale(config) if embed_lr is None else 1.0,
         ns_dtype="bfloat16" if platform == "gpu" else "float32",
     )
 
 
 def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
-    """(rows of a step, rows a device works on at once), or an error when they do not come out even.
-
-    The second is the largest divisor of a device's rows that device_batch_size allows.
-    """
+    """(rows of a step of base, rows a device works on at once)."""
     tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
     rows = tokens // seq_len
     if tokens % seq_len or rows % row_shards or not rows:
@@ -183,11 +209,32 @@ def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
             f"config.base.total_batch_tokens got {tokens}, expected a multiple of {row_shards} row "
             f"shards x seq_len {seq_len} = {row_shards * seq_len}"
         )
-    per_shard, limit = rows // row_shards, config.base.device_batch_size
+    return rows, rows_at_once("base", rows, row_shards, config.base.device_batch_size)
+
+
+def rows_at_once(stage: str, rows: int, row_shards: int, limit: int) -> int:
+    """Rows a device works on at once: the largest divisor of its share that `limit` allows."""
+    if rows % row_shards:
+        raise UserError(f"{stage}: got {rows} rows a step, expected a multiple of {row_shards}")
     if limit < 1:
-        raise UserError(f"config.base.device_batch_size got {limit}, expected at least 1")
-    at_once = max(n for n in range(1, min(per_shard, limit) + 1) if per_shard % n == 0)
-    return rows, at_once
+        raise UserError(f"config.{stage}.device_batch_size got {limit}, expected at least 1")
+    share = rows // row_shards
+    return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
+
+
+def check_rl(config: Recipe) -> None:
+    r = config.rl
+    if r.questions_per_step < 1:
+        raise UserError(
+            f"config.rl.questions_per_step got {r.questions_per_step}, expected 1 or more"
+        )
+    if r.pass_rows < 1 or r.samples % r.pass_rows:
+        raise UserError(
+            f"config.rl.pass_rows got {r.pass_rows}, expected a divisor of config.rl.samples "
+            f"({r.samples})"
+        )
+    if r.temperature <= 0:
+        raise UserError(f"config.rl.temperature got {r.temperature}, expected more than 0")
 
 
 def _at_depth(config: Recipe, depth: int) -> Recipe:

@@ -5,6 +5,7 @@ cannot fit says so before it starts instead of dying in the middle of it.
 """
 
 import ctypes
+import math
 import os
 import shutil
 import time
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh, NamedSharding
 
-from nanochat_jax import hardware
+from nanochat_jax import cluster, hardware
+from nanochat_jax.cluster import Launch
 from nanochat_jax.common import UserError, base_dir, log
 from nanochat_jax.model.sharding import ROWS
 from nanochat_jax.train.state import TrainState
@@ -23,25 +25,19 @@ GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
-def start_runtime(
-    *, compile_cache: bool, coordinator: str = "", num_processes: int = 1, process_id: int = 0
-) -> None:
+def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> None:
     """Join the other processes, if any, and turn on the persistent compile cache."""
-    if num_processes > 1 and not jax.distributed.is_initialized():
-        if not coordinator or not 0 <= process_id < num_processes:
-            raise UserError(
-                f"config.mesh got coordinator {coordinator!r}, process_id {process_id}, "
-                f"num_processes {num_processes}; expected host:port of process 0 and an id "
-                f"below {num_processes}"
-            )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-        os.environ["NANOCHAT_PROCESS_INDEX"] = str(process_id)
+    together = launch if launch and not jax.distributed.is_initialized() else None
+    if together:
+        cluster.join(together)
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     if shutil.which("nvidia-smi") is None:  # before JAX starts its threads
         keep_freed_memory()
     devices = jax.devices()
     log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
+    if together:
+        cluster.watch(together)
 
 
 def keep_freed_memory() -> None:
@@ -56,32 +52,68 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def compile_step(train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh):
-    """Compile for batches [rows, seq_len]; says the seconds and bytes; UserError if it cannot fit.
+def compile_step(
+    train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh, *, weights: bool = False
+):
+    """Compile for batches [rows, seq_len]; says the seconds and the bytes a step needs.
 
-    state: shapes with shardings (train.state.abstract_state).
+    state: shapes with shardings (train.state.abstract_state). weights: batches bring theirs.
     """
-    batch = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS))
+
+    def shape(dtype):
+        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=NamedSharding(mesh, ROWS))
+
+    batch = {"inputs": shape(jnp.int32), "targets": shape(jnp.int32)}
+    if weights:
+        batch["weights"] = shape(jnp.float32)
     began = time.monotonic()
-    log("compiling train_step ...")
+    log(f"compiling train_step for {rows} x {seq_len} tokens ...")
     with jax.set_mesh(mesh):
-        compiled = train_step.lower(state, {"inputs": batch, "targets": batch}).compile()
+        compiled = train_step.lower(state, batch).compile()
     needed = compiled_bytes(compiled)
     available = available_bytes(mesh)
     log(
         f"compiled train_step in {time.monotonic() - began:.1f}s; a step needs "
         f"{needed / GIB:.2f} GiB of {available / GIB:.1f} GiB per device"
     )
-    _require(needed, "a step needs", mesh)
     return compiled
 
 
+def step_for_widths(
+    train_step,
+    state: TrainState,
+    rows: int,
+    widest: int,
+    mesh: Mesh,
+    *,
+    stage: str,
+    weights: bool = False,
+):
+    """train_step compiled for every width of batch that comes; the widest now, for its memory.
+
+    UserError if that one cannot fit; narrower ones need less, and what is free when they come no
+    longer counts the state.
+    stage: whose device_batch_size the error advises to lower.
+    """
+    compiled = {}
+
+    def step(state_now: TrainState, batch):
+        width = batch["inputs"].shape[1]
+        if width not in compiled:
+            compiled[width] = compile_step(train_step, state, rows, width, mesh, weights=weights)
+        return compiled[width](state_now, batch)
+
+    compiled[widest] = compile_step(train_step, state, rows, widest, mesh, weights=weights)
+    _require(compiled_bytes(compiled[widest]), "a step needs", mesh, stage)
+    return step
+
+
 def require_memory(state: TrainState, mesh: Mesh) -> None:
-    """UserError when weights, gradients and optimizer state alone do not fit; costs nothing to ask.
+    """UserError when base's weights, gradients and optimizer state alone do not fit; costs nothing.
 
     state: shapes with shardings (train.state.abstract_state).
     """
-    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh)
+    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh, "base")
 
 
 def compiled_bytes(compiled) -> int:
@@ -110,25 +142,22 @@ def available_bytes(mesh: Mesh) -> int:
 
 
 def _held_bytes(state: TrainState) -> int:
-    """Per device: the state's shards plus gradients as large as the parameters."""
+    """Per device: its share of the state, plus gradients of all parameters (those of its rows)."""
 
-    def shard_bytes(leaf) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        count = 1
-        for size in shape:
-            count *= size
-        return count * leaf.dtype.itemsize
+    def num_bytes(leaf, shape) -> int:
+        return math.prod(shape) * leaf.dtype.itemsize
 
-    leaves = jax.tree.leaves(state) + jax.tree.leaves(state.params)
-    return sum(shard_bytes(leaf) for leaf in leaves)
+    held = sum(num_bytes(a, a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state))
+    tensor = next(iter(state.params.values())).sharding.mesh.shape["tensor"]
+    return held + sum(num_bytes(a, a.shape) for a in state.params.values()) // tensor
 
 
-def _require(needed: int, what: str, mesh: Mesh) -> None:
+def _require(needed: int, what: str, mesh: Mesh, stage: str) -> None:
     available = available_bytes(mesh)
     if needed > available:
         raise UserError(
             f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
             f"{(needed - available) / GIB:.1f} GiB too few; lower "
-            "--config.base.device_batch_size, split the weights with --config.mesh.fsdp, choose a "
-            "smaller --config.model.depth or, on a GPU, set --config.model.remat=full"
+            f"--config.{stage}.device_batch_size, split the model with --config.mesh.tensor, "
+            "choose a smaller --config.model.depth or, on a GPU, set --config.model.remat=full"
         )

@@ -1,177 +1,75 @@
 """START HERE: the stages, each a short story told in the order it happens.
 
-  run_data -> run_tokenizer -> run_tok_eval -> run_base -> run_base_eval -> (report.py)
+  stages_text.py   run_data -> run_tokenizer -> run_tok_eval
+  here             run_base -> run_mid -> run_sft -> run_rl
+  stages_eval.py   run_base_eval, run_chat_eval
+  report.py        reads what they all leave
 
-Each takes the whole recipe and hands its parts on as plain arguments. A stage that is complete says
-so and returns; one that was interrupted continues; one whose recipe changed names the keys and
-refuses. What a stage leaves lies in $NANOCHAT_BASE_DIR/runs/<config.run.name>/.
+Each takes the whole recipe and hands its parts on as plain arguments. What a stage leaves lies in
+$NANOCHAT_BASE_DIR/runs/<config.run.name>/. stages_train.py does what all training stages share.
 """
 
-import itertools
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+import os
+import random
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from nanochat_jax import hardware, recipe
-from nanochat_jax.common import (
-    EXIT_RESUME_ME,
-    UserError,
-    locked,
-    log,
-    read_json,
-    run_dir,
-    sha256_file,
-    write_json,
-)
-from nanochat_jax.config import Recipe, flatten
-from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
-from nanochat_jax.data.prepare import ensure
-from nanochat_jax.data.sources import Corpus
-from nanochat_jax.eval import compression, ngram
-from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.sampling import generate_greedy
-from nanochat_jax.model.accounting import param_counts, train_flops_per_token
+from nanochat_jax import recipe
+from nanochat_jax.common import UserError, locked, log
+from nanochat_jax.config import Recipe
+from nanochat_jax.data import conversations as conv
+from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.eval.chat import generative
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.model.sharding import make_mesh, num_row_shards, param_shardings
+from nanochat_jax.model.sharding import num_row_shards
 from nanochat_jax.optim import schedules
-from nanochat_jax.optim.build import build_optimizer
-from nanochat_jax.provenance import RunInfo, only_one
-from nanochat_jax.runtime import compile_step, require_memory, start_runtime
+from nanochat_jax.optim.build import build_optimizer, warm_start
+from nanochat_jax.rl.rollout import practise
+from nanochat_jax.runtime import require_memory
+from nanochat_jax.stages_eval import make_core, make_engine, make_samples, text_bpb, validation_bpb
+from nanochat_jax.stages_text import run_data, run_tokenizer
+from nanochat_jax.stages_train import (
+    Job,
+    Parent,
+    Run,
+    before,
+    chat_optimizer,
+    finished,
+    has_stage,
+    rows_of,
+    schedule,
+    start,
+    train_once,
+)
+from nanochat_jax.tasks.base import Task
+from nanochat_jax.tasks.registry import file_stamps, mixture, open_task
 from nanochat_jax.tokenizer import bpe
-from nanochat_jax.train.checkpoint import (
-    CHECKSUMS,
-    Checkpoints,
-    damage,
-    list_steps,
-    read_data_states,
-    read_host,
-    restore_params,
-    step_dir,
-)
-from nanochat_jax.train.loop import Evaluation, LoopState, fit
-from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
-from nanochat_jax.train.state import abstract_state, create_state
-from nanochat_jax.train.step import loss_tile, make_train_step, put_batch
-
-# What may differ when a run is continued: it decides where and how often, never what is learned.
-MAY_CHANGE = (
-    "run.tracker",
-    "run.compile_cache",
-    "mesh.",
-    "data.local_dir",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "base.device_batch_size",
-    "base.eval_every",
-    "base.sample_every",
-    "base.save_every",
-    "base.keep_checkpoints",
-    "model.remat",
-    "model.loss_tile_tokens",
-    "eval.",
-)
-TOKENIZER_KEYS = ("tokenizer.", "data.name", "data.local_dir", "data.num_shards")
-
-
-@dataclass
-class Run:
-    """What every stage on devices starts from."""
-
-    config: Recipe  # resolved
-    mesh: Mesh
-    model: GPTConfig
-    dir: Path
-    is_main: bool
-
-
-def run_data(config: Recipe) -> tuple[list[Path], Path]:
-    """(training shards, validation shard); downloaded or built if they are not there."""
-    d = config.data
-    return ensure(d.name, num_shards=d.num_shards, local_dir=d.local_dir)
-
-
-def run_tokenizer(config: Recipe) -> bpe.Tokenizer:
-    """Train the tokenizer on the first characters of the training text, or load it."""
-    folder = run_dir(config.run.name) / "tokenizer"
-    wanted = {k: v for k, v in flatten(config).items() if k.startswith(TOKENIZER_KEYS)}
-    with locked(folder / "tokenizer.json"):  # processes that ask at once wait for the one at work
-        if not (folder / "tokenizer.json").exists():
-            return _train_tokenizer(config, folder, wanted)
-    made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
-    recipe.refuse_changes(made_with, wanted, ("data.local_dir",), f"the tokenizer in {folder}")
-    log(f"tokenizer: {folder / 'tokenizer.json'} is there")
-    return bpe.Tokenizer.load(folder)
-
-
-def _train_tokenizer(config: Recipe, folder: Path, wanted: dict[str, Any]) -> bpe.Tokenizer:
-    train_paths, _ = run_data(config)
-    t = config.tokenizer
-    log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
-    info = RunInfo(folder)
-    texts = bpe.capped(documents(train_paths), t.train_chars, t.doc_chars)
-    tokenizer = bpe.train(texts, t.vocab_size)
-    write_json(folder / "config.json", wanted)
-    tokenizer.save(folder)
-    info.update()
-    log(f"tokenizer: {tokenizer.vocab_size:,} tokens in {format_secs(info.values['wall_secs'])}")
-    return tokenizer
-
-
-def run_tok_eval(config: Recipe) -> None:
-    """How many bytes a token holds, by kind of text, beside GPT-2's and GPT-4's encodings."""
-    tokenizer = run_tokenizer(config)
-    out = run_dir(config.run.name) / "eval" / "tokenizer.json"
-    if out.exists() and read_json(out, "delete it").get("sha256") == tokenizer.sha256():
-        log(f"tok_eval: {out} is there")
-        return
-    train_paths, val_path = run_data(config)
-    slices = {
-        "training text": "\n".join(itertools.islice(documents(train_paths), 200))[:200_000],
-        "validation text": "\n".join(itertools.islice(documents([val_path]), 200))[:200_000],
-    }
-    result = compression.compare(tokenizer, slices)
-    log(compression.table(result))
-    write_json(out, {"sha256": tokenizer.sha256(), **result})
+from nanochat_jax.tokenizer.chat import render_for_completion
+from nanochat_jax.train.checkpoint import Checkpoints, restore_params
+from nanochat_jax.train.loop import Evaluation
+from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.state import TrainState, abstract_state, create_state
 
 
 def run_base(config: Recipe) -> int:
     """Pretrain the base model; returns the exit status."""
-    run = start(config)
-    config, stage = run.config, run.dir / "base"
-    with only_one(stage) if run.is_main else nullcontext():
-        if (stage / "result.json").exists():
-            saved = read_json(stage / "config.json", f"delete {stage} to start over")
-            _same_recipe(config, saved, stage)
-            log(f"base: complete, {stage / 'result.json'} is there")
-            return 0
-        return _train_base(run, stage)
+    return train_once(start(config), "base", _base)
 
 
-def _train_base(run: Run, stage: Path) -> int:
-    config, mesh, model = run.config, run.mesh, run.model
+def _base(run: Run) -> Job:
+    config, model = run.config, run.model
     b, d = config.base, config.data
-    lr_multiplier = partial(
-        schedules.lr_multiplier,
-        num_steps=b.num_steps,
-        warmup_steps=b.warmup_steps,
-        warmdown_frac=b.warmdown_frac,
-        final_frac=b.final_lr_frac,
-    )
+    lr_multiplier = schedule(b, b.num_steps, b.warmup_steps)
     tx = _optimizer(config, model, lr_multiplier)
-    target = abstract_state(model, tx, mesh)
-    require_memory(target, mesh)  # before the download that would be for nothing
-    info = RunInfo(stage, run.is_main)
+    # Before the download that would be for nothing.
+    require_memory(abstract_state(model, tx, run.mesh), run.mesh)
     tokenizer = run_tokenizer(config)
     train_paths, val_path = run_data(config)
-    rows, rows_at_once = recipe.rows_per_step(config, num_row_shards(mesh))
+    rows, rows_at_once = recipe.rows_per_step(config, num_row_shards(run.mesh))
     batches = train_batches(
         train_paths,
         tokenizer,
@@ -185,158 +83,272 @@ def _train_base(run: Run, stage: Path) -> int:
         num_workers=d.num_workers,
         prefetch=d.prefetch_batches,
     )
-
-    train_step = make_train_step(
-        model,
-        tx,
-        mesh,
-        device_batch_size=rows_at_once,
-        tile_tokens=config.model.loss_tile_tokens,
-        grad_clip=config.optim.grad_clip,
+    bpb, samples = text_bpb(run, tokenizer, val_path), make_samples(run, tokenizer)
+    evaluations = [
+        Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
+        Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
+    ]
+    if config.eval.core and b.core_every:
+        core = make_core(run, tokenizer, config.eval.core_loop_per_task)
+        evaluations.append(Evaluation("core", b.core_every, core))
+    return Job(
+        name="base",
+        tokenizer=tokenizer,
+        num_steps=b.num_steps,
+        rows=rows,
+        rows_at_once=rows_at_once,
+        widest=model.seq_len,
+        tx=tx,
+        lr_multiplier=lr_multiplier,
+        batches=batches,
+        next_batch=lambda weights: next(batches),
+        begin=lambda target: create_state(model, tx, run.mesh, config.run.seed),
+        evaluations=evaluations,
     )
-    checkpoints = Checkpoints(stage / "checkpoints", b.keep_checkpoints)
-    found, loop_state = checkpoints.latest_intact(), LoopState()
-    if found is not None:
-        host = read_host(checkpoints.directory, found)
-        _same_run(config, tokenizer, host, stage)
-        batches.set_state(merge_states(read_data_states(checkpoints.directory, found)))
-        loop_state = LoopState(**host["loop"])
-        log(f"base: continuing from the checkpoint at step {found}")
-    batches.start_prefetch()  # the first batches are packed while the step is compiled
 
-    train_step = compile_step(train_step, target, rows, model.seq_len, mesh)
-    if found is None:
-        state = create_state(model, tx, mesh, config.run.seed)
-    else:
-        state = checkpoints.restore(target, found)
 
-    if run.is_main:
-        write_json(stage / "config.json", config.to_dict())
-    flops = train_flops_per_token(model)
-    device = mesh.devices.flat[0]
-    peak, peak_source = hardware.compute_ceiling(device.platform, device.device_kind, mesh.size)
-    info.values |= {
-        "params": param_counts(model),
-        "flops_per_token": flops,
-        "tokens_per_step": b.total_batch_tokens,
-        "num_steps": b.num_steps,
-        "peak_flops": peak,
-        "peak_flops_source": peak_source,
-    }
-    info.update()
-    step_flops = flops * b.total_batch_tokens
-    log(f"base: a step is {step_flops / 1e12:,.1f} TFLOP; MFU is against {peak_source}")
-    if peak:
-        at_best = b.num_steps * step_flops / peak
-        log(f"base: {peak / 1e12:,.2f} TFLOP/s, so all steps take {format_secs(at_best)} at best")
-    metrics = MetricsLog(
-        stage / "metrics.jsonl", int(state.step), config.run.tracker, config.run.name, run.is_main
+def run_mid(config: Recipe) -> int:
+    """Teach the base model conversations and tools; returns the exit status."""
+    return _run_chat_stage(config, "mid")
+
+
+def run_sft(config: Recipe) -> int:
+    """Fine-tune on what the assistant says; returns the exit status."""
+    return _run_chat_stage(config, "sft")
+
+
+def _run_chat_stage(config: Recipe, name: str) -> int:
+    if not has_stage(config, name):
+        log(f"{name}: this recipe has no such stage (config.{name}.mixture is empty)")
+        return 0
+    return train_once(start(config), name, partial(_chat, name))
+
+
+def _chat(name: str, run: Run) -> Job:
+    """Mid-training and SFT: they differ in their sections only."""
+    section = run.config[name]
+    parent = finished(run, before(run, name) or "base", name)
+    tokenizer = run_tokenizer(run.config)
+    rows, rows_at_once = rows_of(run, name, section.batch_rows)
+    batches = chat_batches(run, tokenizer, name, section.mixture, section.packing, rows, "train")
+    num_steps = min(section.num_steps or len(batches), len(batches))
+    log(f"{name}: {len(batches):,} batches of {rows:,} rows, {num_steps:,} steps")
+    lr_multiplier = schedule(section, num_steps)
+    tx = chat_optimizer(run, name, num_steps, lr_multiplier)
+    evaluations = []
+    if section.val_mixture:
+        bpb = validation_bpb(run, tokenizer, _val_batches(run, tokenizer, name))
+        evaluations = [
+            Evaluation("bpb", section.eval_every, lambda params: {"val_bpb": bpb(params)})
+        ]
+    return Job(
+        name=name,
+        tokenizer=tokenizer,
+        num_steps=num_steps,
+        rows=rows,
+        rows_at_once=rows_at_once,
+        widest=max(batches.width(number) for number in range(num_steps)),
+        tx=tx,
+        lr_multiplier=lr_multiplier,
+        batches=batches,
+        next_batch=lambda weights: next(batches),
+        begin=partial(_begin_from, run, name, parent, tx),
+        evaluations=evaluations,
+        parent=parent,
     )
-    console = Console(b.num_steps, int(state.step), flops, peak)
-    bpb, samples = _bpb(run, tokenizer, val_path), _samples(run, tokenizer)
-    with closing(batches), closing(metrics), closing(console):
-        result = fit(
-            state=state,
-            loop_state=loop_state,
-            train_step=train_step,
-            batches=batches,
-            put=partial(put_batch, mesh=mesh),
-            num_steps=b.num_steps,
-            lr_multiplier=lr_multiplier,
-            evaluations=[
-                Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
-                Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
-            ],
-            save_every=b.save_every,
-            checkpoints=checkpoints,
-            on_save=info.update,
-            host_info={"config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256()},
-            metrics=metrics,
-            console=console,
-            tokens_per_step=b.total_batch_tokens,
-        )
-    info.values["documents"] = counts = batches.counts()
-    info.update()
-    log("base: text read so far: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
-    if not result.finished:
-        log(f"base: stopped at step {result.step}, saved; run the same command to continue")
-        return EXIT_RESUME_ME
-    if run.is_main:
-        write_json(
-            stage / "result.json", {"step": result.step, "elapsed_secs": loop_state.elapsed_secs}
-        )
-    return 0
 
 
-def run_base_eval(config: Recipe) -> None:
-    """Evaluate the base model: bits per byte on both texts, a trigram as yardstick, samples."""
-    run = start(config)
-    config, out = run.config, run.dir / "eval" / "base.json"
-    folder = run.dir / "base" / "checkpoints"
-    steps = list_steps(folder)
-    if not steps:
-        raise UserError(f"no checkpoint in {folder}; run scripts/train.py with this recipe first")
-    if lines := damage(folder, steps[-1]):
-        done = run.dir / "base" / "result.json"
-        raise UserError(f"{lines[0]}; delete {done} and run scripts/train.py again")
-    settings = {
-        "checkpoint": sha256_file(step_dir(folder, steps[-1]) / CHECKSUMS),
-        **recipe.flat_json(config, "eval."),
+def chat_batches(
+    run: Run, tokenizer: bpe.Tokenizer, name: str, specs, packing: str, rows: int, split: str
+) -> conv.ChatBatches:
+    """The batches of a mixture of conversations, rendered once and kept in the stage's folder."""
+    config, model = run.config, run.model
+    section, folder = config[name], run.dir / name / f"{split}_conversations"
+    made_of = {
+        "mixture": list(specs),
+        "files": file_stamps(specs, config.data.persona),
+        "task_dir": config.data.task_dir,
+        "tokenizer": tokenizer.sha256(),
+        "max_tokens": model.seq_len + 1,
+        "train_on": section.train_on,
     }
-    if out.exists() and read_json(out, "delete it").get("settings") == settings:
-        log(f"base_eval: {out} is there, of step {steps[-1]}")
-        return
-    began = time.monotonic()
+
+    def make() -> conv.Rendered:
+        mixed = mixture(specs, task_dir=config.data.task_dir, persona=config.data.persona)
+        log(f"{name}: rendering {len(mixed):,} conversations to {split} on")
+        for spec, count in mixed.counts().items():
+            log(f"  {count:>9,} {spec}")
+        return conv.render(
+            mixed,
+            mixed.name,
+            tokenizer,
+            max_tokens=model.seq_len + 1,
+            train_on=section.train_on,
+            workers=os.cpu_count() or 1,
+        )
+
+    with locked(folder / "conversations.json"):
+        rendered = conv.load_or_render(folder, made_of, make)
+    counts = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in rendered.counts.items())
+    log(f"{name}: to {split} on: {counts}")
+    return conv.ChatBatches(
+        rendered,
+        pad_id=tokenizer.bos_id,
+        seq_len=model.seq_len,
+        packing=packing,
+        batch_rows=rows,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prefetch=config.data.prefetch_batches,
+    )
+
+
+def _val_batches(run: Run, tokenizer: bpe.Tokenizer, name: str) -> list[dict[str, Any]]:
+    """The first eval.val_tokens of a stage's validation mixture."""
+    e, section = run.config.eval, run.config[name]
+    rows = e.device_batch_size * num_row_shards(run.mesh)
+    # One shape: where training has one conversation a row, validation packs them.
+    packing = "stream" if section.packing == "stream" else "best_fit"
+    batches = chat_batches(run, tokenizer, name, section.val_mixture, packing, rows, "validate")
+    wanted = max(1, e.val_tokens // (rows * run.model.seq_len))
+    return [batches[number] for number in range(min(wanted, len(batches)))]
+
+
+def run_rl(config: Recipe) -> int:
+    """Practise on questions whose answers can be graded; returns the exit status."""
+    if not has_stage(config, "rl"):
+        log("rl: this recipe has no such stage (config.rl.task is empty)")
+        return 0
+    return train_once(start(config), "rl", _rl)
+
+
+class Practice:
+    """The questions of each step, in an order fixed by the seed; its place is the step."""
+
+    def __init__(self, num_questions: int, per_step: int, seed: int):
+        self.step, self.per_step = 0, per_step
+        self.order = list(range(num_questions))
+        random.Random(seed).shuffle(self.order)
+
+    def __next__(self) -> list[int]:
+        first = self.step * self.per_step
+        self.step += 1
+        return [self.order[i % len(self.order)] for i in range(first, first + self.per_step)]
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _rl(run: Run) -> Job:
+    config, r = run.config, run.config.rl
+    parent = finished(run, before(run, "rl") or "base", "rl")
     tokenizer = run_tokenizer(config)
-    _same_run(config, tokenizer, read_host(folder, steps[-1]), run.dir / "base")
-    train_paths, val_path = run_data(config)
-    shardings = param_shardings(run.mesh, param_shapes(run.model))
-    params = restore_params(folder, steps[-1], shardings)
-
-    values: dict[str, Any] = {"step": steps[-1]}
-    values["val_bpb"] = _bpb(run, tokenizer, val_path)(params)
-    values["train_bpb"] = _bpb(run, tokenizer, train_paths[0])(params)
-    if config.eval.trigram_tokens:
-        values |= _trigrams(run, tokenizer, train_paths, val_path)
-    values["samples"] = _samples(run, tokenizer)(params)
-    for name, value in values.items():
-        if isinstance(value, float):
-            log(f"base_eval: {name} {value:.4f}")
-    for sample in values["samples"]:
-        log(f"  {sample['prompt']!r} -> {sample['text']!r}")
-    values |= {"eval_secs": time.monotonic() - began, "settings": settings}
-    if run.is_main:
-        write_json(out, values)
-
-
-def start(config: Recipe) -> Run:
-    """Devices, mesh and the resolved recipe; prints what was derived and how."""
-    m = config.mesh
-    start_runtime(
-        compile_cache=config.run.compile_cache,
-        coordinator=m.coordinator,
-        num_processes=m.num_processes,
-        process_id=m.process_id,
+    task, val_task = (_graded_task(config, spec) for spec in (r.task, r.val_task))
+    recipe.check_rl(config)
+    all_steps = max(1, len(task) // r.questions_per_step)
+    num_steps = min(r.num_steps or all_steps, all_steps)
+    practice = Practice(len(task), r.questions_per_step, r.seed)
+    longest = _longest_prompt(tokenizer, task, practice.order[: num_steps * r.questions_per_step])
+    asked = range(min(r.eval_questions or len(val_task), len(val_task)))
+    longest_val = _longest_prompt(tokenizer, val_task, asked)
+    engine = make_engine(
+        run, tokenizer, slots=r.slots, max_len=max(longest, longest_val) + r.max_new_tokens
     )
-    for key, value, formula in recipe.resolve(
-        config, platform=jax.default_backend(), num_devices=jax.device_count()
-    ):
-        log(f"  {key} = {value:,}  ({formula})" if isinstance(value, int) else f"  {key} = {value}")
-    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
-    if num_row_shards(mesh) % jax.process_count():
-        raise UserError(
-            f"config.mesh got data x fsdp = {num_row_shards(mesh)} row shards for "
-            f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
+    rows, rows_at_once = rows_of(run, "rl", r.questions_per_step * r.samples)
+    sampling = {
+        "max_new_tokens": r.max_new_tokens,
+        "temperature": r.temperature,
+        "top_k": r.top_k,
+    }
+
+    def next_batch(weights) -> dict[str, Any]:
+        engine.load(weights())
+        seed = (r.seed, practice.step)
+        batch = practise(
+            engine,
+            tokenizer,
+            task,
+            next(practice),
+            samples=r.samples,
+            pass_rows=r.pass_rows,
+            seed=seed,
+            **sampling,
         )
-    folder = run_dir(config.run.name)
-    return Run(config, mesh, recipe.gpt_config(config), folder, jax.process_index() == 0)
+        ours = len(batch["inputs"]) // jax.process_count()
+        ours = slice(jax.process_index() * ours, (jax.process_index() + 1) * ours)
+        return {k: v[ours] if k not in ("epoch", "metrics") else v for k, v in batch.items()}
+
+    def evaluate(params) -> dict[str, Any]:
+        engine.load(params)
+        score = generative(
+            engine,
+            tokenizer,
+            val_task,
+            num_samples=r.eval_samples,
+            seed=r.seed,
+            max_problems=r.eval_questions,
+            **sampling,
+        )
+        return {f"pass@{k + 1}": value for k, value in enumerate(score.pass_at_k)}
+
+    lr_multiplier = schedule(r, num_steps)
+    tx = chat_optimizer(run, "rl", num_steps, lr_multiplier)
+    return Job(
+        name="rl",
+        tokenizer=tokenizer,
+        num_steps=num_steps,
+        rows=rows,
+        rows_at_once=rows_at_once,
+        widest=conv.bucket(longest + r.max_new_tokens - 1, engine.max_len),
+        tx=tx,
+        lr_multiplier=lr_multiplier,
+        batches=practice,
+        next_batch=next_batch,
+        begin=partial(_begin_from, run, "rl", parent, tx),
+        evaluations=[Evaluation("pass_at_k", r.eval_every, evaluate, at_start=True)],
+        weights=True,
+        parent=parent,
+    )
 
 
-def documents(paths: list[Path]) -> Iterator[str]:
-    """The texts of some shards, in order."""
-    corpus = Corpus(paths)
-    for group in range(len(corpus.row_groups)):
-        yield from corpus.read(group).texts
+def _graded_task(config: Recipe, spec: str) -> Task:
+    task = open_task(spec, task_dir=config.data.task_dir, persona=config.data.persona)
+    if task.kind != "generative":
+        raise UserError(
+            f"config.rl got the task {spec!r}, which is {task.kind}, expected a generative one: "
+            "its answers must be graded"
+        )
+    return task
+
+
+def _longest_prompt(tokenizer: bpe.Tokenizer, task: Task, questions) -> int:
+    return max(len(render_for_completion(tokenizer, task[question])) for question in questions)
+
+
+def _begin_from(run: Run, name: str, parent: Parent, tx, target: TrainState) -> TrainState:
+    """A stage's first state: the parent's parameters, and its optimizer's moments if wanted."""
+    log(f"{name}: starting from {parent.name}, step {parent.step}")
+    everywhere = NamedSharding(run.mesh, P())
+    key = jax.device_put(jax.random.key_data(jax.random.key(run.config.run.seed)), everywhere)
+    step = jax.device_put(jax.numpy.int32(0), everywhere)
+    owners = Owners(run.model, run.mesh)
+    on_disk = owners.on_disk(target)
+    if name != "rl" and run.config[name].warm_start:
+        saved = Checkpoints(parent.folder, keep=10**9).restore(on_disk, parent.step)
+        saved = owners.to_owned(saved)
+        return saved._replace(step=step, opt_state=warm_start(saved.opt_state), key=key)
+    shardings = {path: leaf.sharding for path, leaf in on_disk.params.items()}
+    params = owners.to_owned(restore_params(parent.folder, parent.step, shardings))
+    places = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
+    with jax.set_mesh(run.mesh):
+        opt_state = jax.jit(tx.init, out_shardings=places)(params)
+    return TrainState(step, params, opt_state, key)
 
 
 def _optimizer(config: Recipe, model: GPTConfig, lr_multiplier):
@@ -358,82 +370,3 @@ def _optimizer(config: Recipe, model: GPTConfig, lr_multiplier):
         ),
         weight_decay=lambda step: decay * schedules.cosine_to_zero(step, num_steps=b.num_steps),
     )
-
-
-def _bpb(run: Run, tokenizer: bpe.Tokenizer, path: Path) -> Callable[[dict], float]:
-    """params -> bits per byte over the first eval.val_tokens of the shard at `path`."""
-    e, model = run.config.eval, run.model
-    rows = e.device_batch_size * num_row_shards(run.mesh)
-    batches = eval_batches(
-        path,
-        tokenizer,
-        seq_len=model.seq_len,
-        batch_rows=rows,
-        num_batches=max(1, e.val_tokens // (rows * model.seq_len)),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    tile = loss_tile(run.config.model.loss_tile_tokens, e.device_batch_size, model.seq_len)
-    bpb = make_bpb(model, run.mesh, tokenizer.token_bytes(), tile)
-    return lambda params: bpb(params, (put_batch(batch, run.mesh) for batch in batches))
-
-
-def _samples(run: Run, tokenizer: bpe.Tokenizer) -> Callable[[dict], list[dict[str, str]]]:
-    """params -> the recipe's prompts with their greedy continuations."""
-    e = run.config.eval
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in e.prompts]
-
-    def samples(params: dict) -> list[dict[str, str]]:
-        new = generate_greedy(run.model, params, ids, e.sample_tokens)
-        # Too little text makes a smaller vocabulary than the model's: the ids above mean nothing.
-        texts = [tokenizer.decode([i for i in row if i < tokenizer.vocab_size]) for row in new]
-        return [{"prompt": p, "text": t} for p, t in zip(e.prompts, texts, strict=True)]
-
-    return samples
-
-
-def _trigrams(
-    run: Run, tokenizer: bpe.Tokenizer, train_paths: list[Path], val_path: Path
-) -> dict[str, float]:
-    """Bits per byte on the validation rows of trigram models of the same training text."""
-    e, model = run.config.eval, run.model
-
-    def rows(paths: list[Path], tokens: int, packing: str) -> list[np.ndarray]:
-        batches = eval_batches(
-            paths,
-            tokenizer,
-            packing=packing,
-            seq_len=model.seq_len,
-            batch_rows=e.device_batch_size,
-            num_batches=max(1, tokens // (e.device_batch_size * model.seq_len)),
-        )
-        return [np.concatenate([b["inputs"], b["targets"][:, -1:]], axis=1) for b in batches]
-
-    # Trained on the rows the model trains on, scored on the rows it is scored on.
-    train = rows(train_paths, e.trigram_tokens, run.config.data.packing)
-    val = rows([val_path], e.val_tokens, "best_fit")
-    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    pieces = [p if n else b"" for p, n in zip(pieces, tokenizer.token_bytes(), strict=True)]
-    token_bytes = tokenizer.token_bytes()
-    return {
-        "trigram_val_bpb": ngram.trigram_bpb(
-            train, val, token_bytes=token_bytes, vocab_size=tokenizer.vocab_size
-        ),
-        "byte_trigram_val_bpb": ngram.byte_trigram_bpb(train, val, pieces=pieces),
-    }
-
-
-def _same_recipe(config: Recipe, saved: dict[str, Any], stage: Path) -> None:
-    before = {f"{s}.{k}": v for s, keys in saved.items() for k, v in keys.items()}
-    recipe.refuse_changes(before, flatten(config), MAY_CHANGE, f"the run in {stage}")
-
-
-def _same_run(config: Recipe, tokenizer: bpe.Tokenizer, host: dict[str, Any], stage: Path) -> None:
-    """A checkpoint can be continued: same recipe, same tokenizer."""
-    _same_recipe(config, host["config"], stage)
-    if host["tokenizer_sha256"] != tokenizer.sha256():
-        raise UserError(
-            f"the checkpoint in {stage} was trained with another tokenizer (SHA-256 "
-            f"{host['tokenizer_sha256'][:12]}..., now {tokenizer.sha256()[:12]}...); put that one "
-            "back, or choose another --config.run.name"
-        )

@@ -5,13 +5,13 @@
 Writes $NANOCHAT_BASE_DIR/runs/<config.run.name>/eval/base.json.
 """
 
-from nanochat_jax import stages
+from nanochat_jax import stages_eval
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
 
 
 def main() -> None:
-    stages.run_base_eval(load_from_argv(__doc__))
+    stages_eval.run_base_eval(load_from_argv(__doc__))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python scripts/tok_eval.py --config=configs/demo.py
 """
 
-from nanochat_jax import stages
+from nanochat_jax import stages_text
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
 
 
 def main() -> None:
-    stages.run_tok_eval(load_from_argv(__doc__))
+    stages_text.run_tok_eval(load_from_argv(__doc__))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from nanochat_jax import bench, recipe
 from nanochat_jax import config as cfg
 from nanochat_jax.common import UserError
+from scripts import bench_eval
 
 ROOT = cfg.CONFIGS.parent
 # Modules that a machine borrowed to measure on does not have.
@@ -84,3 +85,21 @@ def test_benchmarks_need_no_data_libraries():
     muon_flops = 2 * (4 * 5 * 6 * 32**3 + 2 * 5 * (4 * 32**2 * 128 + 2 * 32**3))
     batch_flops = 512 * (6 * (2 * 12 * 32**2 + 32 * 512) + 2 * 12 * 32 * 64)
     assert optim["muon_share_of_flops"] == pytest.approx(muon_flops / batch_flops)
+
+
+@pytest.mark.parametrize("num_wrong, status", [(0, 0), (1, 0), (2, 1)])
+def test_batched_answers_must_be_those_of_one_by_one(num_wrong, status, monkeypatch, capsys):
+    def say(engine, tokenizer, task, *, max_new_tokens):
+        wrong = num_wrong if engine.slots == 1 else 0  # the last ones, which no example shows
+        task.grade([(i, "b" if i >= len(task) - wrong else "a") for i in range(len(task))])
+
+    monkeypatch.setattr(bench_eval, "generative", say)
+    monkeypatch.setattr(sys, "argv", ["bench_eval.py", "--shape=tiny", "--problems=50"])
+    assert bench_eval.main() == status
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_differ"] == num_wrong
+
+
+def test_no_more_problems_than_there_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_eval.py", "--problems=1001"])
+    with pytest.raises(UserError, match="--problems got 1001, expected 1 to 1000 of arithmetic"):
+        bench_eval.main()

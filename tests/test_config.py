@@ -1,5 +1,7 @@
 """Recipes: typed, locked, and errors that tell what to write instead."""
 
+import re
+
 import pytest
 
 from nanochat_jax import config as cfg
@@ -89,6 +91,16 @@ def test_help_explains_every_key(capsys):
     for name in cfg.flatten(load("default.py")):
         assert f"    {name.split('.')[1]} " in text, name
     assert "derived(" not in text
+
+
+def test_every_key_has_a_comment_and_help_shows_it():
+    source = (cfg.CONFIGS / "default.py").read_text()
+    comments = dict(re.findall(r"^    c\.(\w+\.\w+) = .*?  # (.+)$", source, re.MULTILINE))
+    assert set(cfg.flatten(load("default.py"))) == set(comments)
+    shown = iter(cfg.help_text("").splitlines())
+    for name, comment in comments.items():  # both in the order of the file
+        line = next(line for line in shown if line.startswith(f"    {name.split('.')[1]} "))
+        assert line.endswith(f" {comment}"), line
 
 
 def test_a_typo_in_a_recipe_file_is_named(tmp_path):

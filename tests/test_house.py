@@ -31,11 +31,13 @@ LAYERS = (
     ("optim",),
     ("recipe",),
     ("train",),
+    ("cluster",),
     ("runtime",),
     ("inference",),
     ("eval",),
     ("rl",),
     ("interop",),
+    ("chat",),
     ("serve", "report", "parity", "bench"),
     ("stages", "planning"),
     ("scripts", "configs"),
@@ -44,7 +46,8 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Beyond the order: a model knows nothing of text, and recipes stop where the work begins.
 NO_TEXT = {"tools", "tokenizer", "data", "tasks"}
 KEPT_OUT = {"model": NO_TEXT, "optim": NO_TEXT}
-KNOW_CONFIG = {"config", "recipe", "parity", "stages", "planning", "scripts", "configs"}
+KNOW_CONFIG = {"config", "recipe", "chat", "parity", "stages", "planning", "scripts", "configs"}
+TRAINING = {"base", "mid", "sft", "rl"}
 
 MAX_LINES = 450
 MAX_SCRIPT_LINES = 85
@@ -138,7 +141,10 @@ def test_files_are_short():
 
 
 def keys_read(tree: ast.AST, sections: set[str]) -> set[tuple[str, str]]:
-    """(section, key) of each `x.section.key`, also through `s = x.section` and `s.key`."""
+    """(section, key) of each `x.section.key`, also through `s = x.section` and `s.key`.
+
+    A variable called `section` and `config[name]` are the section of any stage that trains.
+    """
     short: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -160,6 +166,10 @@ def keys_read(tree: ast.AST, sections: set[str]) -> set[tuple[str, str]]:
                 found.add((owner.attr, node.attr))
             elif isinstance(owner, ast.Name) and owner.id in short:
                 found.add((short[owner.id], node.attr))
+            elif isinstance(owner, ast.Name) and owner.id == "section":
+                found |= {(stage, node.attr) for stage in TRAINING & sections}
+            elif isinstance(owner, ast.Subscript) and ast.unparse(owner).endswith("config[name]"):
+                found |= {(stage, node.attr) for stage in TRAINING & sections}
     return found
 
 

@@ -64,6 +64,49 @@ def test_extras_need_the_modern_optimizer():
         recipe.optim_config(config, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        ("mid.num_steps", -1, 0),
+        ("sft.batch_rows", -32, 0),
+        ("rl.eval_questions", -4, 0),
+        ("eval.chat_problems", -1, 0),
+        ("base.num_steps", 0, 1),
+        ("base.total_batch_tokens", 0, 1),
+        ("rl.samples", 0, 1),
+        ("rl.slots", -8, 1),
+        ("eval.chat_slots", 0, 1),
+        ("eval.chat_max_new_tokens", 0, 1),
+    ],
+)
+def test_too_small_numbers_are_refused(key, value, least):
+    assert set(recipe.LEAST) <= set(cfg.flatten(cfg.load(cfg.CONFIGS / "default.py")))
+    with pytest.raises(UserError) as error:
+        resolved("d20.py", **{key.replace(".", "__"): str(value)})
+    assert str(error.value) == f"config.{key} got {value}, expected {least} or more"
+    resolved("d20.py", **{key.replace(".", "__"): str(least)})
+
+
+def test_lists_hold_strings():
+    with pytest.raises(UserError, match=r"config.eval.chat_tasks got \('gsm8k test', 1\)"):
+        resolved("d20.py", eval__chat_tasks="('gsm8k test', 1)")
+
+
+@pytest.mark.parametrize(("name", "unembed"), [("d20.py", 0.004), ("gpt2.py", 0.008)])
+def test_stages_after_base_have_learning_rates_of_their_own(name, unembed):
+    """Upstream scales by the batch in pretraining only, and RL keeps the head's classic rate."""
+    config, _ = resolved(name, base__total_batch_tokens=str(2**21))
+    scale = 2.0 if name == "gpt2.py" else 1.0  # sqrt(2^21 / 2^19), modern only
+    base = recipe.optim_config(config, "cpu")
+    assert (base.lr_scale, base.unembed_lr) == (scale, unembed)
+    for stage, rate in (("sft", unembed), ("rl", 0.004)):
+        s = config[stage]
+        lrs = recipe.optim_config(
+            config, "cpu", embed_lr=s.embed_lr, unembed_lr=s.unembed_lr, lr_frac=0.5
+        )
+        assert (lrs.lr_scale, lrs.unembed_lr, lrs.matrix_lr) == (1.0, rate / 2, 0.01)
+
+
 def test_changes_of_a_recipe_are_named(capsys):
     before = {"base.num_steps": 5, "mesh.data": 1, "eval.prompts": ["a"]}
     now = {"base.num_steps": 5, "mesh.data": 8, "eval.prompts": ("a",)}

@@ -4,6 +4,7 @@ The two scripts are copied to a folder with a space in its name, and PATH holds 
 small tools they use and our stand-ins: neither GPUs, Pythons nor network of this machine matter.
 """
 
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = "data.py tok_train.py tok_eval.py train.py base_eval.py report.py".split()
+STAGES = (
+    "data.py tok_train.py tok_eval.py train.py base_eval.py mid_train.py chat_eval.py chat_sft.py "
+    "chat_eval.py chat_rl.py chat_eval.py report.py"
+).split()
 TOOLS = (
     "awk basename bash cat chmod cksum cut dirname flock grep mkdir rm sed sh sleep sort tail tr"
 ).split()
@@ -148,11 +152,16 @@ def test_every_stage_gets_the_same_recipe_and_overrides(sandbox):
     assert done.returncode == 0, done.stderr
     scripts, tail = sandbox.root / "scripts", "--config.run.name=a b --config.base.num_steps=5"
     recipe = f"--config={sandbox.root}/configs/tiny.py"
+    own = {"data.py": iter(["ensure "])}
+    own["chat_eval.py"] = (f"--config.eval.chat_stage={stage} " for stage in ("mid", "sft", "rl"))
     assert sandbox.calls() == [
-        f"{name} {scripts}/{name} {'ensure ' if name == 'data.py' else ''}{recipe} {tail}"
+        f"{name} {scripts}/{name} {next(own.get(name, iter(())), '')}{recipe} {tail}"
         for name in STAGES
     ]
-    assert "/results/here/report/report.md" in done.stdout.splitlines()[-1]
+    words_of_all = ["--config.run.name=a b", "--config.base.num_steps=5"]
+    report, talk = done.stdout.splitlines()[-2:]
+    assert "/results/here/report/report.md" in report
+    assert shlex.split(talk)[-4:] == [f"{scripts}/chat_cli.py", recipe, *words_of_all]
 
 
 def test_recipe_beside_the_user_comes_first(sandbox):
@@ -171,7 +180,7 @@ def test_interrupted_stage_stops_with_the_way_to_continue(sandbox):
 def test_failing_stage_stops_with_its_status(sandbox):
     done = sandbox.run(FAILING_STAGE="tok_train.py", FAILING_STATUS="3")
     assert done.returncode == 3
-    assert "error: [2/6] train the tokenizer: exit status 3" in done.stderr
+    assert "error: [2/12] train the tokenizer: exit status 3" in done.stderr
     assert [line.split()[0] for line in sandbox.calls()] == STAGES[:2]
 
 

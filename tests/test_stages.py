@@ -4,18 +4,19 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanochat_jax import config as cfg
-from nanochat_jax import runtime, stages
+from nanochat_jax import runtime, stages, stages_eval, stages_text, stages_train
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
+from nanochat_jax.provenance import only_one
 from nanochat_jax.train import checkpoint as ck
 
 ROOT = cfg.CONFIGS.parent
@@ -85,7 +86,7 @@ def digest(name: str) -> str:
 
 def interrupt_at(monkeypatch, batch_number: int, action) -> None:
     """Do `action` while the batch of that number goes to the devices."""
-    put, seen = stages.put_batch, []
+    put, seen = stages_train.put_batch, []
 
     def wrapped(batch, mesh):
         seen.append(1)
@@ -93,7 +94,7 @@ def interrupt_at(monkeypatch, batch_number: int, action) -> None:
             action()
         return put(batch, mesh)
 
-    monkeypatch.setattr(stages, "put_batch", wrapped)
+    monkeypatch.setattr(stages_train, "put_batch", wrapped)
 
 
 def test_base_from_text_to_evaluation(base_dir, text, capsys):
@@ -108,7 +109,7 @@ def test_base_from_text_to_evaluation(base_dir, text, capsys):
     assert "base.total_batch_tokens" not in out  # given, not derived
     assert f"step {STEPS:05d}/{STEPS:05d} (100.0%) | loss" in out and "tok/s | mfu" in out
 
-    stages.run_base_eval(recipe(text))
+    stages_eval.run_base_eval(recipe(text))
     result = json.loads((run_dir("run") / "eval" / "base.json").read_text())
     assert result["val_bpb"] == pytest.approx(scores[-1], rel=1e-6)
     assert [s["prompt"] for s in result["samples"]] == ["The cat", "My"]
@@ -118,12 +119,12 @@ def test_base_from_text_to_evaluation(base_dir, text, capsys):
     before = (run_dir("run") / "base" / "metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
     assert stages.run_base(recipe(text)) == 0
-    stages.run_base_eval(recipe(text))
+    stages_eval.run_base_eval(recipe(text))
     out = capsys.readouterr().out
     assert "base: complete" in out and "base_eval:" in out and "is there" in out
-    stages.run_tok_eval(recipe(text))
+    stages_text.run_tok_eval(recipe(text))
     capsys.readouterr()
-    stages.run_tok_eval(recipe(text))
+    stages_text.run_tok_eval(recipe(text))
     assert "tok_eval:" in capsys.readouterr().out
     assert (run_dir("run") / "base" / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -169,7 +170,7 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(base_dir, text):
         "import sys\n"
         "from nanochat_jax import stages, config\n"
         "def fail(*_):\n    raise RuntimeError('evaluation')\n"
-        "stages._bpb = lambda *_: fail\n"
+        "stages.text_bpb = lambda *_: fail\n"
         "stages.run_base(config.load_from_argv(None))\n"
     )
     keys = [f"--config.{k}={v}" for k, v in arguments(text).items()]
@@ -232,8 +233,22 @@ def test_too_little_memory_is_told_before_the_start(base_dir, text, monkeypatch)
     assert not (run_dir("run") / "base" / "metrics.jsonl").exists()
 
 
+def test_memory_is_asked_for_the_widest_batch_alone(monkeypatch):
+    """Narrower ones need less, and come when the state has taken its share."""
+    monkeypatch.setattr(runtime, "compile_step", lambda *_, **__: lambda state, batch: "done")
+    monkeypatch.setattr(runtime, "compiled_bytes", lambda _: 2**31)
+    monkeypatch.setattr(runtime, "available_bytes", lambda _: 2**30)
+    start = partial(runtime.step_for_widths, None, None, 4, 64, None, stage="sft")
+    with pytest.raises(UserError, match="needs? 2.0 GiB .* lower --config.sft.device_batch_size, "):
+        start()
+    monkeypatch.setattr(runtime, "available_bytes", lambda _: 2**32)
+    step = start()
+    monkeypatch.setattr(runtime, "available_bytes", lambda _: 0)
+    assert step(None, {"inputs": np.zeros((4, 32))}) == "done"
+
+
 def test_two_runs_never_share_a_stage(base_dir, text):
-    with stages.only_one(run_dir("run") / "base"):
+    with only_one(run_dir("run") / "base"):
         with pytest.raises(UserError, match="in use by another process"):
             stages.run_base(recipe(text))
 
@@ -273,19 +288,3 @@ def test_three_kills_change_nothing(base_dir, text):
     Script(text, "killed", one, **keys).succeeds()
     assert lines("killed") == lines("straight")
     assert digest("killed") == digest("straight")
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(base_dir, text):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    Script(text, "alone", {"XLA_FLAGS": ""}).succeeds()
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    together = {"mesh.coordinator": f"127.0.0.1:{port}", "mesh.num_processes": 2}
-    runs = [Script(text, "pair", two_devices, **together, **{"mesh.process_id": i}) for i in (0, 1)]
-    for run in runs:
-        run.succeeds()
-    for ours, theirs in zip(lines("pair"), lines("alone"), strict=True):
-        if ours["kind"] == "train":
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -197,7 +197,12 @@ class TrainBatches(grain.DatasetIterator[Batch]):
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """One state of the states of all processes, which any number of processes can continue."""
+    """One state of the states of all processes, which any number of processes can continue.
+
+    A state without lanes is a place that all processes share.
+    """
+    if "lanes" not in states[0]:
+        return states[0]
     lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
     return {"plan": states[0]["plan"], "lanes": lanes}
 

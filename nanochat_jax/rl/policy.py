@@ -1,17 +1,38 @@
 """The policy gradient: REINFORCE with an advantage per answer, normalised by token.
 
-  loss = - sum over sampled tokens of logp * advantage / number of sampled tokens
+  loss of a pass = - sum over sampled tokens of logp * advantage / number of sampled tokens
+  loss of a step = the mean over passes of `pass_rows` answers to one question
 
 Because -logp is the token's nll, this is the tiled cross entropy with other weights: it too never
-holds all logits. On-policy, hence without ratios and clipping; no KL term and no division by the
-spread of the rewards. Token by token, so a long answer weighs more than a short one (as in DAPO,
-arXiv 2503.14476).
+holds all logits, and the training step needs nothing new. On-policy, hence without ratios and
+clipping; no KL term and no division by the spread of the rewards. Token by token, so a long answer
+weighs more than a short one (as in DAPO, arXiv 2503.14476).
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanochat_jax.model.loss import cross_entropy_sum
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Reward minus the mean reward of the question; rewards [questions, samples]."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+def token_weights(targets, advantages, pass_rows: int):
+    """float32 [B, T]: what each token's nll counts for in the loss of a step.
+
+    targets [B, T], negative = not sampled (prompt, forced tool output, padding); advantages [B].
+    Every `pass_rows` rows are a pass; numpy and JAX arrays both do.
+    """
+    rows, width = targets.shape
+    num_passes = rows // pass_rows
+    passes = (targets >= 0).reshape(num_passes, pass_rows * width)
+    sampled = passes.sum(axis=1).clip(1).astype(np.float32)  # [passes]
+    scale = advantages.reshape(num_passes, pass_rows) / (sampled[:, None] * num_passes)
+    return scale.reshape(rows, 1) * (targets >= 0).astype(np.float32)
 
 
 def policy_loss(
@@ -22,12 +43,10 @@ def policy_loss(
     vocab_size: int,
     tile: int,
 ) -> jax.Array:
-    """The loss of a batch of answers, a float32 scalar.
+    """The loss of one pass, a float32 scalar: what the training step minimises by its weights.
 
-    hidden [B, T, D] from the model; head [D, V]; targets [B, T], negative = not sampled (prompt,
-    forced tool output, padding); advantages [B]: reward minus the mean reward of the question.
+    hidden [B, T, D] from the model; head [D, V]; targets and advantages as in `token_weights`.
     tile: time steps whose logits exist at once.
     """
-    sampled = jnp.maximum(jnp.sum(targets >= 0), 1).astype(jnp.float32)
-    weights = jnp.broadcast_to(advantages[:, None] / sampled, targets.shape)  # [B, T]
+    weights = token_weights(targets, advantages, len(targets)).astype(jnp.float32)
     return cross_entropy_sum(hidden, head, targets, weights, vocab_size, tile)

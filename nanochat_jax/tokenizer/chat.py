@@ -34,8 +34,28 @@ def render_conversation(
     tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int = 2048
 ) -> tuple[list[int], list[int]]:
     """Ids and loss mask (1 = trained), both cut to `max_tokens`. Raises UserError if malformed."""
-    ids, mask = _render(tokenizer, _turns(conversation))
+    ids, mask = render_whole(tokenizer, conversation)
     return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_whole(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> tuple[list, list]:
+    """As `render_conversation`, never cut."""
+    return _render(tokenizer, check(conversation))
+
+
+def cut_at_turn(
+    ids: list[int], mask: list[int], max_tokens: int, assistant_end: int
+) -> tuple[list[int], list[int]]:
+    """A rendered conversation without the turns that end beyond `max_tokens`.
+
+    When not even the first answer ends in time, the beginning of that answer; nothing at all when
+    no trained token is left.
+    """
+    if len(ids) <= max_tokens:
+        return ids, mask
+    ends = [i + 1 for i in range(max_tokens) if ids[i] == assistant_end]
+    stop = ends[-1] if ends else max_tokens
+    return (ids[:stop], mask[:stop]) if any(mask[:stop]) else ([], [])
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> list[int]:
@@ -43,7 +63,7 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any])
 
     A conversation that ends with a user message is prompted as it is.
     """
-    turns = _turns(conversation)
+    turns = check(conversation)
     if turns[-1][0] == "assistant":
         turns = turns[:-1]
     ids, _ = _render(tokenizer, turns)
@@ -94,7 +114,7 @@ def _render(tokenizer: Tokenizer, turns: list[tuple[str, Any]]) -> tuple[list[in
     return ids, mask
 
 
-def _turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def check(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Checked (role, content) pairs, the system message already joined to the first user's."""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, list) or not messages:

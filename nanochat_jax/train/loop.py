@@ -1,4 +1,4 @@
-"""fit(): the loop of every stage that minimises a loss.
+"""fit(): the loop of every stage that trains.
 
   while steps are left:
     if asked to stop: save, return
@@ -10,12 +10,14 @@ Everything that must survive is in one place, LoopState, and goes into each chec
 model state and the loader's state. A resumed run repeats the uninterrupted one to the last bit.
 """
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +27,17 @@ from jax.experimental import multihost_utils
 from nanochat_jax.common import UserError
 from nanochat_jax.train.checkpoint import Checkpoints, list_steps
 from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch
+from nanochat_jax.train.owners import Owners
 from nanochat_jax.train.state import TrainState
 
 
 class Evaluation(NamedTuple):
-    """`run(params)` returns what goes into metrics.jsonl; always run after the last step too."""
+    """`run(weights)` returns what goes into metrics.jsonl; always run after the last step too."""
 
     name: str
     every_steps: int  # 0: only after the last step
     run: Callable[[dict[str, jax.Array]], dict[str, Any]]
+    at_start: bool = False  # before the first step too
 
 
 @dataclass
@@ -54,9 +58,11 @@ class FitResult:
 def fit(
     *,
     state: TrainState,
+    owners: Owners,
     loop_state: LoopState,
     train_step: Callable,
     batches,
+    next_batch: Callable[[Callable[[], dict[str, jax.Array]]], dict[str, Any]],
     put: Callable[[dict], Any],
     num_steps: int,
     lr_multiplier: Callable[[int], Any],
@@ -67,64 +73,74 @@ def fit(
     on_save: Callable[[], None],
     metrics: MetricsLog,
     console: Console,
-    tokens_per_step: int,
 ) -> FitResult:
     """Train from state.step to num_steps; every argument is of the kind its name says.
 
-    batches: an iterator with get_state() whose items have inputs, targets, doc_ids and epoch.
+    batches: has get_state(), the place in the data.
+    next_batch(weights): the batch that follows, with inputs, targets, doc_ids, epoch and perhaps
+    metrics, numbers to be logged; weights() gives the current weights by path (RL needs them).
     put: host batch -> device batch. host_info: saved as it is beside each checkpoint.
     Raises UserError when a loss or gradient is not finite; the state before it stays on disk.
     """
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
-    watch = Stopwatch()
+    watch, processes = Stopwatch(), jax.process_count()
 
     def report() -> None:
         nonlocal pending
         if pending is None:
             return
-        done_step, values, epoch, doc_ids = pending
+        done_step, values, batch = pending
         pending = None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         secs = watch.lap()
         if not values.pop("finite"):
-            _stop_not_finite(done_step, values, doc_ids, checkpoints)
+            _stop_not_finite(done_step, values, batch["doc_ids"], checkpoints)
         loop_state.loss_ema = EMA_DECAY * loop_state.loss_ema + (1 - EMA_DECAY) * values["loss"]
         loop_state.elapsed_secs += secs
         ema = loop_state.loss_ema / (1 - EMA_DECAY ** (done_step + 1))
         lr = float(lr_multiplier(done_step))
         timing = {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-        metrics.write("train", done_step, **values, loss_ema=ema, lr_mult=lr, epoch=epoch, **timing)
-        console.step(done_step, loss=ema, lr=lr, tokens=tokens_per_step, epoch=epoch, secs=secs)
+        own, epoch = batch.get("metrics", {}), batch["epoch"]
+        values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": epoch}
+        metrics.write("train", done_step, **values, **timing)
+        shown = {"loss": ema, "lr": lr} | {k: v for k, v in own.items() if "_frac" not in k}
+        console.step(done_step, shown, tokens=batch["inputs"].size * processes, secs=secs)
 
     def save() -> None:
         metrics.sync()
         host = {"step": step, "loop": asdict(loop_state), **host_info}
-        checkpoints.save(state, host, batches.get_state())
+        checkpoints.save(owners.to_paths(state), host, batches.get_state())
         on_save()
 
     with stop_requests() as asked_to_stop, finished_saves(checkpoints):
         while True:
             last, first = step == num_steps, step == 0
-            due = [e for e in evaluations if last or (not first and _is_due(step, e.every_steps))]
+            due = [e for e in evaluations if last or _is_due(step, e.every_steps)]
+            if first and not last:
+                due = [e for e in evaluations if e.at_start]
             stop = asked_to_stop(step)
-            if due or stop or (not first and _is_due(step, save_every)):
+            if due or stop or last or (not first and _is_due(step, save_every)):
                 report()
                 if stop or step > start:  # what was resumed from is already there
                     save()
                 if stop and not last:
                     return FitResult(False, step, state)
+                weights = owners.weights(state.params) if due else {}
                 for evaluation in due:
-                    _evaluate(evaluation, state, step, metrics, console, checkpoints, loop_state)
+                    _evaluate(evaluation, weights, step, metrics, console, checkpoints, loop_state)
+                del weights
                 watch.lap()  # evaluations and saves are not the next step's time
             if last:
                 break
-            batch = next(batches)
+            batch = next_batch(partial(owners.weights, state.params))
             dispatched = train_step(state, put(batch))
             report()
             state, values = dispatched
-            pending = (step, values, batch["epoch"], batch["doc_ids"])
+            pending = (step, values, batch)
             step += 1
+            if "metrics" in batch:  # made with these very parameters: there is nothing to overlap
+                report()
     return FitResult(True, step, state)
 
 
@@ -139,23 +155,28 @@ def finished_saves(checkpoints: Checkpoints) -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """SIGTERM or Ctrl-C asks the loop to stop at the next step; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+    """SIGTERM or Ctrl-C asks the loop to stop at the next step; a second Ctrl-C stops at once.
+
+    Of several processes any one may be asked, and all stop after the same step: jax.distributed
+    waits for SIGTERM and passes it on, and Ctrl-C becomes a SIGTERM.
+    """
+    asked, several = threading.Event(), jax.process_count() > 1
 
     def handle(signum, _frame):
         if asked.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(step: int) -> bool:
-        if jax.process_count() > 1:  # all processes must stop after the same step
-            return multihost_utils.reached_preemption_sync_point(step)
-        return asked.is_set()
+        return multihost_utils.reached_preemption_sync_point(step) if several else asked.is_set()
 
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield should_stop
         return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    ours = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, handle) for s in ours}
     try:
         yield should_stop
     finally:
@@ -169,7 +190,7 @@ def _is_due(step: int, every_steps: int) -> bool:
 
 def _evaluate(
     evaluation: Evaluation,
-    state: TrainState,
+    weights: dict[str, jax.Array],
     step: int,
     metrics: MetricsLog,
     console: Console,
@@ -177,7 +198,7 @@ def _evaluate(
     loop_state: LoopState,
 ) -> None:
     began = time.perf_counter()
-    values = evaluation.run(state.params)
+    values = evaluation.run(weights)
     secs = time.perf_counter() - began
     timing = {"eval_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
     metrics.write("eval", step, name=evaluation.name, **values, **timing)

@@ -77,9 +77,8 @@ class Console:
             total=num_steps, initial=start_step, unit="step", disable=not visible, leave=False
         )
 
-    def step(
-        self, step: int, *, loss: float, lr: float, tokens: int, epoch: int, secs: float
-    ) -> None:
+    def step(self, step: int, values: dict[str, float], *, tokens: int, secs: float) -> None:
+        """values: what to show, in order; tokens: time steps worked on, of all rows."""
         done = step + 1
         self._recent = [*self._recent[-19:], secs]
         typical = sorted(self._recent)[len(self._recent) // 2]
@@ -88,10 +87,10 @@ class Console:
             "n/a" if not self.peak_flops else f"{rate * self.flops_per_token / self.peak_flops:.1%}"
         )
         left = format_secs(typical * (self.num_steps - done))
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.line(
-            f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | "
-            f"loss {loss:.4f} | lr {lr:.3f} | dt {secs * 1e3:.0f} ms | {rate:,.0f} tok/s | "
-            f"mfu {mfu} | epoch {epoch} | eta {left}"
+            f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
+            f"dt {secs * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {mfu} | eta {left}"
         )
         self._bar.update(1)
 

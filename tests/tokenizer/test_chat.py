@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import pad_batch, render_conversation, render_for_completion
+from nanochat_jax.tokenizer.chat import (
+    cut_at_turn,
+    pad_batch,
+    render_conversation,
+    render_for_completion,
+    render_whole,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TEXT = json.loads((GOLDENS / "text.json").read_text())
@@ -95,6 +101,25 @@ def test_ids_and_mask_say_what_the_template_says(turns, system):
     for cut in (0, 1, 7, len(ids)):
         rendered = render_conversation(TOKENIZER, {"messages": messages}, max_tokens=cut)
         assert rendered == (ids[:cut], mask[:cut])
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns, st.integers(0, 80))
+def test_a_long_conversation_is_cut_at_the_last_turn_that_fits(turns, limit):
+    messages = [message for asked, said in turns for message in (user(asked), assistant(said))]
+    ids, mask = render_whole(TOKENIZER, {"messages": messages})
+    shorter = [
+        render_whole(TOKENIZER, {"messages": messages[: 2 * count]})
+        for count in range(1, len(turns) + 1)
+    ]
+    fitting = [whole for whole in shorter if len(whole[0]) <= limit]
+    cut = cut_at_turn(ids, mask, limit, END)
+    if fitting:
+        assert cut == fitting[-1]
+    elif any(mask[:limit]):
+        assert cut == (ids[:limit], mask[:limit])  # the beginning of the first answer
+    else:
+        assert cut == ([], [])
 
 
 def test_batch_against_a_loop():

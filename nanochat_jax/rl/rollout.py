@@ -1,0 +1,90 @@
+"""Practice: the model answers questions, the task grades them, and the answers become a batch.
+
+    questions --engine, samples each--> answers --grade--> rewards --> inputs, targets, weights
+
+All questions of a step are answered in one go by the engine. Targets are the sampled tokens alone,
+the stop token among them: prompt, tool output and padding train nothing. What is sampled depends on
+the parameters, the seed and the question's place, so a continued run repeats it.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.data.conversations import bucket
+from nanochat_jax.eval.chat import answer_text
+from nanochat_jax.inference.engine import Completion, Engine, Request
+from nanochat_jax.rl.policy import advantages, token_weights
+from nanochat_jax.tasks.base import Task
+from nanochat_jax.tokenizer.bpe import Tokenizer
+from nanochat_jax.tokenizer.chat import IGNORE, render_for_completion
+
+
+def practise(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    questions: Sequence[int],
+    *,
+    samples: int,
+    pass_rows: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: tuple[int, ...],
+) -> dict[str, Any]:
+    """A batch of all processes' rows, [questions * samples, T], with metrics about the answers."""
+    began = time.perf_counter()
+    prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
+    requests = [
+        Request(prompt, max_new_tokens, temperature, top_k, seed=_seed(*seed, place, sample))
+        for place, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
+    answers = engine.generate(requests)
+    texts = [answer_text(tokenizer, answer) for answer in answers]
+    asked = [question for question in questions for _ in range(samples)]
+    verdicts = task.grade(list(zip(asked, texts, strict=True)))
+    rewards = np.array(verdicts, np.float32).reshape(len(questions), samples)
+    rows = [
+        (list(request.prompt), answer) for request, answer in zip(requests, answers, strict=True)
+    ]
+    inputs, targets = pad(rows, tokenizer.bos_id, engine.max_len)
+    weights = token_weights(targets, advantages(rewards).reshape(-1), pass_rows)
+    metrics = {
+        "reward": float(rewards.mean()),
+        "solved_frac": float(rewards.max(axis=1).mean()),
+        "mixed_frac": float((rewards.min(axis=1) < rewards.max(axis=1)).mean()),
+        "answer_tokens": float(np.mean([len(answer.tokens) for answer in answers])),
+        "stopped_frac": float(np.mean([answer.finish == "stop" for answer in answers])),
+        "rollout_secs": time.perf_counter() - began,
+    }
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "weights": weights.astype(np.float32),
+        "doc_ids": [[f"question {question}"] for question in asked],
+        "epoch": 0,
+        "metrics": metrics,
+    }
+
+
+def pad(
+    rows: Sequence[tuple[list[int], Completion]], pad_id: int, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """inputs and targets, int32 [R, T]; T is the bucket of the longest row."""
+    width = bucket(max(len(prompt) + len(a.tokens) for prompt, a in rows) - 1, longest)
+    inputs = np.full((len(rows), width), pad_id, np.int32)
+    targets = np.full((len(rows), width), IGNORE, np.int32)
+    for row, (prompt, answer) in enumerate(rows):
+        ids = [*prompt, *answer.tokens]
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        picked = np.where(answer.sampled, answer.tokens, IGNORE)
+        targets[row, len(prompt) - 1 : len(ids) - 1] = picked
+    return inputs, targets
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

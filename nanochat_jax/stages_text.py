@@ -1,0 +1,75 @@
+"""The first stages: text to train on, a tokenizer for it, and how well that compresses."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import recipe
+from nanochat_jax.common import locked, log, read_json, run_dir, write_json
+from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.data.prepare import ensure
+from nanochat_jax.data.sources import Corpus
+from nanochat_jax.eval import compression
+from nanochat_jax.provenance import RunInfo
+from nanochat_jax.tokenizer import bpe
+from nanochat_jax.train.metrics import format_secs
+
+TOKENIZER_KEYS = ("tokenizer.", "data.name", "data.local_dir", "data.num_shards")
+
+
+def run_data(config: Recipe) -> tuple[list[Path], Path]:
+    """(training shards, validation shard); downloaded or built if they are not there."""
+    d = config.data
+    return ensure(d.name, num_shards=d.num_shards, local_dir=d.local_dir)
+
+
+def run_tokenizer(config: Recipe) -> bpe.Tokenizer:
+    """Train the tokenizer on the first characters of the training text, or load it."""
+    folder = run_dir(config.run.name) / "tokenizer"
+    wanted = {k: v for k, v in flatten(config).items() if k.startswith(TOKENIZER_KEYS)}
+    with locked(folder / "tokenizer.json"):  # processes that ask at once wait for the one at work
+        if not (folder / "tokenizer.json").exists():
+            return _train_tokenizer(config, folder, wanted)
+    made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
+    recipe.refuse_changes(made_with, wanted, ("data.local_dir",), f"the tokenizer in {folder}")
+    log(f"tokenizer: {folder / 'tokenizer.json'} is there")
+    return bpe.Tokenizer.load(folder)
+
+
+def _train_tokenizer(config: Recipe, folder: Path, wanted: dict[str, Any]) -> bpe.Tokenizer:
+    train_paths, _ = run_data(config)
+    t = config.tokenizer
+    log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
+    info = RunInfo(folder)
+    texts = bpe.capped(documents(train_paths), t.train_chars, t.doc_chars)
+    tokenizer = bpe.train(texts, t.vocab_size)
+    write_json(folder / "config.json", wanted)
+    tokenizer.save(folder)
+    info.update()
+    log(f"tokenizer: {tokenizer.vocab_size:,} tokens in {format_secs(info.values['wall_secs'])}")
+    return tokenizer
+
+
+def run_tok_eval(config: Recipe) -> None:
+    """How many bytes a token holds, by kind of text, beside GPT-2's and GPT-4's encodings."""
+    tokenizer = run_tokenizer(config)
+    out = run_dir(config.run.name) / "eval" / "tokenizer.json"
+    if out.exists() and read_json(out, "delete it").get("sha256") == tokenizer.sha256():
+        log(f"tok_eval: {out} is there")
+        return
+    train_paths, val_path = run_data(config)
+    slices = {
+        "training text": "\n".join(itertools.islice(documents(train_paths), 200))[:200_000],
+        "validation text": "\n".join(itertools.islice(documents([val_path]), 200))[:200_000],
+    }
+    result = compression.compare(tokenizer, slices)
+    log(compression.table(result))
+    write_json(out, {"sha256": tokenizer.sha256(), **result})
+
+
+def documents(paths: list[Path]) -> Iterator[str]:
+    """The texts of some shards, in order."""
+    corpus = Corpus(paths)
+    for group in range(len(corpus.row_groups)):
+        yield from corpus.read(group).texts

@@ -1,0 +1,18 @@
+"""Reinforcement learning: the model practises on questions whose answers can be graded.
+
+  python scripts/chat_rl.py --config=configs/d20.py
+
+Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits with status 75.
+"""
+
+from nanochat_jax import stages
+from nanochat_jax.common import run_main
+from nanochat_jax.config import load_from_argv
+
+
+def main() -> int:
+    return stages.run_rl(load_from_argv(__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)

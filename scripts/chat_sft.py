@@ -1,0 +1,19 @@
+"""Supervised fine-tuning: the model learns to say what the assistant says.
+
+  python scripts/chat_sft.py --config=configs/d20.py
+
+Starts from mid-training (from the base model where the recipe has none), or continues where it was.
+Ctrl-C or SIGTERM saves and exits with status 75.
+"""
+
+from nanochat_jax import stages
+from nanochat_jax.common import run_main
+from nanochat_jax.config import load_from_argv
+
+
+def main() -> int:
+    return stages.run_sft(load_from_argv(__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,19 @@
+"""Mid-training: the base model learns conversations, multiple choice and tools.
+
+  python scripts/mid_train.py --config=configs/d20.py
+
+Starts from the last checkpoint of train.py, or continues where it was. A recipe without a mid
+mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
+"""
+
+from nanochat_jax import stages
+from nanochat_jax.common import run_main
+from nanochat_jax.config import load_from_argv
+
+
+def main() -> int:
+    return stages.run_mid(load_from_argv(__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)
