@@ -212,7 +212,7 @@ def generative(
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_k=top_k,
-                    seed=_seed(seed, index, sample),
+                    seed=seed_of(seed, index, sample),
                 )
             )
     done = 0
@@ -317,7 +317,7 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """One 31-bit seed out of several, without neighbours that share answers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.data.conversations import bucket
-from nanochat_jax.eval.chat import answer_text
+from nanochat_jax.eval.chat import answer_text, seed_of
 from nanochat_jax.inference.engine import Completion, Engine, Request
 from nanochat_jax.rl.policy import advantages, token_weights
 from nanochat_jax.tasks.base import Task
@@ -39,7 +39,7 @@ def practise(
     began = time.perf_counter()
     prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
     requests = [
-        Request(prompt, max_new_tokens, temperature, top_k, seed=_seed(*seed, place, sample))
+        Request(prompt, max_new_tokens, temperature, top_k, seed=seed_of(*seed, place, sample))
         for place, prompt in enumerate(prompts)
         for sample in range(samples)
     ]
@@ -84,7 +84,3 @@ def pad(
         picked = np.where(answer.sampled, answer.tokens, IGNORE)
         targets[row, len(prompt) - 1 : len(ids) - 1] = picked
     return inputs, targets
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
