@@ -26,6 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.common import UserError
+
 GB = 10**9  # as on datasheets
 
 
@@ -124,6 +126,18 @@ def compute_ceiling(
     if peak is None:
         return None, f"no peak known for {device_kind}"
     return peak * num_devices, f"bfloat16 peak of {num_devices} x {device_kind}"
+
+
+def check_fp8(device: Any, compute_dtype: str) -> None:
+    """UserError unless the JAX device multiplies in fp8 and the rest computes in bfloat16."""
+    capability = str(getattr(device, "compute_capability", "none"))  # "9.0"; on AMD "gfx942"
+    major = capability.partition(".")[0]
+    if not (major.isdecimal() and int(major) >= 9 and compute_dtype == "bfloat16"):
+        raise UserError(
+            f"config.model.fp8_layers got {device.device_kind} (compute capability {capability}) "
+            f"and compute_dtype {compute_dtype}, expected an NVIDIA GPU of 9.0 (Hopper) or later "
+            "and bfloat16; train without: --config.model.fp8_layers='()'"
+        )
 
 
 @functools.cache

@@ -3,11 +3,13 @@ import shutil
 import stat
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nanochat_jax import hardware
+from nanochat_jax.common import UserError
 from nanochat_jax.hardware import ACCELERATORS, find_accelerator, peak_flops, usd_per_hour
 
 
@@ -67,6 +69,33 @@ def test_ceiling_of_gpus_multiplies_and_of_fake_cpu_devices_does_not():
     one, source = hardware.compute_ceiling("cpu", "cpu", 1)
     assert one == hardware.compute_ceiling("cpu", "cpu", 8)[0]
     assert "measured" in source
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "8.0", "bfloat16"),
+        ("NVIDIA L40S", "8.9", "bfloat16"),
+        ("AMD Instinct MI300X", "gfx942", "bfloat16"),
+        ("cpu", None, "bfloat16"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "float32"),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_be_had(kind, capability, dtype):
+    device = SimpleNamespace(device_kind=kind)
+    if capability:
+        device.compute_capability = capability
+    with pytest.raises(UserError) as error:
+        hardware.check_fp8(device, dtype)
+    [line] = str(error.value).splitlines()
+    assert f"got {kind} (compute capability {str(capability).lower()})" in line and dtype in line
+    assert "expected an NVIDIA GPU of 9.0 (Hopper) or later and bfloat16" in line
+
+
+def test_fp8_is_accepted_from_hopper_on():
+    for kind, capability in (("NVIDIA H200", "9.0"), ("NVIDIA B200", "10.0")):
+        device = SimpleNamespace(device_kind=kind, compute_capability=capability)
+        hardware.check_fp8(device, "bfloat16")
 
 
 def test_measured_rate_is_of_this_machines_size():

@@ -2,6 +2,7 @@
 
 Parameters are float32 masters, cast to the activation's dtype where they are used, so the same
 module computes in bfloat16 on a GPU and in float32 on a CPU. No layer has a bias or a learned norm.
+A linear map whose kernel was bound as an fp8.Weight multiplies in 8 bits.
 """
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+
+from nanochat_jax.model import fp8
 
 
 class Linear(nnx.Module):
@@ -18,7 +21,10 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        weight = self.kernel.get_value()
+        if isinstance(weight, fp8.Weight):
+            return fp8.dot(x, weight.quantised, weight.kernel)
+        return x @ weight.astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -10,8 +10,9 @@ backward pass only multiplies: the idea of Liger (arXiv 2410.10989), tiled over 
 matmul keeps the whole vocabulary. Softcapped logits lie within +-15, so logsumexp needs no maximum
 subtracted.
 
-x [B, T, D] compute dtype; head [D, V] float32; targets [B, T] int, negative = ignored;
-weights [B, T] float32. vocab_size < V: the padded columns are no candidates.
+x [B, T, D] compute dtype; head [D, V] float32, or an fp8.Weight: then all three matmuls are in fp8;
+targets [B, T] int, negative = ignored; weights [B, T] float32. vocab_size < V: the padded columns
+are no candidates.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import SOFTCAP
 
 
@@ -43,11 +45,11 @@ def cross_entropy_sum(x, head, targets, weights, vocab_size: int, tile: int) -> 
 
 def token_nll(x, head, targets, vocab_size: int, tile: int) -> jax.Array:
     """nll [B, T] (0 where ignored), tile by tile; for evaluation, not for gradients."""
-    head = head.astype(x.dtype)
+    head, of_x, _ = fp8.operands(head, x.dtype)
 
     def step(_, tile_xs):
         x, targets = tile_xs
-        capped, total, onehot = _softmax_parts(x, head, targets, vocab_size)
+        capped, total, onehot = _softmax_parts(of_x(x), head, targets, vocab_size)
         return None, jnp.where(targets >= 0, jnp.log(total) - _pick(capped, onehot), 0.0)
 
     _, nll = lax.scan(step, None, (_to_tiles(x, tile, 0), _to_tiles(targets, tile, -1)))
@@ -55,13 +57,14 @@ def token_nll(x, head, targets, vocab_size: int, tile: int) -> jax.Array:
 
 
 def _forward(x, head, targets, weights, vocab_size: int, tile: int):
-    head_cast = head.astype(x.dtype)
+    kernel, dtype = (head.kernel if isinstance(head, fp8.Weight) else head), x.dtype
+    operand, of_x, of_gradient = fp8.operands(head, dtype)
 
     def step(carry, tile_xs):
         loss, dhead = carry
         x, targets, weights = tile_xs  # [B, t, D], [B, t], [B, t]
-        weights = jnp.where(targets >= 0, weights, 0.0)
-        capped, total, onehot = _softmax_parts(x, head_cast, targets, vocab_size)
+        x, weights = of_x(x), jnp.where(targets >= 0, weights, 0.0)
+        capped, total, onehot = _softmax_parts(x, operand, targets, vocab_size)
         loss += jnp.sum(weights * (jnp.log(total) - _pick(capped, onehot)))
         probs = jnp.exp(capped) / total[..., None]
         dlogits = (
@@ -69,20 +72,22 @@ def _forward(x, head, targets, weights, vocab_size: int, tile: int):
             * (probs - onehot.astype(probs.dtype))
             * (1 - lax.square(capped / SOFTCAP))
         )
-        dlogits = _mask(dlogits, vocab_size, 0.0).astype(x.dtype)
-        dx = jnp.einsum("btv,dv->btd", dlogits, head_cast)
-        dhead += jnp.einsum("btd,btv->dv", x, dlogits, preferred_element_type=jnp.float32)
+        dlogits = _mask(dlogits, vocab_size, 0.0)
+        dlogits = of_gradient(dlogits, amax=jnp.max(jnp.abs(weights)))  # the rest is at most 1
+        dx = fp8.product(dlogits, operand, (2,), (1,), dtype)  # [B, t, D]
+        dhead += fp8.product(x, dlogits, (0, 1), (0, 1), jnp.float32)  # [D, V]
         return (loss, dhead), dx
 
     tiles = (_to_tiles(x, tile, 0), _to_tiles(targets, tile, -1), _to_tiles(weights, tile, 0))
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
     (loss, dhead), dx = lax.scan(step, zero, tiles)
+    dhead = head._replace(kernel=dhead, quantised=None) if isinstance(head, fp8.Weight) else dhead
     return loss, (_from_tiles(dx, x.shape[1]), dhead)
 
 
 def _backward(vocab_size: int, tile: int, gradients, g):
     dx, dhead = gradients
-    return dx * g.astype(dx.dtype), dhead * g, None, None
+    return dx * g.astype(dx.dtype), jax.tree.map(lambda d: d * g, dhead), None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)
@@ -91,7 +96,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 def _softmax_parts(x, head, targets, vocab_size: int):
     """Softcapped logits, sum of their exponentials, and where the target is. [B, t, V], [B, t], [B,
     t, V]"""
-    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    logits = fp8.product(x, head, (2,), (0,), jnp.float32)
     capped = SOFTCAP * jnp.tanh(logits / SOFTCAP)
     capped = _mask(capped, vocab_size, -jnp.inf)
     ids = lax.broadcasted_iota(jnp.int32, capped.shape, capped.ndim - 1)

@@ -1,7 +1,8 @@
 """One optimizer step: the only jitted function of the training loop.
 
   owned shares -> gather weights, in the compute dtype          } on every row shard by itself,
-  own rows -> A microbatches -> float32 sum of gradients        } under shard_map
+  weights that fp8 multiplies -> their 8 bits                   } under shard_map
+  own rows -> A microbatches -> float32 sum of gradients        }
   scatter: the sum over all shards, each owner its share        }
   clip -> optimizer, every device on what it owns -> new shares
 
@@ -23,6 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import ROW_AXES, ROWS
@@ -50,7 +52,8 @@ def make_train_step(
     owners = Owners(config, mesh)
     dtype = jnp.dtype(config.compute_dtype)
 
-    def loss_fn(params, micro: Batch, scale: jax.Array) -> jax.Array:
+    def loss_fn(params, in_fp8, micro: Batch, scale: jax.Array) -> jax.Array:
+        params = params | {path: fp8.Weight(params[path], w) for path, w in in_fp8.items()}
         hidden = bind(config, params).hidden(micro["inputs"])
         weights = micro.get("weights", jnp.broadcast_to(scale, micro["targets"].shape))
         tile = loss_tile(tile_tokens, device_batch_size, micro["inputs"].shape[1])
@@ -60,11 +63,12 @@ def make_train_step(
     def sum_gradients(shares, batch: Batch, scale: jax.Array):
         """On one row shard, with its rows: (loss of all, its share of the gradient of all)."""
         weights = owners.gather(shares, dtype)
+        in_fp8 = fp8.quantise_weights(weights, config.fp8_layers)
 
         def gradient(micro: Batch):
             # The model casts them back, which compiles to nothing; gradients come out in float32.
             params = {path: weight.astype(jnp.float32) for path, weight in weights.items()}
-            return jax.value_and_grad(loss_fn)(params, micro, scale)
+            return jax.value_and_grad(loss_fn)(params, in_fp8, micro, scale)
 
         rows = len(batch["targets"])
         num_micro = max(1, rows // device_batch_size)
