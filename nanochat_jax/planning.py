@@ -2,9 +2,11 @@
 
 Closed forms give parameters, FLOPs, tokens, disk, hours and cost; with `compile_step` the training
 step is compiled for as many (CPU) devices as there would be GPUs, from shapes alone, and XLA's own
-analysis gives the memory. That is the CPU compiler's view: a GPU fuses attention and needs less.
-planning_scale.py says what more GPUs would bring.
+analysis gives the memory. That is the CPU compiler's view: a GPU fuses attention, keeps bfloat16 as
+it is and needs less. planning_scale.py says what more GPUs would bring.
 """
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,15 @@ from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import ROWS, make_mesh
 from nanochat_jax.optim.build import build_optimizer
-from nanochat_jax.planning_scale import GPUS_PER_NODE, NETWORKS, most_gpus, step_on
-from nanochat_jax.runtime import compiled_bytes
+from nanochat_jax.planning_scale import (
+    GPUS_PER_NODE,
+    NETWORKS,
+    SAVED_VALUES,
+    most_gpus,
+    step_on,
+)
+from nanochat_jax.runtime import compile_lowered, compiled_bytes
+from nanochat_jax.train.layout import Layout, candidates
 from nanochat_jax.train.metrics import format_secs
 from nanochat_jax.train.state import abstract_state
 from nanochat_jax.train.step import make_train_step
@@ -28,6 +37,9 @@ GIB = 2**30
 CHARS_PER_TOKEN = 4.7  # of English with vocabularies of 32k to 65k; scripts/tok_eval.py measures it
 BEST_FIT_KEPT_FRAC = 0.65  # best_fit packing cuts about a third of the text away
 SCALE = (1, 8, 64, 1024)  # GPUs
+# Values of model_dim kept per token and layer: scripts/bench_memory.py, tests/model/test_gpt.py.
+SAVED = {"none": SAVED_VALUES, "names": 10, "full": 1}
+LOGITS = 3  # float32 values for each logit of a tile of the loss: it, its softmax, its gradient
 
 Lines = list[tuple[str, str]]
 
@@ -52,13 +64,20 @@ def plan(
         raise UserError(f"--network got {network!r}, expected one of: {', '.join(NETWORKS)}")
     derived = recipe.resolve(config, platform="gpu", num_devices=num_gpus)
     shards = config.mesh.data * config.mesh.fsdp
-    rows, at_once = recipe.rows_per_step(config, shards)
+    rows, most = recipe.rows_per_step(config, shards)
+    layouts = candidates(rows // shards, most, config.model.seq_len, config.model.remat)
+    sizes = {layout: _step_bytes(config, layout, rows // shards) for layout in layouts}
+    fits = [layout for layout in layouts if sizes[layout] <= card.memory_bytes]
+    layout, enough = (fits[0], "") if fits else (layouts[-1], ": too little")
     sections = {
         "derived": [(d.key, f"{_number(d.value):<14} {d.formula}") for d in derived],
         "model": _model(config),
         "text": _text(config),
-        "memory per device": _memory(config, card.memory_bytes, compile_step, rows, at_once),
-        f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, at_once),
+        "memory per device": [
+            *_memory(config, layout, sizes[layout], rows, compile_step),
+            ("a device has", f"{card.memory_bytes / GIB:6.1f} GiB{enough}"),
+        ],
+        f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, layout.rows),
         f"on more of them, nodes of {GPUS_PER_NODE}, {network}": _scale(config, card, mfu, network),
     }
     lines = [f"{config.run.name}: a plan, nothing has been started"]
@@ -99,33 +118,46 @@ def _text(config: Recipe) -> Lines:
     ]
 
 
-def _memory(config: Recipe, capacity: float, compiled: bool, rows: int, at_once: int) -> Lines:
-    m = config.mesh
-    devices, state = m.data * m.fsdp * m.tensor, state_bytes(recipe.gpt_config(config))
-    held = {  # masters and moments are shared out; the rest is whole while a step lasts
+def _held(config: Recipe) -> dict[str, float]:
+    """Bytes of a device: masters and moments are shared out; the rest is whole while a step
+    lasts."""
+    m, state = config.mesh, state_bytes(recipe.gpt_config(config))
+    devices = m.data * m.fsdp * m.tensor
+    return {
         "params": state["params"] / devices,
         "optimizer": state["optimizer"] / devices,
         "weights gathered": state["params"] / 2 / m.tensor,
         "grads": state["grads"] / m.tensor,
     }
-    lines = [(name, f"{size / GIB:6.1f} GiB") for name, size in held.items()]
+
+
+def _step_bytes(config: Recipe, layout: Layout, share: int) -> float:
+    """A step of `share` rows a device in closed form, attention fused, everything in bfloat16."""
+    c, held = recipe.gpt_config(config), _held(config)
+    parts = held["grads"] if layout.rows < share else 0  # added up beside those of a part
+    kept = layout.rows * c.seq_len * c.num_layers * SAVED[layout.remat] * 2 * c.model_dim
+    logits = LOGITS * 4 * config.model.loss_tile_tokens * c.padded_vocab_size
+    return sum(held.values()) + parts + (kept + logits) / config.mesh.tensor
+
+
+def _memory(config: Recipe, layout: Layout, size: float, rows: int, compiled: bool) -> Lines:
+    state = state_bytes(recipe.gpt_config(config))
+    checkpoint = (state["params"] + state["optimizer"]) / GIB
+    lines = [(name, f"{size / GIB:6.1f} GiB") for name, size in _held(config).items()]
+    lines.append(("whole step, about", f"{size / GIB:6.1f} GiB: {layout}"))
     if compiled:
-        needed = _compiled_step_bytes(config, rows, at_once)
+        needed = _compiled_step_bytes(config, layout, rows)
         lines.append(("whole step", f"{needed / GIB:6.1f} GiB by the CPU compiler's analysis"))
     else:
         lines.append(("whole step", "add --compile to have it compiled and analysed"))
-    checkpoint = (state["params"] + state["optimizer"]) / GIB
-    return [
-        *lines,
-        ("a device has", f"{capacity / GIB:6.1f} GiB"),
-        ("a checkpoint (disk)", f"{checkpoint:6.1f} GiB, kept: {config.base.keep_checkpoints} + 1"),
-    ]
+    kept = f"kept: {config.base.keep_checkpoints} + 1"
+    return [*lines, ("a checkpoint (disk)", f"{checkpoint:6.1f} GiB, {kept}")]
 
 
-def _compiled_step_bytes(config: Recipe, rows: int, at_once: int) -> int:
+def _compiled_step_bytes(config: Recipe, layout: Layout, rows: int) -> int:
     m = config.mesh
     mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
-    model = recipe.gpt_config(config)
+    model = replace(recipe.gpt_config(config), remat=layout.remat)
     tx = build_optimizer(
         param_shapes(model),
         model.model_dim,
@@ -138,7 +170,7 @@ def _compiled_step_bytes(config: Recipe, rows: int, at_once: int) -> int:
         model,
         tx,
         mesh,
-        device_batch_size=at_once,
+        device_batch_size=layout.rows,
         tile_tokens=config.model.loss_tile_tokens,
         grad_clip=config.optim.grad_clip,
     )
@@ -147,7 +179,8 @@ def _compiled_step_bytes(config: Recipe, rows: int, at_once: int) -> int:
     )
     with jax.set_mesh(mesh):
         state = abstract_state(model, tx, mesh)
-        return compiled_bytes(step.lower(state, {"inputs": batch, "targets": batch}).compile())
+        lowered = step.lower(state, {"inputs": batch, "targets": batch})
+        return compiled_bytes(compile_lowered(lowered))
 
 
 def _time(config: Recipe, card, num_gpus: int, mfu: float, rows: int, at_once: int) -> Lines:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from nanochat_jax.common import UserError, log
 from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.model import fp8
 from nanochat_jax.model.accounting import param_counts
-from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.gpt import REMAT, GPTConfig
 from nanochat_jax.optim.build import OptimConfig
 
 REFERENCE_DEPTH = 12  # where the modern recipe's numbers were tuned
@@ -106,7 +107,7 @@ def num_heads(width: int, head_dim: int, round_width: bool) -> tuple[int, str]:
 
 
 def gpt_config(config: Recipe) -> GPTConfig:
-    """The model of a resolved recipe."""
+    """The model of a resolved recipe; a training step recomputes as its layout says."""
     m = config.model
     if m.model_dim % m.num_heads or m.num_heads % m.num_kv_heads:
         raise UserError(
@@ -115,8 +116,16 @@ def gpt_config(config: Recipe) -> GPTConfig:
         )
     if set(m.window_pattern) - {"S", "L"} or not m.window_pattern:
         raise UserError(f"config.model.window_pattern got {m.window_pattern!r}, expected S and L")
-    if m.remat not in ("none", "full"):
-        raise UserError(f"config.model.remat got {m.remat!r}, expected none or full")
+    if m.remat not in ("auto", *REMAT):
+        raise UserError(
+            f"config.model.remat got {m.remat!r}, expected auto, {', '.join(REMAT[:-1])} or "
+            f"{REMAT[-1]}"
+        )
+    if unknown := set(m.fp8_layers) - set(fp8.LAYERS):
+        raise UserError(
+            f"config.model.fp8_layers got {', '.join(sorted(unknown))}, expected some of "
+            f"{', '.join(fp8.LAYERS)}, or () for none"
+        )
     return GPTConfig(
         vocab_size=config.tokenizer.vocab_size,
         num_layers=m.depth,
@@ -131,7 +140,7 @@ def gpt_config(config: Recipe) -> GPTConfig:
         embed_init_std=m.embed_init_std,
         fc_init_scale=m.fc_init_scale,
         compute_dtype=m.compute_dtype,
-        remat=m.remat,
+        fp8_layers=m.fp8_layers,
     )
 
 
@@ -201,7 +210,7 @@ def optim_config(
 
 
 def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
-    """(rows of a step of base, rows a device works on at once)."""
+    """(rows of a step of base, the most a device works on at once)."""
     tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
     rows = tokens // seq_len
     if tokens % seq_len or rows % row_shards or not rows:
@@ -213,7 +222,8 @@ def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
 
 
 def rows_at_once(stage: str, rows: int, row_shards: int, limit: int) -> int:
-    """Rows a device works on at once: the largest divisor of its share that `limit` allows."""
+    """The most rows a device works on at once: the largest divisor of its share that `limit`
+    allows."""
     if rows % row_shards:
         raise UserError(f"{stage}: got {rows} rows a step, expected a multiple of {row_shards}")
     if limit < 1:

@@ -1,7 +1,8 @@
 """JAX as this project starts it: processes, compile cache, and steps compiled before they run.
 
-Compiling ahead of time tells how long it took and how much memory the step will need, so a run that
-cannot fit says so before it starts instead of dying in the middle of it.
+Compiling ahead of time tells how long it took and how much memory the step will need, so a run
+takes the fastest layout that fits (train/layout.py), and one that cannot fit at all says so before
+it starts instead of dying in the middle of it.
 """
 
 import ctypes
@@ -9,20 +10,33 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from nanochat_jax import cluster, hardware
 from nanochat_jax.cluster import Launch
 from nanochat_jax.common import UserError, base_dir, log
 from nanochat_jax.model.sharding import ROWS
+from nanochat_jax.train.layout import Layout, LayoutRecord
 from nanochat_jax.train.state import TrainState
 
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+# XLA's CPU compiler drops the barriers of jax.checkpoint early and then merges what is recomputed
+# with what was there before, so that nothing is saved. Without that pass it keeps them.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+_ADVICE = (
+    "leave --config.model.remat=auto, split the model with --config.mesh.tensor, or choose a "
+    "smaller --config.model.depth or --config.model.seq_len"
+)
 
 
 def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> None:
@@ -55,7 +69,7 @@ def keep_freed_memory() -> None:
 def compile_step(
     train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh, *, weights: bool = False
 ):
-    """Compile for batches [rows, seq_len]; says the seconds and the bytes a step needs.
+    """Compile for batches [rows, seq_len]; says the seconds.
 
     state: shapes with shardings (train.state.abstract_state). weights: batches bring theirs.
     """
@@ -69,51 +83,123 @@ def compile_step(
     began = time.monotonic()
     log(f"compiling train_step for {rows} x {seq_len} tokens ...")
     with jax.set_mesh(mesh):
-        compiled = train_step.lower(state, batch).compile()
-    needed = compiled_bytes(compiled)
-    available = available_bytes(mesh)
-    log(
-        f"compiled train_step in {time.monotonic() - began:.1f}s; a step needs "
-        f"{needed / GIB:.2f} GiB of {available / GIB:.1f} GiB per device"
-    )
+        compiled = compile_lowered(train_step.lower(state, batch))
+    log(f"compiled train_step in {time.monotonic() - began:.1f}s")
     return compiled
 
 
+def compile_lowered(lowered):
+    """Compile so that what is to be recomputed is recomputed, on every kind of device."""
+    on_cpu = jax.default_backend() == "cpu"
+    return lowered.compile(compiler_options=KEEP_BARRIERS if on_cpu else None)
+
+
 def step_for_widths(
-    train_step,
+    make_step: Callable[[Layout], Callable],
+    record: LayoutRecord,
     state: TrainState,
     rows: int,
     widest: int,
     mesh: Mesh,
     *,
-    stage: str,
     weights: bool = False,
 ):
-    """train_step compiled for every width of batch that comes; the widest now, for its memory.
+    """The training step in the first layout that fits, compiled for every width that comes.
 
-    UserError if that one cannot fit; narrower ones need less, and what is free when they come no
-    longer counts the state.
-    stage: whose device_batch_size the error advises to lower.
+    The layout is chosen by the widest; narrower ones need less, and what is free when they come no
+    longer counts the state. UserError when none fits. make_step: the step in a given layout.
     """
-    compiled = {}
+    kind = {"weights": weights}
+    train_step, widest_step = _first_that_fits(make_step, record, state, rows, widest, mesh, **kind)
+    compiled = {widest: widest_step}
 
     def step(state_now: TrainState, batch):
         width = batch["inputs"].shape[1]
         if width not in compiled:
-            compiled[width] = compile_step(train_step, state, rows, width, mesh, weights=weights)
+            compiled[width] = compile_step(train_step, state, rows, width, mesh, **kind)
         return compiled[width](state_now, batch)
 
-    compiled[widest] = compile_step(train_step, state, rows, widest, mesh, weights=weights)
-    _require(compiled_bytes(compiled[widest]), "a step needs", mesh, stage)
     return step
 
 
+def _first_that_fits(make_step, record, state, rows, widest, mesh, **kind):
+    """(step, compiled step) of the first layout left that fits; the record takes it.
+
+    Layouts that cannot fit are not compiled. Bytes grow with the rows, from more than weights,
+    gradients and optimizer state take (parts are added up in gradients of their own): so a line
+    from there to a layout with more rows and the same remat lies below the truth.
+    """
+    left, held, what = record.left(), _held_bytes(state), "a step needs"
+    # What ran out of memory before shows that there is less than the device says.
+    limit = min(record.too_large.values(), default=math.inf)
+    known: dict[str, tuple[int, float]] = {}  # remat: (rows, bytes) of the one compiled last
+    needed = available = 0.0
+    for layout in left:
+        if layout.remat in known and layout != left[-1]:
+            more_rows, more_bytes = known[layout.remat]
+            if held + (more_bytes - held) * layout.rows / more_rows > available:
+                continue
+        train_step, compiled = make_step(layout), None
+        try:
+            compiled = compile_step(train_step, state, rows, widest, mesh, **kind)
+            needed = compiled_bytes(compiled)
+        except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
+            if not is_out_of_memory(error):
+                raise
+            needed = math.inf
+        needed, available = _agreed(needed, min(limit, available_bytes(mesh)))
+        size = f"{needed / GIB:.2f} GiB of {available / GIB:.1f} GiB per device"
+        if compiled is not None and needed <= available:
+            log(f"layout: {layout}; {what} {size}")
+            record.take(layout, int(needed))
+            return train_step, compiled
+        log(f"layout: {layout}; {what} {size}, too much")
+        if math.isfinite(needed):
+            known[layout.remat] = layout.rows, needed
+    if not left:
+        raise UserError(
+            f"{record.path} says that every layout ran out of memory; {_ADVICE}, or delete it"
+        )
+    raise _too_little_memory(f"with {left[-1]} {what}", needed, available)
+
+
+def _agreed(needed: float, available: float) -> tuple[float, float]:
+    """The most that any process needs, the least that any has: all must choose the same."""
+    if jax.process_count() == 1:
+        return needed, available
+    values = multihost_utils.process_allgather(np.array([needed, available], np.float32))
+    return float(values[:, 0].max()), float(values[:, 1].min())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a jax.errors.JaxRuntimeError says so."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextmanager
+def outside_the_step(stage: str) -> Iterator[None]:
+    """Out of memory in here is not the fault of the layout: a UserError says what to lower."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "rl.slots" if stage == "rl" else "eval.device_batch_size"
+        raise UserError(
+            f"{stage}: out of memory outside the training step ({str(error).splitlines()[0]}); "
+            f"lower --config.{key}, then the run continues from its last checkpoint"
+        ) from error
+
+
 def require_memory(state: TrainState, mesh: Mesh) -> None:
-    """UserError when base's weights, gradients and optimizer state alone do not fit; costs nothing.
+    """UserError when weights, gradients and optimizer state alone do not fit; costs nothing.
 
     state: shapes with shardings (train.state.abstract_state).
     """
-    _require(_held_bytes(state), "weights, gradients and optimizer state alone need", mesh, "base")
+    needed, available = _held_bytes(state), available_bytes(mesh)
+    if needed > available:
+        what = "weights, gradients and optimizer state alone need"
+        raise _too_little_memory(what, needed, available)
 
 
 def compiled_bytes(compiled) -> int:
@@ -152,12 +238,8 @@ def _held_bytes(state: TrainState) -> int:
     return held + sum(num_bytes(a, a.shape) for a in state.params.values()) // tensor
 
 
-def _require(needed: int, what: str, mesh: Mesh, stage: str) -> None:
-    available = available_bytes(mesh)
-    if needed > available:
-        raise UserError(
-            f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
-            f"{(needed - available) / GIB:.1f} GiB too few; lower "
-            f"--config.{stage}.device_batch_size, split the model with --config.mesh.tensor, "
-            "choose a smaller --config.model.depth or, on a GPU, set --config.model.remat=full"
-        )
+def _too_little_memory(what: str, needed: float, available: float) -> UserError:
+    return UserError(
+        f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
+        f"{(needed - available) / GIB:.1f} GiB too few; {_ADVICE}"
+    )

@@ -49,6 +49,7 @@ def test_batches_come_out_even_or_not_at_all():
         ({"model__num_heads": "7"}, "model_dim 1280, num_heads 7"),
         ({"model__window_pattern": "SX"}, "window_pattern got 'SX', expected S and L"),
         ({"model__remat": "some"}, "remat got 'some'"),
+        ({"model__fp8_layers": "('mlp', 'gates')"}, "got gates, expected some of attn"),
         ({"base__horizon_params": "most"}, "horizon_params got 'most'"),
     ],
 )

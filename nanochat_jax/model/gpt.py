@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate
@@ -37,6 +38,7 @@ from nanochat_jax.model.sharding import shard_rows
 SOFTCAP = 15.0
 VE_GATE_DIM = 12  # leading channels of x that steer the value-embedding gate
 SMEAR_GATE_DIM = 24  # leading channels of x that steer the smear gate
+REMAT = ("none", "names", "full")  # how much of a block is kept for the backward pass
 
 # (layer, q [B, T, N, H], k and v [B, T, K, H]) -> y [B, T, N, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -61,12 +63,13 @@ class GPTConfig:
     compute_dtype: str = "float32"
     attention_backend: str = "auto"
     remat: str = "none"
+    fp8_layers: tuple[str, ...] = ()  # read by the training step alone
 
     def __post_init__(self):
         assert self.model_dim % self.num_heads == 0, (self.model_dim, self.num_heads)
         assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
         assert set(self.window_pattern) <= {"S", "L"}, self.window_pattern
-        assert self.remat in ("none", "full"), self.remat
+        assert self.remat in REMAT, self.remat
 
     @property
     def head_dim(self) -> int:
@@ -99,6 +102,23 @@ class GPTConfig:
         return self.extras and layer % 2 == (self.num_layers - 1) % 2
 
 
+def keep(x: jax.Array) -> jax.Array:
+    """Mark what remat=names keeps: results of matmuls that the backward pass reads again. Norms,
+    rotations, gates and relu^2 are recomputed from them, at the price of some memory traffic."""
+    return checkpoint_name(x, "kept")
+
+
+def is_kept(primitive, *_, **params) -> bool:
+    """The policy of remat=names for jax.checkpoint.
+
+    cuDNN's forward attention is kept as a whole: its backward pass reads the log-sum-exp too, which
+    bears no name, and would run the forward once more to have it. The other backends recompute
+    their scores.
+    """
+    named = primitive.name == "name" and params["name"] == "kept"
+    return named or primitive.name.startswith("dot_product_attention_fwd")
+
+
 class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
         self.config, self.layer = config, layer
@@ -113,15 +133,16 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend) -> jax.Array:
         B, T, D = x.shape
         c = self.config
-        q = self.c_q(x).reshape(B, T, c.num_heads, c.head_dim)
-        k = self.c_k(x).reshape(B, T, c.num_kv_heads, c.head_dim)
-        v = self.c_v(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        q = keep(self.c_q(x)).reshape(B, T, c.num_heads, c.head_dim)
+        k = keep(self.c_k(x)).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v = keep(self.c_v(x)).reshape(B, T, c.num_kv_heads, c.head_dim)
         if ve is not None:
             gate = 3 * jax.nn.sigmoid(self.ve_gate(x[..., :VE_GATE_DIM]))  # [B, T, K]
             v = v + gate[..., None] * ve.reshape(v.shape)
         # Normalised after the rotation; the scale sharpens the softmax, half on each side.
         q, k = (rms_norm(rotate(t, *cos_sin)) * c.qk_scale for t in (q, k))
-        return self.c_proj(attend(self.layer, q, k, v).reshape(B, T, D))
+        attended = keep(attend(self.layer, q, k, v))
+        return keep(self.c_proj(attended.reshape(B, T, D)))
 
 
 class MLP(nnx.Module):
@@ -131,7 +152,8 @@ class MLP(nnx.Module):
         self.c_proj = Linear(jnp.zeros((4 * D, D)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(jnp.square(jax.nn.relu(self.c_fc(x))))  # relu^2: arXiv 2109.08668
+        hidden = keep(self.c_fc(x))
+        return self.c_proj(jnp.square(jax.nn.relu(hidden)))  # relu^2: arXiv 2109.08668
 
 
 class Block(nnx.Module):
@@ -203,18 +225,22 @@ class GPT(nnx.Module):
         else:
             cos_sin = rotary_tables(positions, c.head_dim, c.rope_base)
 
-        def run(block, x, ve, cos_sin):
+        def run(block, value_embed, lambdas, x, x0, cos_sin):
+            if c.extras:
+                resid, first = (scalar.astype(x.dtype) for scalar in lambdas)
+                x = resid * x + first * x0
+            ve = value_embed(ids, x.dtype) if value_embed else None
             return block(x, ve, cos_sin, attend)
 
-        run = nnx.remat(run) if c.remat == "full" else run
+        if c.remat != "none":
+            run = nnx.remat(run, policy=is_kept if c.remat == "names" else None)
         for layer, block in enumerate(self.blocks):
-            ve = None
+            lambdas = value_embed = None
             if c.extras:
-                x = self.resid_lambdas[layer].astype(x.dtype) * x
-                x = x + self.x0_lambdas[layer].astype(x.dtype) * x0
+                lambdas = self.resid_lambdas[layer], self.x0_lambdas[layer]
                 if c.has_value_embed(layer):
-                    ve = self.value_embeds[str(layer)](ids, x.dtype)
-            x = run(block, x, ve, cos_sin)
+                    value_embed = self.value_embeds[str(layer)]
+            x = run(block, value_embed, lambdas, x, x0, cos_sin)
             if layer == c.num_layers // 2:
                 mid = x
         if c.extras:

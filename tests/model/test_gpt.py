@@ -1,5 +1,6 @@
 """The model against a plain float64 one in NumPy, and the properties that any GPT has."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+from jax.extend.core import Jaxpr
 
 from nanochat_jax.model.gpt import GPTConfig, bind, flatten, init_params, param_shapes
 from nanochat_jax.model.loss import cross_entropy_sum
@@ -192,12 +195,96 @@ def mean_loss(config, ids):
 def test_recomputing_activations_changes_no_gradient(random_params, tiny_ids):
     config = replace(MODERN, num_layers=2)
     params, ids = random_params(config), tiny_ids(config, 2, 10)
-    kept, recomputed = (
+    kept, *recomputed = (
         jax.jit(jax.value_and_grad(mean_loss(replace(config, remat=remat), ids)))(params)
-        for remat in ("none", "full")
+        for remat in ("none", "names", "full")
     )
-    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    for other in recomputed:
+        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def primitives(jaxpr) -> Counter:
+    """How often each primitive stands in a jaxpr and those inside it."""
+    found = Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)  # of a closed one
+            if isinstance(inner, Jaxpr):
+                found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "scores", "gates"), [(CLASSIC, 1, 0), (MODERN, 1, 0.5)], ids=["classic", "modern"]
+)
+def test_what_each_remat_computes_twice(config, scores, gates):
+    """names: the scores of the attention, and value embeddings' gates (on every other layer). full:
+    all of a block's matmuls but its last, whose result the backward pass does not read."""
+    config = replace(config, num_layers=2)
+    ids = jax.ShapeDtypeStruct((2, 10), jnp.int32)
+
+    def dots(remat: str) -> int:
+        def total(params, ids):
+            return bind(replace(config, remat=remat), params).hidden(ids).sum()
+
+        return primitives(jax.make_jaxpr(jax.grad(total))(param_shapes(config), ids).jaxpr)[
+            "dot_general"
+        ]
+
+    none, names, full = (dots(remat) for remat in ("none", "names", "full"))
+    assert (names - none) / 2 == scores + gates
+    assert (full - none) / 2 == 2 + 6 - 1 + gates  # attention, the block's six, the last not
+
+
+def test_cudnn_attention_is_never_computed_twice_by_names(monkeypatch):
+    """Traced as if there were a GPU: cuDNN's own residuals bear no name."""
+    monkeypatch.setattr(fused_attention, "check_cudnn_version", lambda: 91_100)
+    monkeypatch.setattr(fused_attention, "check_compute_capability", lambda *_: True)
+    base = replace(CLASSIC, model_dim=128, num_heads=2, num_kv_heads=2, compute_dtype="bfloat16")
+
+    def counts(remat: str) -> Counter:
+        config = replace(base, remat=remat)
+
+        def attend(layer, q, k, v):
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+        def loss(params, ids):
+            return bind(config, params).hidden(ids, attend=attend).astype(jnp.float32).sum()
+
+        ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+        return primitives(jax.make_jaxpr(jax.grad(loss))(param_shapes(config), ids).jaxpr)
+
+    none, names, full = (counts(remat) for remat in ("none", "names", "full"))
+    forward, layers = "dot_product_attention_fwd_wrapper", base.num_layers
+    assert (none[forward], names[forward], full[forward]) == (layers, layers, 2 * layers)
+    assert names["dot_general"] == none["dot_general"]  # nothing dear is left to recompute
+
+
+@pytest.mark.parametrize("config", [CLASSIC, MODERN], ids=["classic", "modern"])
+def test_what_each_remat_keeps_for_the_backward_pass(config):
+    """By the leaves of the gradient's closure: values a token and layer, in units of model_dim."""
+    config = replace(config, model_dim=512, num_heads=4, num_kv_heads=4, seq_len=64)
+    ids = jax.ShapeDtypeStruct((64, 64), jnp.int32)
+    per_layer = {}
+    for remat in ("none", "names", "full"):
+        sizes = []
+        for depth in (3, 5):  # in both the middle is the input of a block
+            c = replace(config, num_layers=depth, remat=remat)
+
+            def backward(params, ids, c=c):
+                return jax.vjp(lambda params: bind(c, params).hidden(ids), params)[1]
+
+            shapes = param_shapes(c)
+            kept = jax.tree.leaves(jax.eval_shape(backward, shapes, ids))
+            weights = {leaf.shape for leaf in shapes.values()}
+            sizes.append(sum(leaf.size for leaf in kept if leaf.shape not in weights))
+        per_layer[remat] = (sizes[1] - sizes[0]) / 2 / (ids.size * config.model_dim)
+    # full: what a block begins with. names: also q, k, v, attention, projection, 4 of the MLP.
+    assert per_layer["full"] == pytest.approx(1, abs=0.3)
+    assert per_layer["names"] == pytest.approx(10, abs=0.4)
+    assert per_layer["none"] > 17
 
 
 @BOTH
