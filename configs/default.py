@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     c.run.seed = 42  # of the initial weights
     c.run.tracker = "none"  # none | wandb | trackio; metrics.jsonl is always written
     c.run.compile_cache = True  # keep compiled programs in $NANOCHAT_BASE_DIR/compile_cache
+    c.run.profile = ""  # trace these steps, first:last from 0, like 20:24, into <stage>/profile/
 
     # Devices form a grid data x fsdp x tensor. Rows of a batch are split over data and fsdp.
     # Masters and optimizer state are shared out over all devices; a step gathers the weights it
@@ -100,7 +101,9 @@ def get_config() -> ConfigDict:
     c.model.embed_init_std = 1.0  # of the token embedding
     c.model.fc_init_scale = 1.0  # of the first MLP matrix, times 1/sqrt(model_dim)
     c.model.compute_dtype = derived(str)  # bfloat16 on GPU, float32 on CPU; masters are float32
-    c.model.remat = "none"  # none: keep activations | full: recompute each block backwards
+    c.model.attention = "auto"  # auto: the fastest to pass its self-test | cudnn | xla | blocked
+    c.model.remat = "auto"  # recompute backwards: none | names: what is cheap | full | auto: to fit
+    c.model.fp8_layers = ()  # matmuls trained in fp8 on Hopper or later: of "attn", "mlp", "head"
     c.model.loss_tile_tokens = derived(int)  # tokens whose logits exist at once: 512 CPU, 8192 GPU
 
     c.optim.recipe = "classic"  # classic | modern: Muon's form, AdamW betas and decay by group
@@ -122,7 +125,7 @@ def get_config() -> ConfigDict:
     c.base.horizon_params = "all"  # parameters the horizon counts: all | matrices_and_head
     c.base.tokens_per_param = 20.0  # horizon: tokens per parameter
     c.base.total_batch_tokens = derived(int)  # tokens a step: 2^19, or by scale_by_batch
-    c.base.device_batch_size = 32  # rows a device holds at once; the rest is accumulated
+    c.base.device_batch_size = 32  # rows a device holds at once, at most; the rest is accumulated
     c.base.warmup_steps = 0  # LR from 0
     c.base.warmdown_frac = 0.4  # of the steps, at the end, linear to final_lr_frac
     c.base.final_lr_frac = 0.0  # of the learning rate, at the end
@@ -141,7 +144,7 @@ def get_config() -> ConfigDict:
     c.mid.train_on = "all"  # all tokens | assistant: what the assistant says
     c.mid.num_steps = 0  # stop after so many; 0: all of the mixture, once
     c.mid.batch_rows = 0  # rows a step; 0: as many as in base
-    c.mid.device_batch_size = 32  # rows a device holds at once; the rest is accumulated
+    c.mid.device_batch_size = 32  # rows a device holds at once, at most; the rest is accumulated
     c.mid.lr_frac = 1.0  # of optim's learning rates
     c.mid.embed_lr = 0.2  # instead of optim.embed_lr
     c.mid.unembed_lr = 0.004  # instead of optim.unembed_lr
@@ -163,7 +166,7 @@ def get_config() -> ConfigDict:
     c.sft.train_on = "assistant"  # all tokens | assistant: what the assistant says
     c.sft.num_steps = 0  # stop after so many; 0: all of the mixture, once
     c.sft.batch_rows = 32  # rows a step; 0: as many as in base
-    c.sft.device_batch_size = 4  # rows a device holds at once; the rest is accumulated
+    c.sft.device_batch_size = 4  # rows a device holds at once, at most; the rest is accumulated
     c.sft.lr_frac = 0.02  # of optim's learning rates
     c.sft.embed_lr = 0.2  # instead of optim.embed_lr
     c.sft.unembed_lr = 0.004  # instead of optim.unembed_lr
@@ -190,7 +193,7 @@ def get_config() -> ConfigDict:
     c.rl.temperature = 1.0  # of the sampled answers; more than 0
     c.rl.top_k = 50  # most likely tokens to sample from; 0: all
     c.rl.slots = 256  # answers written at once, on all devices together
-    c.rl.device_batch_size = 8  # rows a device trains on at once
+    c.rl.device_batch_size = 8  # rows a device trains on at once, at most
     c.rl.lr_frac = 0.05  # of optim's learning rates
     c.rl.embed_lr = 0.2  # instead of optim.embed_lr
     c.rl.unembed_lr = 0.004  # instead of optim.unembed_lr

@@ -15,6 +15,7 @@ from nanochat_jax.common import UserError, log, run_dir
 from nanochat_jax.config import Recipe
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.tool_use import make_tool
+from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.runtime import start_runtime
@@ -23,7 +24,13 @@ from nanochat_jax.train.checkpoint import damage, list_steps, read_host, restore
 
 STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
 # What may differ from the recipe of the checkpoint: it says how to compute, not what.
-MAY_CHANGE = ("model.compute_dtype", "model.remat", "model.loss_tile_tokens")
+MAY_CHANGE = (
+    "model.compute_dtype",
+    "model.attention",
+    "model.remat",
+    "model.fp8_layers",
+    "model.loss_tile_tokens",
+)
 
 
 class Opened(NamedTuple):
@@ -73,7 +80,7 @@ def open_model(config: Recipe, stage: str | None = None) -> Opened:
             "back"
         )
 
-    model = recipe.gpt_config(config)
+    model = check_attention(recipe.gpt_config(config), config.model.attention)
     tensor = config.mesh.tensor
     if tensor > jax.device_count():
         raise UserError(

@@ -115,6 +115,14 @@ class Stage:
         return median(rate for _, rate in self.rates) if self.rates else None
 
     @property
+    def idle_frac(self) -> float | None:
+        """Of the time in steps, that in which the devices waited for a batch."""
+        both = [[number(line.get(k)) for k in ("wait_secs", "step_secs")] for line in self.train]
+        known = [(wait, secs) for wait, secs in both if wait is not None and secs]
+        total = sum(secs for _, secs in known)
+        return sum(wait for wait, _ in known) / total if total > 0 else None
+
+    @property
     def wall_secs(self) -> float | None:
         """What the run recorded, or the clock of its last line: a kill leaves the record behind."""
         clocks = [self.info.get("wall_secs")]

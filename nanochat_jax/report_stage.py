@@ -147,6 +147,8 @@ def _speed(stage: Stage) -> list[tuple[str, str]]:
         first = number(stage.train[0].get("step_secs"))
         if first and stage.train[0]["step"] == 0:
             rows.append(("First step", show_duration(first)))
+    if stage.idle_frac is not None:
+        rows.append(("Devices waiting for batches", f"{stage.idle_frac:.1%} of the time in steps"))
     writing = sum(secs for _, secs in stage.trained("rollout_secs"))
     if writing:
         rows.append(("Writing and grading answers", show_duration(writing)))

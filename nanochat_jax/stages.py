@@ -31,10 +31,10 @@ from nanochat_jax.optim.build import build_optimizer, warm_start
 from nanochat_jax.rl.rollout import practise
 from nanochat_jax.runtime import require_memory
 from nanochat_jax.stages_eval import make_core, make_engine, make_samples, text_bpb, validation_bpb
+from nanochat_jax.stages_same import Parent
 from nanochat_jax.stages_text import run_data, run_tokenizer
 from nanochat_jax.stages_train import (
     Job,
-    Parent,
     Run,
     before,
     chat_optimizer,

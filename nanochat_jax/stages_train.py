@@ -2,13 +2,15 @@
 
 A stage describes itself as a Job; `train_once` does the rest, the same for all of them. A stage
 that is complete says so and returns; one that was interrupted continues; one whose recipe or
-starting point changed says what differs and refuses.
+starting point changed says what differs and refuses (stages_same.py). One that runs out of memory
+continues from its last checkpoint in a smaller layout (train/layout.py).
 """
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,61 +25,49 @@ from nanochat_jax.common import (
     log,
     read_json,
     run_dir,
-    sha256_file,
     write_json,
 )
-from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.config import Recipe
 from nanochat_jax.data.pipeline import merge_states
 from nanochat_jax.model.accounting import param_counts, train_flops_per_token
+from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, num_row_shards
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer
 from nanochat_jax.provenance import RunInfo, only_one
-from nanochat_jax.runtime import start_runtime, step_for_widths
-from nanochat_jax.tasks.registry import file_stamps
+from nanochat_jax.runtime import (
+    is_out_of_memory,
+    outside_the_step,
+    start_runtime,
+    step_for_widths,
+)
+from nanochat_jax.stages_same import (
+    ORDER,
+    Parent,
+    same_files,
+    same_parent,
+    same_recipe,
+    same_run,
+)
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import (
-    CHECKSUMS,
     Checkpoints,
     damage,
     list_steps,
     read_data_states,
     read_host,
-    step_dir,
 )
+from nanochat_jax.train.layout import Layout, LayoutRecord, candidates, note_too_large
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.profile import Trace, parse_steps
 from nanochat_jax.train.state import TrainState, abstract_state
 from nanochat_jax.train.step import make_train_step, put_batch
 
-ORDER = ("base", "mid", "sft", "rl")
+LAYOUT = "layout.json"
 SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
-
-# What may differ when a run is continued: it decides where and how often, never what is learned.
-MAY_CHANGE = (
-    "run.tracker",
-    "run.compile_cache",
-    "mesh.",
-    "data.local_dir",
-    "data.task_dir",
-    "data.persona",  # what was rendered with it is compared instead
-    "data.num_workers",
-    "data.prefetch_batches",
-    "model.remat",
-    "model.loss_tile_tokens",
-    "base.sample_every",
-    "base.core_every",
-    "rl.slots",
-    "rl.val_task",
-    "rl.eval_questions",
-    "rl.eval_samples",
-    *(f"{s}.device_batch_size" for s in ORDER),
-    *(f"{s}.eval_every" for s in ORDER),
-    *(f"{s}.save_every" for s in ORDER),
-    *(f"{s}.keep_checkpoints" for s in ORDER),
-)
 
 
 @dataclass
@@ -94,6 +84,7 @@ class Run:
 def start(config: Recipe) -> Run:
     """Devices, mesh and the resolved recipe; prints what was derived and how."""
     m = config.mesh
+    parse_steps(config.run.profile)  # a mistake in it is told now
     launch = cluster.find(
         os.environ,
         launcher=m.launcher,
@@ -113,16 +104,8 @@ def start(config: Recipe) -> Run:
             f"config.mesh got data x fsdp = {num_row_shards(mesh)} row shards for "
             f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
         )
-    folder = run_dir(config.run.name)
-    return Run(config, mesh, recipe.gpt_config(config), folder, jax.process_index() == 0)
-
-
-class Parent:
-    """A finished stage that the next one starts from."""
-
-    def __init__(self, name: str, folder: Path, step: int):
-        self.name, self.folder, self.step = name, folder, step
-        self.checksum = sha256_file(step_dir(folder, step) / CHECKSUMS)
+    model = check_attention(recipe.gpt_config(config), config.model.attention)
+    return Run(config, mesh, model, run_dir(config.run.name), jax.process_index() == 0)
 
 
 @dataclass
@@ -133,7 +116,7 @@ class Job:
     tokenizer: Tokenizer
     num_steps: int
     rows: int  # a step
-    rows_at_once: int  # on a device
+    rows_at_once: int  # on a device, at most
     widest: int  # tokens of the longest row
     tx: Any
     lr_multiplier: Callable[[int], Any]
@@ -157,13 +140,37 @@ def train_once(run: Run, name: str, make_job: Callable[[Run], Job]) -> int:
             folder = run.dir / (earlier or name) / "checkpoints"
             steps = list_steps(folder)
             if earlier and steps:  # deleted to save space, it cannot be another one
-                _same_parent(result.get("parent"), Parent(earlier, folder, steps[-1]), stage)
+                same_parent(result.get("parent"), Parent(earlier, folder, steps[-1]), stage)
             if name in ("mid", "sft"):
-                _same_files(run.config, stage, name)
+                same_files(run.config, stage, name)
             log(f"{name}: complete, {stage / 'result.json'} is there")
             return 0
-        info = RunInfo(stage, run.is_main)
-        return _train(run, stage, make_job(run), info)
+        if run.model.fp8_layers:
+            hardware.check_fp8(jax.local_devices()[0], run.model.compute_dtype)
+        return _train_in_memory(run, stage, make_job, RunInfo(stage, run.is_main))
+
+
+def _train_in_memory(run: Run, stage: Path, make_job: Callable[[Run], Job], info: RunInfo) -> int:
+    """_train, again and in a smaller layout for as long as it runs out of memory."""
+    while True:
+        with outside_the_step(stage.name):
+            job = make_job(run)
+        try:
+            with closing(job.batches):
+                return _train(run, stage, job, info)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            layout = note_too_large(stage / LAYOUT)
+            said = str(error).splitlines()[0]
+        if jax.process_count() > 1:  # the others wait for this one in the middle of the step
+            raise UserError(
+                f"{stage.name}: out of memory with {layout}, noted in {stage / LAYOUT}; start the "
+                "same command again: it continues from the last checkpoint in a smaller layout"
+            )
+        log(f"{stage.name}: out of memory with {layout} ({said}); continuing in a smaller layout")
+        del job
+        gc.collect()  # the state may hang in a cycle of frames and exceptions
 
 
 def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
@@ -175,7 +182,7 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
     if found is not None:
         host = read_host(checkpoints.directory, found)
         same_run(config, job.tokenizer, host, stage, name)
-        _same_parent(host.get("parent"), job.parent, stage)
+        same_parent(host.get("parent"), job.parent, stage)
         job.batches.set_state(merge_states(read_data_states(checkpoints.directory, found)))
         loop_state = LoopState(**host["loop"])
         log(f"{name}: continuing from the checkpoint at step {found}")
@@ -184,16 +191,10 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
         same_run(config, job.tokenizer, host, job.parent.folder.parent, job.parent.name)
     if hasattr(job.batches, "start_prefetch"):
         job.batches.start_prefetch()  # the first batches are made while the step is compiled
-    train_step = make_train_step(
-        model,
-        job.tx,
-        mesh,
-        device_batch_size=job.rows_at_once,
-        tile_tokens=config.model.loss_tile_tokens,
-        grad_clip=config.optim.grad_clip if name == "base" else 0.0,
-    )
+    make_step = partial(_step_in, run=run, job=job)
+    record = layout_record(run, stage, job)
     train_step = step_for_widths(
-        train_step, target, job.rows, job.widest, mesh, stage=name, weights=job.weights
+        make_step, record, target, job.rows, job.widest, mesh, weights=job.weights
     )
     if found is None:
         state = job.begin(target)
@@ -206,6 +207,8 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
     tokens_per_step = job.rows * job.widest
     device = mesh.devices.flat[0]
     peak, peak_source = hardware.compute_ceiling(device.platform, device.device_kind, mesh.size)
+    if model.fp8_layers:
+        peak_source += f", while fp8 multiplies in {', '.join(model.fp8_layers)}"
     info.values |= {
         "params": param_counts(model),
         "flops_per_token": flops,
@@ -214,6 +217,7 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "parent": job.parent and f"{job.parent.name}, step {job.parent.step}",
+        "layout": str(record.taken),
     }
     info.update()
     step_flops = flops * tokens_per_step
@@ -225,26 +229,29 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
         stage / "metrics.jsonl", int(state.step), config.run.tracker, config.run.name, run.is_main
     )
     console = Console(job.num_steps, int(state.step), flops, peak)
+    steps, coming = parse_steps(config.run.profile), range(int(state.step), job.num_steps)
+    trace = Trace(steps, stage / "profile", coming, console.line)
     parent = job.parent.checksum if job.parent else None
     host_info = {"config": config.to_dict(), "tokenizer_sha256": job.tokenizer.sha256()}
-    with closing(job.batches), closing(metrics), closing(console):
+    with closing(metrics), closing(console):
         result = fit(
             state=state,
             owners=owners,
             loop_state=loop_state,
             train_step=train_step,
             batches=job.batches,
-            next_batch=job.next_batch,
+            next_batch=outside_the_step(name)(job.next_batch),
             put=partial(put_batch, mesh=mesh),
             num_steps=job.num_steps,
             lr_multiplier=job.lr_multiplier,
-            evaluations=job.evaluations,
+            evaluations=[e._replace(run=outside_the_step(name)(e.run)) for e in job.evaluations],
             save_every=section.save_every,
             checkpoints=checkpoints,
             on_save=info.update,
             host_info=host_info | {"parent": parent},
             metrics=metrics,
             console=console,
+            trace=trace,
         )
     if hasattr(job.batches, "counts"):
         info.values["documents"] = counts = job.batches.counts()
@@ -257,6 +264,28 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
         done = {"step": result.step, "elapsed_secs": loop_state.elapsed_secs, "parent": parent}
         write_json(stage / "result.json", done)
     return 0
+
+
+def _step_in(layout: Layout, run: Run, job: Job):
+    """The training step of a job in one of its layouts."""
+    return make_train_step(
+        replace(run.model, remat=layout.remat),
+        job.tx,
+        run.mesh,
+        device_batch_size=layout.rows,
+        tile_tokens=run.config.model.loss_tile_tokens,
+        grad_clip=run.config.optim.grad_clip if job.name == "base" else 0.0,
+    )
+
+
+def layout_record(run: Run, stage: Path, job: Job) -> LayoutRecord:
+    """What stage `job.name` may take and has taken, under the limits of its recipe and mesh."""
+    share = job.rows // num_row_shards(run.mesh)
+    layouts = candidates(share, job.rows_at_once, job.widest, run.config.model.remat)
+    device = run.mesh.devices.flat[0].device_kind
+    tile = run.config.model.loss_tile_tokens
+    made_for = {"mesh": dict(run.mesh.shape), "device": device, "width": job.widest, "tile": tile}
+    return LayoutRecord(stage / LAYOUT, made_for, layouts)
 
 
 def schedule(section: Recipe, num_steps: int, warmup_steps: int = 0) -> Callable[[int], Any]:
@@ -300,7 +329,8 @@ def chat_optimizer(run: Run, name: str, num_steps: int, lr_multiplier):
 
 
 def rows_of(run: Run, name: str, rows: int) -> tuple[int, int]:
-    """(rows of a step, rows a device works on at once) of a stage after pretraining; 0: base's."""
+    """(rows of a step, the most a device works on at once) of a stage after pretraining; 0:
+    base's."""
     config, shards = run.config, num_row_shards(run.mesh)
     rows = rows or recipe.rows_per_step(config, shards)[0]
     return rows, recipe.rows_at_once(name, rows, shards, config[name].device_batch_size)
@@ -339,51 +369,3 @@ def last_checkpoint(run: Run, name: str) -> Parent:
         done = run.dir / name / "result.json"
         raise UserError(f"{lines[0]}; delete {done} and run scripts/{SCRIPTS[name]} again")
     return Parent(name, folder, steps[-1])
-
-
-def same_recipe(config: Recipe, saved: dict[str, Any], stage: Path, name: str) -> None:
-    """What stage `name` learned from: later stages and evaluations may say what they like."""
-    later = (*ORDER[ORDER.index(name) + 1 :], "eval", "serve")
-
-    def relevant(flat: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in flat.items() if k.split(".")[0] not in later}
-
-    was = {f"{s}.{k}": v for s, keys in saved.items() for k, v in keys.items()}
-    now = flatten(config)
-    recipe.refuse_changes(relevant(was), relevant(now), MAY_CHANGE, f"the run in {stage}")
-
-
-def same_run(
-    config: Recipe, tokenizer: Tokenizer, host: dict[str, Any], stage: Path, name: str
-) -> None:
-    """A checkpoint can be continued: same recipe, same tokenizer."""
-    same_recipe(config, host["config"], stage, name)
-    if host["tokenizer_sha256"] != tokenizer.sha256():
-        raise UserError(
-            f"the checkpoint in {stage} was trained with another tokenizer (SHA-256 "
-            f"{host['tokenizer_sha256'][:12]}..., now {tokenizer.sha256()[:12]}...); put that one "
-            "back, or choose another --config.run.name"
-        )
-
-
-def _same_parent(saved: str | None, parent: Parent | None, stage: Path) -> None:
-    if parent and saved != parent.checksum:
-        raise UserError(
-            f"{stage} started from another checkpoint of {parent.name} than the one there now; "
-            f"delete {stage} to train it again"
-        )
-
-
-def _same_files(config: Recipe, stage: Path, name: str) -> None:
-    """What a complete stage was made from is what the recipe names now; unknown once its rendered
-    conversations are deleted."""
-    rendered = stage / "train_conversations" / "conversations.json"
-    if not rendered.exists():
-        return
-    was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]
-    files = file_stamps(config[name].mixture, config.data.persona)
-    if (was["files"], was["task_dir"]) != (files, config.data.task_dir):
-        raise UserError(
-            f"{stage} was made from other files (of config.{name}.mixture, config.data.persona or "
-            f"config.data.task_dir) than those there now; delete {stage} to train it again"
-        )

@@ -3,11 +3,15 @@
   python scripts/bench_data.py                        synthetic text
   python scripts/bench_data.py --shard=FILE.parquet   your own, e.g. a shard of fineweb_edu
 
-Prints one JSON line. `tokens_per_sec` are those of the batches handed out, by the clock;
-`tokens_per_core_sec` the same by the CPU time of this process and its workers. Best-fit packing
-drops tokens, so more are encoded: `encoded_tokens_per_core_sec`. Of the parts,
-`encode_tokens_per_core_sec` is the tokenizer's and `pack_tokens_per_core_sec` the packer's alone.
-The tokenizer is trained on the text unless --tokenizer names a folder with one.
+Prints a sum against what eight H100s eat, then one JSON line. `tokens_per_sec` are those of the
+batches handed out, by the clock; `tokens_per_core_sec` the same by the CPU time of this process and
+its workers. Best-fit packing drops tokens, so more are encoded: `encoded_tokens_per_core_sec`. Of
+the parts, `encode_tokens_per_core_sec` is the tokenizer's and `pack_tokens_per_core_sec` the
+packer's alone. The tokenizer is trained on the text unless --tokenizer names a folder with one.
+
+The sum: tokens_per_core_sec over the tokens/s of one GPU is `times_a_gpu`, how often one core feeds
+a process of one GPU; the tokens/s of all over tokens_per_core_sec is `cores_for_all`, what feeding
+them takes, in one process or eight.
 """
 
 import argparse
@@ -18,16 +22,23 @@ import tempfile
 import time
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
-from nanochat_jax.common import run_main
+from nanochat_jax.common import log, run_main
 from nanochat_jax.data.packing import PACKERS, Document
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.data.shards import write_shard
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.tokenizer import bpe
+
+GPUS = 8
+# Tokens/s that an H100 trains on: in d20 65% of its bfloat16 peak of 989 TFLOP/s at 3.492 GFLOP a
+# token, more than has been published; in gpt2 upstream's fastest run, 5.84G tokens in 99 minutes on
+# eight, with fp8 (its dev/LEADERBOARD.md).
+EATEN_BY_A_GPU = {"d20": 184_000, "gpt2": 5.84e9 / (99 * 60) / 8}
 
 
 def main() -> None:
@@ -48,10 +59,29 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shard = args.shard or make_shard(Path(folder) / "shard_00000.parquet")
-        print(json.dumps(measure(args, shard)))
+        result = measure(args, shard)
+    for name, sums in result["eaten"].items():
+        log(
+            f"{name}: {GPUS} H100s eat {sums['tokens_per_sec']:,} tokens/s; a core makes "
+            f"{sums['times_a_gpu']:.1f} times what one eats, {sums['cores_for_all']:.2f} cores "
+            "feed all"
+        )
+    print(json.dumps(result))
 
 
-def measure(args: argparse.Namespace, shard: Path) -> dict[str, object]:
+def eaten(tokens_per_core_sec: float) -> dict[str, dict[str, float]]:
+    """What a core can feed, in each recipe."""
+    return {
+        name: {
+            "tokens_per_sec": round(GPUS * each),
+            "times_a_gpu": round(tokens_per_core_sec / each, 2),
+            "cores_for_all": round(GPUS * each / tokens_per_core_sec, 2),
+        }
+        for name, each in EATEN_BY_A_GPU.items()
+    }
+
+
+def measure(args: argparse.Namespace, shard: Path) -> dict[str, Any]:
     texts = sample(shard, num_chars=20_000_000)
     if args.tokenizer:
         tokenizer = bpe.Tokenizer.load(args.tokenizer)
@@ -89,6 +119,7 @@ def measure(args: argparse.Namespace, shard: Path) -> dict[str, object]:
         "encoded_tokens_per_core_sec": round((tokens + cropped) / cpu),
         "encode_tokens_per_core_sec": round(encode),
         "pack_tokens_per_core_sec": round(pack),
+        "eaten": eaten(tokens / cpu),
         "cropped_frac": round(cropped / (tokens + cropped), 4),
         "tokens": tokens,
         "wall_secs": round(wall, 3),

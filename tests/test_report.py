@@ -178,9 +178,19 @@ def test_torn_and_repeated_lines(run):
     assert "2 unreadable lines were skipped, the first is line 1" in markdown(run)
 
 
+def test_time_spent_waiting_for_batches(run):
+    """A tenth of 30 s and of 19 x 0.25 s; lines from before it was measured say nothing."""
+    assert "waiting" not in markdown(run)
+    lines = [train_line(s, wait_secs=0.025 if s else 3.0) for s in range(STEPS)]
+    write_metrics(run, [*lines, train_line(STEPS)])
+    assert "| Devices waiting for batches | 10.0% of the time in steps |" in markdown(run)
+
+
 def test_not_finite_and_mistyped_numbers(run):
     odd = [float("nan"), float("inf"), None, "x", [1], 10**400, True]
-    lines = [train_line(s, loss=v, step_secs=v, grad_norm=v) for s, v in enumerate(odd)]
+    lines = [
+        train_line(s, loss=v, step_secs=v, wait_secs=v, grad_norm=v) for s, v in enumerate(odd)
+    ]
     lines += [bpb_line(s, v) for s, v in enumerate(odd)]
     write_metrics(run, lines)
     write(run / "eval" / "base.json", {"val_bpb": "x", "eval_secs": None, "samples": [3, {}]})

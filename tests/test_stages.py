@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from nanochat_jax import runtime, stages, stages_eval, stages_text, stages_train
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
 from nanochat_jax.provenance import only_one
 from nanochat_jax.train import checkpoint as ck
+from nanochat_jax.train.layout import LayoutRecord, candidates
 
 ROOT = cfg.CONFIGS.parent
 STEPS = 12
@@ -233,18 +235,131 @@ def test_too_little_memory_is_told_before_the_start(base_dir, text, monkeypatch)
     assert not (run_dir("run") / "base" / "metrics.jsonl").exists()
 
 
-def test_memory_is_asked_for_the_widest_batch_alone(monkeypatch):
-    """Narrower ones need less, and come when the state has taken its share."""
-    monkeypatch.setattr(runtime, "compile_step", lambda *_, **__: lambda state, batch: "done")
-    monkeypatch.setattr(runtime, "compiled_bytes", lambda _: 2**31)
-    monkeypatch.setattr(runtime, "available_bytes", lambda _: 2**30)
-    start = partial(runtime.step_for_widths, None, None, 4, 64, None, stage="sft")
-    with pytest.raises(UserError, match="needs? 2.0 GiB .* lower --config.sft.device_batch_size, "):
-        start()
-    monkeypatch.setattr(runtime, "available_bytes", lambda _: 2**32)
-    step = start()
-    monkeypatch.setattr(runtime, "available_bytes", lambda _: 0)
-    assert step(None, {"inputs": np.zeros((4, 32))}) == "done"
+OUT = "RESOURCE_EXHAUSTED: Out of memory allocating 1600 bytes."
+
+
+def run_out(*_):
+    raise jax.errors.JaxRuntimeError(OUT)
+
+
+def layout_file(name: str) -> dict:
+    return json.loads((run_dir(name) / "base" / "layout.json").read_text())
+
+
+def assert_learned_the_same(name: str, expected: str) -> None:
+    for ours, theirs in zip(lines(name), lines(expected), strict=True):
+        assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+        for key in {"loss", "grad_norm", "val_bpb"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
+
+
+def test_out_of_memory_in_a_step_changes_the_layout_and_nothing_else(
+    base_dir, text, monkeypatch, capsys
+):
+    stages.run_base(recipe(text, "straight"))
+    taken = layout_file("straight")["taken"]
+    assert (taken["rows"], taken["remat"]) == (2, "none")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8, run_out)  # after the checkpoint at step 6
+        assert stages.run_base(recipe(text, "small")) == 0
+    out = capsys.readouterr().out
+    assert f"base: out of memory with 2 rows at once, remat none ({OUT}); continuing" in out
+    assert "base: continuing from the checkpoint at step 6" in out
+    record = layout_file("small")
+    assert [entry["remat"] for entry in record["too_large"]] == ["none"]
+    assert record["taken"]["remat"] == "names" and record["taken"]["rows"] == 2
+    assert_learned_the_same("small", "straight")
+    assert lines("small")[:7] == lines("straight")[:7]  # what was done before is not done again
+    info, plain = (
+        json.loads((run_dir(name) / "base" / "run_info.json").read_text())
+        for name in ("small", "straight")
+    )
+    assert info["documents"] == plain["documents"] and info["layout"].endswith("remat names")
+
+
+@pytest.mark.slow
+def test_out_of_memory_twice_before_any_checkpoint(base_dir, text, monkeypatch, capsys):
+    """From the beginning each time; a crash later continues in the layout that was found."""
+    put, seen = stages_train.put_batch, []
+
+    def put_batch(batch, mesh):
+        seen.append(1)
+        if len(seen) in (1, 3):
+            run_out()
+        if len(seen) == 13:
+            raise RuntimeError("power cut")
+        return put(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages_train, "put_batch", put_batch)
+        with pytest.raises(RuntimeError, match="power cut"):
+            stages.run_base(recipe(text, "cut"))
+        assert stages.run_base(recipe(text, "cut")) == 0
+    assert capsys.readouterr().out.count("; continuing in a smaller layout") == 2
+    assert [entry["remat"] for entry in layout_file("cut")["too_large"]] == ["none", "names"]
+    stages.run_base(recipe(text, "straight", model__remat="full"))
+    assert lines("cut") == lines("straight") and digest("cut") == digest("straight")
+
+
+def test_out_of_memory_in_an_evaluation_keeps_the_layout(base_dir, text, monkeypatch):
+    monkeypatch.setattr(stages, "text_bpb", lambda *_: run_out)
+    with pytest.raises(UserError, match="1600 bytes.*lower --config.eval.device_batch_size"):
+        stages.run_base(recipe(text))
+    assert layout_file("run")["too_large"] == []
+
+
+def test_one_of_several_processes_notes_it_and_ends(tmp_path, monkeypatch):
+    stage = tmp_path / "base"
+    layouts = candidates(2, 2, 32, "auto")
+    LayoutRecord(stage / "layout.json", {}, layouts).take(layouts[0], 9)
+    monkeypatch.setattr(stages_train, "_train", run_out)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    closed = []
+    job = SimpleNamespace(batches=SimpleNamespace(close=lambda: closed.append(1)))
+    with pytest.raises(UserError, match="2 rows at once, remat none, noted in .* start the same"):
+        stages_train._train_in_memory(None, stage, lambda run: job, None)  # type: ignore[arg-type]
+    assert closed
+    assert json.loads((stage / "layout.json").read_text())["too_large"][0]["bytes"] == 9
+
+
+PROGRAM = """
+import resource, sys, psutil
+from nanochat_jax import config, stages, stages_train
+put, note = stages_train.put_batch, stages_train.note_too_large
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+def put_batch(batch, mesh):
+    stages_train.put_batch = put
+    batch = put(batch, mesh)
+    little = psutil.Process().memory_info().vms + 64 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (little, hard))
+    return batch
+def note_too_large(path):
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return note(path)
+stages_train.put_batch, stages_train.note_too_large = put_batch, note_too_large
+sys.exit(stages.run_base(config.load_from_argv(None)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_that_really_runs_out(base_dir, text):
+    """A step of several hundred MiB where there are 64 more: the first step fails in XLA."""
+    keys = {"base.num_steps": 3, "base.total_batch_tokens": 4096, "model.seq_len": 256}
+    keys |= {"model.aspect_ratio": 128, "base.device_batch_size": 16, "base.eval_every": 0}
+    flags = "--xla_backend_optimization_level=0"  # one device
+    words = [f"--config.{k}={v}" for k, v in (arguments(text) | keys).items()]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"--config={cfg.CONFIGS / 'tiny.py'}", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out of memory with 16 rows at once, remat none (RESOURCE_EXHAUSTED: " in done.stdout
+    assert [line["step"] for line in lines("run") if line["kind"] == "train"] == [0, 1, 2]
+    assert layout_file("run")["taken"]["remat"] == "names"
 
 
 def test_two_runs_never_share_a_stage(base_dir, text):

@@ -3,7 +3,8 @@
   cudnn    fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
   xla      the same call left to the compiler; anywhere
   blocked  query blocks, each against the keys it can see and no others; for CPUs
-  auto     cudnn where it can run, blocked on a CPU, else xla
+  auto     the fastest that this machine should have; a run takes the first that passes the
+           self-test of attention_check.py
 
 A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Windows are always passed
 together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from nanochat_jax.common import UserError
 
 BACKENDS = ("auto", "cudnn", "xla", "blocked")
+BY_SPEED = {"gpu": ("cudnn", "xla"), "cpu": ("blocked", "xla")}  # on a platform, the fastest first
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block; blocks of a row, all unrolled
 
 
@@ -71,8 +73,13 @@ def choose_backend(backend: str, dtype: jnp.dtype) -> str:
             f"{jax.default_backend()} and {dtype}; use auto"
         )
     if backend == "auto":
-        return "cudnn" if fused else "blocked" if jax.default_backend() == "cpu" else "xla"
+        return next(name for name in candidates() if fused or name != "cudnn")
     return backend
+
+
+def candidates() -> tuple[str, ...]:
+    """What auto chooses from on this machine's devices."""
+    return BY_SPEED.get(jax.default_backend(), ("xla",))
 
 
 def attention_naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:

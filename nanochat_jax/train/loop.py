@@ -6,6 +6,9 @@
     batch -> train_step                     (dispatched; the device works while the host goes on)
     report the step before                  (its numbers have arrived by now: the loop never waits)
 
+Between steps it watches itself: the time the devices waited for a batch is in metrics.jsonl, and a
+step that is compiled again, though its batch has a shape seen before, is told at once.
+
 Everything that must survive is in one place, LoopState, and goes into each checkpoint with the
 model state and the loader's state. A resumed run repeats the uninterrupted one to the last bit.
 """
@@ -15,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +29,9 @@ from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
 from nanochat_jax.train.checkpoint import Checkpoints, list_steps
-from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch
+from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch, format_secs
 from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.profile import STEP, IdleTime, Trace, compilations
 from nanochat_jax.train.state import TrainState
 
 
@@ -46,6 +50,7 @@ class LoopState:
 
     loss_ema: float = 0.0  # of the loss, biased towards 0 until divided by 1 - EMA_DECAY^step
     elapsed_secs: float = 0.0  # spent in steps, all restarts together
+    wait_secs: float = 0.0  # of these, with idle devices because the next batch was not there
 
 
 @dataclass
@@ -73,6 +78,7 @@ def fit(
     on_save: Callable[[], None],
     metrics: MetricsLog,
     console: Console,
+    trace: Trace,
 ) -> FitResult:
     """Train from state.step to num_steps; every argument is of the kind its name says.
 
@@ -85,12 +91,13 @@ def fit(
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
     watch, processes = Stopwatch(), jax.process_count()
+    idle, shapes = IdleTime(), set()  # shapes of the batches so far
 
     def report() -> None:
         nonlocal pending
         if pending is None:
             return
-        done_step, values, batch = pending
+        done_step, values, batch, waited = pending
         pending = None
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         secs = watch.lap()
@@ -101,6 +108,9 @@ def fit(
         ema = loop_state.loss_ema / (1 - EMA_DECAY ** (done_step + 1))
         lr = float(lr_multiplier(done_step))
         timing = {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
+        if waited is not None:
+            loop_state.wait_secs += waited
+            timing["wait_secs"] = waited
         own, epoch = batch.get("metrics", {}), batch["epoch"]
         values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": epoch}
         metrics.write("train", done_step, **values, **timing)
@@ -113,8 +123,18 @@ def fit(
         checkpoints.save(owners.to_paths(state), host, batches.get_state())
         on_save()
 
-    with stop_requests() as asked_to_stop, finished_saves(checkpoints):
+    with (
+        stop_requests() as asked_to_stop,
+        closing(idle),
+        closing(trace),
+        finished_saves(checkpoints),
+        compilations() as compiled,
+    ):
         while True:
+            if trace.turns_at(step):
+                report()
+                trace.turn(state)
+                watch.lap()  # writing a trace is not the next step's time
             last, first = step == num_steps, step == 0
             due = [e for e in evaluations if last or _is_due(step, e.every_steps)]
             if first and not last:
@@ -133,14 +153,31 @@ def fit(
                 watch.lap()  # evaluations and saves are not the next step's time
             if last:
                 break
-            batch = next_batch(partial(owners.weights, state.params))
-            dispatched = train_step(state, put(batch))
-            report()
-            state, values = dispatched
-            pending = (step, values, batch)
-            step += 1
-            if "metrics" in batch:  # made with these very parameters: there is nothing to overlap
+            with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
+                asked = time.perf_counter()
+                batch = next_batch(partial(owners.weights, state.params))
+                compiled.clear()  # evaluations, saves and sampling compile what they need
+                on_device = put(batch)
+                # Made with these very parameters, on the devices: that is no waiting, and there is
+                # nothing to overlap.
+                on_policy = "metrics" in batch
+                waited = None if on_policy else idle.secs(since=asked)
+                dispatched = train_step(state, on_device)
+                idle.dispatched(dispatched[1])
+                if compiled and batch["inputs"].shape in shapes:
+                    console.line(_compiled_again(step, compiled))
+                shapes.add(batch["inputs"].shape)
                 report()
+                state, values = dispatched
+                pending = (step, values, batch, waited)
+                step += 1
+                if on_policy:
+                    report()
+    if loop_state.wait_secs:
+        console.line(
+            f"the devices waited {format_secs(loop_state.wait_secs)} for batches, "
+            f"{loop_state.wait_secs / loop_state.elapsed_secs:.1%} of the time in steps"
+        )
     return FitResult(True, step, state)
 
 
@@ -182,6 +219,15 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _compiled_again(step: int, compiled: list[tuple[str, float]]) -> str:
+    names = ", ".join(dict.fromkeys(name for name, _ in compiled))
+    return (
+        f"warning: step {step + 1:05d} compiled {names} again, {sum(s for _, s in compiled):.1f}s, "
+        "though its batch has a shape seen before: a shape, type or Python value that the step "
+        "depends on has changed; JAX_EXPLAIN_CACHE_MISSES=1 says which"
+    )
 
 
 def _is_due(step: int, every_steps: int) -> bool:

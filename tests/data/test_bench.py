@@ -33,5 +33,11 @@ def test_bench_data_prints_one_line_of_numbers(corpus_paths, packing):
         result["tokens"] / result["cpu_secs"], rel=0.1
     )
     assert (result["cropped_frac"] > 0) == (packing == "best_fit")
+    for name, gpu in (("d20", 184_000), ("gpt2", 123_000)):
+        sums = result["eaten"][name]
+        assert sums["tokens_per_sec"] == pytest.approx(8 * gpu, rel=0.01)
+        assert sums["times_a_gpu"] * gpu == pytest.approx(result["tokens_per_core_sec"], rel=0.1)
+        assert sums["times_a_gpu"] * sums["cores_for_all"] == pytest.approx(8, rel=0.2)
+        assert f"\n{name}: 8 H100s eat " in "\n" + done.stdout
     per_token = result["encoded_tokens_per_core_sec"] / result["tokens_per_core_sec"]
     assert per_token == pytest.approx(1 / (1 - result["cropped_frac"]), rel=0.01)

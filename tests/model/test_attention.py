@@ -78,3 +78,17 @@ def test_a_backend_that_cannot_be_had_is_an_error():
         choose_backend("cudnn", jnp.dtype("float32"))
     assert choose_backend("auto", jnp.dtype("float32")) == "blocked"
     assert choose_backend("xla", jnp.dtype("bfloat16")) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "backend"),
+    [
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),
+        ("cpu", "bfloat16", "blocked"),
+        ("tpu", "bfloat16", "xla"),
+    ],
+)
+def test_auto_is_the_fastest_that_a_machine_should_have(monkeypatch, platform, dtype, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert choose_backend("auto", jnp.dtype(dtype)) == backend

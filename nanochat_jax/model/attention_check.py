@@ -1,0 +1,109 @@
+"""Which attention a run computes with: the fastest backend that gets a small problem right.
+
+A fused kernel depends on driver, library and head dim, and one that masks wrongly still trains,
+only to something worthless. So before anything else each candidate computes outputs and gradients
+of a small problem with the model's own heads and dtype, with its windows and without, and is
+compared with the definition in float32. One line says who passed and why a faster one did not; a
+backend that was asked for by name has to pass.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nanochat_jax.common import UserError, log
+from nanochat_jax.model.attention import BACKENDS, attention, attention_naive, candidates
+from nanochat_jax.model.gpt import GPTConfig
+
+# Tokens of the problem: two blocks of queries on a CPU, several tiles of a GPU's kernels.
+LENGTH = {"cpu": 128, "gpu": 512}
+# Of the largest value of an array, about five roundings: to 8 bits in bfloat16, to 11 in float16,
+# to 24 in float32 with room for the order of the terms. A key too many or too few makes a
+# difference of more than a tenth.
+TOLERANCE = {"bfloat16": 2e-2, "float16": 2.5e-3, "float32": 1e-4}
+
+
+def check_attention(model: GPTConfig, backend: str) -> GPTConfig:
+    """The model with the backend it will use, the same one in all processes; prints which and why.
+
+    backend: one of BACKENDS; auto tries them in order of speed. UserError when none passes.
+    """
+    if backend not in BACKENDS:
+        raise UserError(
+            f"config.model.attention got {backend!r}, expected one of {', '.join(BACKENDS)}"
+        )
+    tolerance, failed = _tolerance(model.compute_dtype), []
+    for name in candidates() if backend == "auto" else (backend,):
+        difference, why = _everywhere(*_difference(model, name))
+        if difference <= tolerance:
+            log(
+                f"attention: {name}, largest difference from the definition {difference:.1e} "
+                f"({tolerance:.1e} allowed)" + "".join(f"; not {line}" for line in failed)
+            )
+            return replace(model, attention_backend=name)
+        failed.append(f"{name}: {why or f'difference {difference:.1e}'}")
+    raise UserError(
+        f"config.model.attention={backend} failed its self-test ({'; '.join(failed)}), expected "
+        f"differences up to {tolerance:.1e}; "
+        + ("look at the driver and jax" if backend == "auto" else "take auto, it chooses another")
+    )
+
+
+def _tolerance(dtype: str) -> float:
+    if dtype not in TOLERANCE:
+        expected = ", ".join(TOLERANCE)
+        raise UserError(f"config.model.compute_dtype got {dtype!r}, expected one of {expected}")
+    if jax.default_backend() != "cpu":  # a GPU rounds the factors of float32 products as float16
+        return max(TOLERANCE[dtype], TOLERANCE["float16"])
+    return TOLERANCE[dtype]
+
+
+def _difference(model: GPTConfig, backend: str) -> tuple[float, str]:
+    """The largest difference in any array, of its largest value; infinite, and why, if it fails."""
+    length = LENGTH.get(jax.default_backend(), 512)
+    seen = [model.sees(layer) or model.seq_len for layer in range(model.num_layers)]
+    is_windowed = min(seen) < model.seq_len
+    windows = (None, min(*seen, length * 2 // 5)) if is_windowed else (None,)  # ends within a tile
+    heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.standard_normal((1, length, n, model.head_dim)), model.compute_dtype)
+        for n in heads
+    ]
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # gradients of jax's own code count on it
+            ours = _values(attention, (backend,), windows, *arrays)
+        ours = [np.asarray(a, np.float32) for a in ours]
+    except (RuntimeError, ValueError) as error:  # cuDNN, XLA and jax.nn say no in many ways
+        return math.inf, str(error).partition("\n")[0]
+    with jax.default_matmul_precision("highest"):
+        wide = [a.astype(jnp.float32) for a in arrays]
+        exact = [np.asarray(a) for a in _values(attention_naive, (), windows, *wide)]
+    pairs = zip(ours, exact, strict=True)
+    worst = float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
+    return (worst, "") if worst < math.inf else (math.inf, "it is not finite")
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _values(form: Callable, options: tuple, windows: tuple, q, k, v, dy) -> list[jax.Array]:
+    """The output of `form` and its gradients by q, k and v, for each window."""
+    values = []
+    for window in windows:
+        y, pull = jax.vjp(lambda *qkv, w=window: form(*qkv, w, *options), q, k, v)
+        values += [y, *pull(dy)]
+    return values
+
+
+def _everywhere(difference: float, why: str) -> tuple[float, str]:
+    """The worst of all processes: where one cannot, none may."""
+    if jax.process_count() == 1:
+        return difference, why
+    found = np.ravel(multihost_utils.process_allgather(np.float32(difference)))
+    worst = int(np.argmax(found))
+    return float(found[worst]), why or f"difference {found[worst]:.1e} in process {worst}"

@@ -1,0 +1,100 @@
+"""What must be as it was when a run is continued, or a stage starts from another.
+
+A checkpoint is only continued under the recipe, tokenizer and starting point it was made with, and
+a complete stage only counts if it was made from what is there now. Every refusal is a UserError
+that says what differs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import recipe
+from nanochat_jax.common import UserError, read_json, sha256_file
+from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.tasks.registry import file_stamps
+from nanochat_jax.tokenizer.bpe import Tokenizer
+from nanochat_jax.train.checkpoint import CHECKSUMS, step_dir
+
+ORDER = ("base", "mid", "sft", "rl")
+
+# What may differ when a run is continued: it decides where and how often, never what is learned.
+MAY_CHANGE = (
+    "run.tracker",
+    "run.compile_cache",
+    "run.profile",
+    "mesh.",
+    "data.local_dir",
+    "data.task_dir",
+    "data.persona",  # what was rendered with it is compared instead
+    "data.num_workers",
+    "data.prefetch_batches",
+    "model.attention",
+    "model.remat",
+    "model.loss_tile_tokens",
+    "base.sample_every",
+    "base.core_every",
+    "rl.slots",
+    "rl.val_task",
+    "rl.eval_questions",
+    "rl.eval_samples",
+    *(f"{s}.device_batch_size" for s in ORDER),
+    *(f"{s}.eval_every" for s in ORDER),
+    *(f"{s}.save_every" for s in ORDER),
+    *(f"{s}.keep_checkpoints" for s in ORDER),
+)
+
+
+class Parent:
+    """A finished stage that the next one starts from."""
+
+    def __init__(self, name: str, folder: Path, step: int):
+        self.name, self.folder, self.step = name, folder, step
+        self.checksum = sha256_file(step_dir(folder, step) / CHECKSUMS)
+
+
+def same_recipe(config: Recipe, saved: dict[str, Any], stage: Path, name: str) -> None:
+    """What stage `name` learned from: later stages and evaluations may say what they like."""
+    later = (*ORDER[ORDER.index(name) + 1 :], "eval", "serve")
+
+    def relevant(flat: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in flat.items() if k.split(".")[0] not in later}
+
+    was = {f"{s}.{k}": v for s, keys in saved.items() for k, v in keys.items()}
+    now = flatten(config)
+    recipe.refuse_changes(relevant(was), relevant(now), MAY_CHANGE, f"the run in {stage}")
+
+
+def same_run(
+    config: Recipe, tokenizer: Tokenizer, host: dict[str, Any], stage: Path, name: str
+) -> None:
+    """A checkpoint can be continued: same recipe, same tokenizer."""
+    same_recipe(config, host["config"], stage, name)
+    if host["tokenizer_sha256"] != tokenizer.sha256():
+        raise UserError(
+            f"the checkpoint in {stage} was trained with another tokenizer (SHA-256 "
+            f"{host['tokenizer_sha256'][:12]}..., now {tokenizer.sha256()[:12]}...); put that one "
+            "back, or choose another --config.run.name"
+        )
+
+
+def same_parent(saved: str | None, parent: Parent | None, stage: Path) -> None:
+    if parent and saved != parent.checksum:
+        raise UserError(
+            f"{stage} started from another checkpoint of {parent.name} than the one there now; "
+            f"delete {stage} to train it again"
+        )
+
+
+def same_files(config: Recipe, stage: Path, name: str) -> None:
+    """What a complete stage was made from is what the recipe names now; unknown once its rendered
+    conversations are deleted."""
+    rendered = stage / "train_conversations" / "conversations.json"
+    if not rendered.exists():
+        return
+    was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]
+    files = file_stamps(config[name].mixture, config.data.persona)
+    if (was["files"], was["task_dir"]) != (files, config.data.task_dir):
+        raise UserError(
+            f"{stage} was made from other files (of config.{name}.mixture, config.data.persona or "
+            f"config.data.task_dir) than those there now; delete {stage} to train it again"
+        )

@@ -1,0 +1,208 @@
+"""What fit() notices about itself: steps compiled again, idle devices, traces of chosen steps."""
+
+import gzip
+import json
+import time
+from contextlib import closing
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.train.loop import Evaluation, LoopState, fit
+from nanochat_jax.train.metrics import Console, MetricsLog, read_metrics
+from nanochat_jax.train.profile import Trace, parse_steps
+from nanochat_jax.train.state import TrainState
+
+STEPS = 6
+
+
+def tiny_step():
+    """A step of one number, as XLA sees it; `scale` is what the Python around it brings along."""
+
+    @jax.jit
+    def tiny(state, batch, scale):
+        params = {"w": state.params["w"] + scale * jnp.mean(batch["inputs"])}
+        values = {"loss": params["w"], "grad_norm": scale + 0.0, "update_norm": scale + 0.0}
+        return state._replace(step=state.step + 1, params=params), values | {"finite": True}
+
+    return tiny
+
+
+@pytest.fixture
+def run(tmp_path):
+    """fit() over a step of one number: (lines of metrics.jsonl, loop state)."""
+
+    def run(train_step=None, next_batch=None, evaluations=(), profile="", save=None, start=0):
+        tiny, one = tiny_step(), jnp.float32(1)
+        console = Console(STEPS, start, 1.0, None)
+        metrics = MetricsLog(tmp_path / "metrics.jsonl", start, "none", "run", is_main=True)
+        params = {"w": jnp.float32(0)}
+        loop_state, coming = LoopState(), range(start, STEPS)
+        with closing(metrics), closing(console):
+            fit(
+                state=TrainState(jnp.int32(start), params, {}, jnp.zeros(2, jnp.uint32)),
+                owners=SimpleNamespace(weights=lambda params: params, to_paths=lambda state: state),
+                loop_state=loop_state,
+                train_step=train_step or (lambda state, batch: tiny(state, batch, one)),
+                batches=SimpleNamespace(get_state=dict),
+                next_batch=next_batch or batch_of,
+                put=lambda batch: {"inputs": jnp.asarray(batch["inputs"])},
+                num_steps=STEPS,
+                lr_multiplier=lambda step: 1.0,
+                evaluations=list(evaluations),
+                save_every=2,
+                checkpoints=SimpleNamespace(
+                    save=lambda *_: (save or int)(), wait=int, directory=""
+                ),
+                host_info={},
+                on_save=int,
+                metrics=metrics,
+                console=console,
+                trace=Trace(parse_steps(profile), tmp_path / "profile", coming, console.line),
+            )
+        return read_metrics(tmp_path / "metrics.jsonl"), loop_state
+
+    return run
+
+
+def batch_of(weights=None, width=4, **more):
+    return {"inputs": np.ones((2, width), np.float32), "doc_ids": [[]], "epoch": 0, **more}
+
+
+def compile_something():
+    """A program nobody has compiled before."""
+    salt = float(time.perf_counter())
+    return float(jax.jit(lambda x: x * salt)(jnp.float32(1)))
+
+
+def test_a_step_compiled_again_is_told(run, capsys):
+    """A weak type slips in at step 3: the same shapes, another program."""
+    tiny, seen = tiny_step(), []
+
+    def train_step(state, batch):
+        seen.append(1)
+        return tiny(state, batch, 1.0 if len(seen) >= 4 else jnp.float32(1))
+
+    run(train_step)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith("warning: step 00004 compiled jit(tiny) again, ")
+    assert "JAX_EXPLAIN_CACHE_MISSES=1" in line
+
+
+def test_what_is_meant_to_compile_is_not(run, capsys):
+    """Evaluations, saves, sampling, another thread, and the first batch of another width."""
+    widths = iter([4, 4, 8, 4, 8, 4])
+
+    def next_batch(weights):
+        compile_something()
+        return batch_of(width=next(widths))
+
+    evaluation = Evaluation("loss", 2, lambda weights: {"loss": compile_something()})
+    run(next_batch=next_batch, evaluations=[evaluation], save=compile_something)
+    assert "warning" not in capsys.readouterr().out
+    compile_something()  # nobody listens any more
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_waiting_for_batches_is_measured(run, capsys):
+    numbers = iter(range(STEPS))
+
+    def next_batch(weights):
+        time.sleep(0.1 if next(numbers) % 2 else 0)
+        return batch_of()
+
+    lines, loop_state = run(next_batch=next_batch)
+    waits = [line["wait_secs"] for line in lines]
+    assert min(waits[1::2]) > 0.09 and max(waits[::2]) < 0.09
+    assert loop_state.wait_secs == pytest.approx(sum(waits))
+    assert sum(waits) <= loop_state.elapsed_secs == lines[-1]["elapsed_secs"]
+    share = f"{sum(waits) / loop_state.elapsed_secs:.1%} of the time in steps"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(share)
+
+
+def test_no_wait_where_the_device_is_busy(run):
+    """Steps slower than batches; and those whose batches are made with the weights."""
+    tiny, one = tiny_step(), jnp.float32(1)
+
+    class Slow:
+        """Results that take their time."""
+
+        def __init__(self, values):
+            self.values, self.ready = values, time.perf_counter() + 0.1
+
+        def block_until_ready(self):
+            time.sleep(max(0.0, self.ready - time.perf_counter()))
+            return self
+
+    def train_step(state, batch):
+        state, values = tiny(state, batch, one)
+        return state, values | {"slow": Slow(values)}
+
+    def next_batch(weights):
+        time.sleep(0.02)
+        return batch_of()
+
+    def without_slow(values):
+        if isinstance(values, dict) and "slow" in values:
+            values.pop("slow").block_until_ready()
+        return get(values)
+
+    get = jax.device_get
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_get", without_slow)
+        lines, _ = run(train_step, next_batch)
+    # Before the first step, and after saves, which wait for the device.
+    idle = [line["step"] for line in lines if line["wait_secs"] > 0]
+    assert idle == [0, 2, 4]
+    lines, loop_state = run(next_batch=lambda weights: batch_of(metrics={"reward": 1.0}))
+    assert not any("wait_secs" in line for line in lines) and loop_state.wait_secs == 0
+
+
+def traced(folder):
+    """Numbers of the steps in the newest trace."""
+    (file,) = folder.rglob("perfetto_trace.json.gz")
+    (xplane,) = folder.rglob("*.xplane.pb")
+    assert xplane.stat().st_size > 0
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return [int(e["args"]["step_num"]) for e in events if e.get("name") == "train_step"]
+
+
+def test_a_trace_holds_the_steps_asked_for(run, tmp_path, capsys):
+    run(profile="2:3")
+    assert traced(tmp_path / "profile") == [2, 3]
+    out = capsys.readouterr().out
+    assert f"profile: open {tmp_path}" in out and "ui.perfetto.dev" in out and "--logdir=" in out
+
+
+def test_a_run_that_ends_among_the_steps_keeps_both(run, tmp_path):
+    numbers = iter(range(STEPS))
+
+    def next_batch(weights):
+        if next(numbers) == 4:
+            raise RuntimeError("power cut")
+        return batch_of()
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(next_batch=next_batch, profile="2:5")
+    assert set(traced(tmp_path / "profile")) >= {2, 3}
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    jax.profiler.start_trace(tmp_path / "next")  # nothing is left open
+    jax.profiler.stop_trace()
+
+
+@pytest.mark.parametrize(
+    ("profile", "start", "said", "steps"),
+    [
+        ("4:90", 0, "asked for steps 4 to 90, this run has steps 0 to 5: traces steps 4 to 5", 2),
+        ("8:9", 0, "asked for steps 8 to 9, this run has steps 0 to 5: traces no step", 0),
+        ("1:4", 4, "asked for steps 1 to 4, this run has steps 4 to 5: traces steps 4 to 4", 1),
+    ],
+)
+def test_steps_that_do_not_come_are_told(run, tmp_path, capsys, profile, start, said, steps):
+    run(profile=profile, start=start)
+    assert said in capsys.readouterr().out
+    assert len(traced(tmp_path / "profile") if steps else []) == steps
+    assert bool(steps) == (tmp_path / "profile").exists()
