@@ -13,7 +13,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -26,11 +27,12 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax import hardware
+from nanochat_jax.bench_beside import Program
 from nanochat_jax.common import UserError
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.runtime import available_bytes, compiled_bytes
+from nanochat_jax.runtime import available_bytes, compile_lowered, compiled_bytes
 
 MIN_TIMED_SECS = 0.02  # of one timing: shorter calls are repeated until the clock can resolve them
 
@@ -47,6 +49,10 @@ class Shape:
     @property
     def tokens(self) -> int:
         return self.rows * self.model.seq_len
+
+    @property
+    def grad_clip(self) -> float:
+        return 1.0 if self.optim == "classic" else 0.0
 
 
 _MODERN = dict(
@@ -125,13 +131,19 @@ def random_arrays(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
     ]
 
 
+def compile_together(lowered: dict[str, Any]) -> dict[str, Any]:
+    """Compile lowered functions, each on a thread of its own: most of a GPU benchmark's time."""
+    with ThreadPoolExecutor(max_workers=max(1, len(lowered))) as pool:
+        return dict(zip(lowered, pool.map(compile_lowered, lowered.values()), strict=True))
+
+
 def compile_all(
     functions: dict[str, Callable], *arguments: Any
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """(calls, bytes) of functions of the same arguments; those that do not fit get no call."""
+    lowered = {name: jax.jit(function).lower(*arguments) for name, function in functions.items()}
     calls, needed = {}, {}
-    for name, function in functions.items():
-        compiled = jax.jit(function).lower(*arguments).compile()
+    for name, compiled in compile_together(lowered).items():
         needed[name] = compiled_bytes(compiled)
         if needed[name] < available_bytes(one_device()):
             calls[name] = partial(compiled, *arguments)
@@ -141,18 +153,23 @@ def compile_all(
 class Timing(NamedTuple):
     secs: float  # median of one call
     spread: float  # half the distance between the quartiles, as a fraction of the median
+    best: float  # the fastest: least disturbed by whatever else the machine does
 
 
 def time_interleaved(
-    candidates: dict[str, Callable[[], Any]], *, budget_secs: float, min_rounds: int = 5
+    candidates: Mapping[str, Callable[[], Any] | Program],
+    *,
+    budget_secs: float,
+    min_rounds: int = 5,
 ) -> dict[str, Timing]:
     """Seconds of one call of each, measured in turn over about `budget_secs` in all.
 
-    A candidate returns what has to be waited for. With budget 0 each is timed `min_rounds` times.
+    A candidate returns what has to be waited for, or is a program that measures its own steps. With
+    budget 0 each is timed `min_rounds` times.
     """
     repeats = {}
     for name, call in candidates.items():
-        jax.block_until_ready(call())  # compiles, touches its memory
+        _time(call, 1)  # compiles, touches its memory
         secs = _time(call, 1)
         repeats[name] = max(1, round(MIN_TIMED_SECS / secs)) if budget_secs else 1
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -164,7 +181,9 @@ def time_interleaved(
     return {name: _summary(secs) for name, secs in samples.items()}
 
 
-def _time(call: Callable[[], Any], repeats: int) -> float:
+def _time(call: Callable[[], Any] | Program, repeats: int) -> float:
+    if isinstance(call, Program):
+        return call.secs(repeats)
     result, began = None, time.perf_counter()
     for _ in range(repeats):
         result = call()
@@ -174,15 +193,7 @@ def _time(call: Callable[[], Any], repeats: int) -> float:
 
 def _summary(secs: list[float]) -> Timing:
     low, median, high = statistics.quantiles(secs, n=4)
-    return Timing(median, (high - low) / 2 / median)
-
-
-def matmul_flops(size: int, dtype: str, budget_secs: float = 1.0) -> float:
-    """FLOP/s of a square matrix product of random numbers: what this device can really reach."""
-    a, b = random_arrays(dtype, (size, size), (size, size))
-    multiply = jax.jit(jnp.matmul)
-    timing = time_interleaved({"matmul": lambda: multiply(a, b)}, budget_secs=budget_secs)
-    return 2 * size**3 / timing["matmul"].secs
+    return Timing(median, (high - low) / 2 / median, min(secs))
 
 
 def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:

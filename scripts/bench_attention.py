@@ -11,30 +11,31 @@ import jax
 
 from nanochat_jax import bench
 from nanochat_jax.common import UserError, log, run_main
-from nanochat_jax.model.attention import BACKENDS, attention, attention_naive, choose_backend
+from nanochat_jax.model.attention import attention, attention_naive, candidates, choose_backend
 
 
 def backends(dtype) -> list[str]:
-    """Those that this machine can run."""
+    """Those that auto chooses from here and that can run in this dtype."""
     found = []
-    for backend in BACKENDS:
+    for backend in candidates():
         try:
-            choose_backend(backend, dtype)
-        except UserError:
+            found.append(choose_backend(backend, dtype))
+        except UserError:  # cudnn, in float32
             continue
-        found.append(backend)
-    return [backend for backend in found if backend != "auto"]
+    return found
 
 
-def run(name: str, secs: float) -> dict:
-    """Numbers of one layer's attention in one shape, forward and backward."""
+def run(name: str, secs: float, *, rivals: bool = True) -> dict:
+    """Numbers of one layer's attention in one shape, forward and backward; rivals: also naive."""
     shape = bench.get_shape(name)
     c, rows = shape.model, shape.rows
     size, kv_size = ((rows, c.seq_len, n, c.head_dim) for n in (c.num_heads, c.num_kv_heads))
     arrays = bench.random_arrays(c.compute_dtype, size, kv_size, kv_size, size)
     result = {"shape": name, "backend": choose_backend("auto", arrays[0].dtype), "windows": {}}
     for label, window in (("full", None), ("quarter", c.seq_len // 4)):
-        forms = {"naive": lambda q, k, v, w=window: attention_naive(q, k, v, w)}
+        forms = {}
+        if rivals:
+            forms["naive"] = lambda q, k, v, w=window: attention_naive(q, k, v, w)
         for backend in backends(arrays[0].dtype):
             forms[backend] = lambda q, k, v, w=window, b=backend: attention(q, k, v, w, b)
         calls, needed = bench.compile_all(

@@ -1,84 +1,139 @@
 """Speed of the inference engine, and what caching and batching give; one JSON line last.
 
   python scripts/bench_infer.py                        a shape that suits this machine
-  python scripts/bench_infer.py --shape=d20 --secs=30
+  python scripts/bench_infer.py --shape=d20 --secs=30 --rows 1 64
 
 For 1, 8, 32 (on a GPU also 64) texts at once, each with a prompt of its own, all taking turns in
 one run:
   engine      the whole job, greedy; also sampled (temperature 1, top-k 50)
   first       the same prompts and one token: time to first token of texts that come together
-  one by one  the same requests, one at a time, through an engine of one slot
+  one by one  the first requests, one at a time, through an engine of one slot; all of them would
+              take as much longer as there are more
   naive       full forward passes (inference/naive.py), the first tokens only: rows are shortest
               then, so the time of the whole job, taken in proportion, is at least that
 
 Bandwidth: bytes that a step has to read (every weight but the embedding tables, and the cache as
 it is allocated) over its time, as a share of the device's peak; on a CPU of a measured sum over a
 large array, which small models exceed because they stay in the CPU's caches.
+
+Prefill: prompts as long as the recipe's rows, as the engine computes them. Its FLOPs are of the
+visible pairs, without the head and without what follows the last layer's keys and values: prefill
+needs neither.
 """
 
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from bench_attention import visible_pairs
 
 from nanochat_jax import bench, hardware
 from nanochat_jax.common import log, run_main
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference import decode
+from nanochat_jax.inference.engine import PREFILL_ROWS, Engine, Request
 from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.model.accounting import matmul_params
-from nanochat_jax.model.gpt import init_params
+from nanochat_jax.model.gpt import GPTConfig, init_params
 from nanochat_jax.model.kv_cache import capacity
 
-GPU = jax.default_backend() == "gpu"
-ROWS = (1, 8, 32, 64) if GPU else (1, 8, 32)
-PROMPT_TOKENS, NEW_TOKENS, NAIVE_TOKENS = (256, 256, 4) if GPU else (64, 64, 2)
+ONE_BY_ONE = 4  # requests
 
 
-def run(name: str, secs: float) -> dict:
-    """Numbers of one shape on the first device."""
-    config = bench.get_shape(name).model
+def sizes() -> tuple[tuple[int, ...], int, int, int]:
+    """Rows at once; tokens of a prompt, of an answer, and of the naive loop's."""
+    on_gpu = jax.default_backend() == "gpu"
+    return ((1, 8, 32, 64), 256, 256, 4) if on_gpu else ((1, 8, 32), 64, 64, 2)
+
+
+def run(
+    name: str,
+    secs: float,
+    rows: list[int] | None = None,
+    *,
+    rivals: bool = True,
+    attention: str = "auto",
+) -> dict:
+    """Numbers of one shape on the first device; rivals: also all the engine is compared with."""
+    config = replace(bench.get_shape(name).model, attention_backend=attention)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params = {path: value + 0.01 for path, value in params.items()}  # nothing is zero
     engines = [
-        Engine(config, bench.one_device(), slots=rows, max_len=2048, stop_ids=()) for rows in ROWS
+        Engine(config, bench.one_device(), slots=n, max_len=2048, stop_ids=())
+        for n in sorted({1, *rows} if rows and rivals else rows or sizes()[0])
     ]
     for engine in engines:
         engine.load(params)
     peak, source = bandwidth_ceiling()
-    results = [measure(engine, engines[0], params, secs / len(ROWS), peak) for engine in engines]
-    return {"shape": name, "results": results, "peak": peak, "peak_source": source}
+    share = secs / (len(engines) + 1)
+    results = [
+        measure(engine, engines[0] if rivals else None, params, share, peak) for engine in engines
+    ]
+    return {
+        "shape": name,
+        "results": results,
+        "prefill": prefill(config, params, share),
+        "peak": peak,
+        "peak_source": source,
+    }
 
 
-def measure(engine: Engine, one: Engine, params: dict, secs: float, peak: float | None) -> dict:
+def measure(
+    engine: Engine, one: Engine | None, params: dict, secs: float, peak: float | None
+) -> dict:
     """Numbers of an engine with all its slots in use; `one` has a single slot."""
     config, rows = engine.config, engine.slots
-    ids = bench.random_batch(rows, rows, PROMPT_TOKENS, config.vocab_size)["inputs"].tolist()
-    job = [Request(prompt, NEW_TOKENS) for prompt in ids]
-    sampled = [replace(request, temperature=1.0, top_k=50) for request in job]
+    _, num_prompt, num_new, num_naive = sizes()
+    ids = bench.random_batch(rows, rows, num_prompt, config.vocab_size)["inputs"].tolist()
+    job = [Request(prompt, num_new) for prompt in ids]
     first = [replace(request, max_new_tokens=1) for request in job]
-    times = bench.time_interleaved(
-        {
-            "engine": lambda: engine.generate(job),
+    calls = {"engine": lambda: engine.generate(job), "first": lambda: engine.generate(first)}
+    if one:
+        sampled = [replace(request, temperature=1.0, top_k=50) for request in job]
+        calls |= {
             "sampled": lambda: engine.generate(sampled),
-            "first": lambda: engine.generate(first),
-            "one by one": lambda: [one.generate([request]) for request in job],
-            "naive": lambda: generate_greedy(config, params, ids, NAIVE_TOKENS),
-        },
-        budget_secs=secs,
-        min_rounds=3,
-    )
+            "one by one": lambda: [one.generate([request]) for request in job[:ONE_BY_ONE]],
+            "naive": lambda: generate_greedy(config, params, ids, num_naive),
+        }
+    times = bench.time_interleaved(calls, budget_secs=secs, min_rounds=3)
     whole, first_secs = times["engine"].secs, times["first"].secs
-    step = (whole - first_secs) / (NEW_TOKENS - 1)
-    return {
+    step = (whole - first_secs) / (num_new - 1)
+    result = {
         "rows": rows,
         "first_token_ms": first_secs * 1e3,
         "ms_per_token": step * 1e3,
-        "tokens_per_sec": rows * NEW_TOKENS / whole,
-        "sampled_tokens_per_sec": rows * NEW_TOKENS / times["sampled"].secs,
-        "over_one_by_one": times["one by one"].secs / whole,
-        "over_naive": times["naive"].secs * NEW_TOKENS / NAIVE_TOKENS / whole,
+        "tokens_per_sec": rows * num_new / whole,
+        "decode_tokens_per_sec": rows / step,
+        "bandwidth": step_bytes(engine) / step,
         "bandwidth_share": step_bytes(engine) / step / peak if peak else None,
         "spread": {name: timing.spread for name, timing in times.items()},
+    }
+    if one:
+        alone = times["one by one"].secs * rows / min(rows, ONE_BY_ONE)
+        result |= {
+            "sampled_tokens_per_sec": rows * num_new / times["sampled"].secs,
+            "over_one_by_one": alone / whole,
+            "over_naive": times["naive"].secs * num_new / num_naive / whole,
+        }
+    return result
+
+
+def prefill(config: GPTConfig, params: dict, secs: float) -> dict:
+    """Computing whole prompts, as many as the engine takes at once, of the recipe's length."""
+    rows, T, D = PREFILL_ROWS[0], config.seq_len, config.model_dim
+    params = {path: value.astype(config.compute_dtype) for path, value in params.items()}
+    ids = bench.random_batch(0, rows, T, config.vocab_size)["inputs"]
+    call = {"prefill": lambda: decode.prefill(config, params, ids)}
+    time = bench.time_interleaved(call, budget_secs=secs)["prefill"]
+    linear = matmul_params(config) - D * config.padded_vocab_size - 10 * D * D
+    pairs = sum(visible_pairs(T, config.sees(layer)) for layer in range(config.num_layers - 1))
+    flops = rows * (2 * linear * T + 4 * D * pairs)
+    return {
+        "rows": rows,
+        "prompt_tokens": T,
+        "ms": time.secs * 1e3,
+        "spread": time.spread,
+        "tokens_per_sec": rows * T / time.secs,
+        "tflops": flops / time.secs / 1e12,
     }
 
 
@@ -103,8 +158,10 @@ def bandwidth_ceiling() -> tuple[float | None, str]:
 
 
 def main() -> None:
-    args = bench.parser(__doc__, secs=30.0).parse_args()
-    result = run(args.shape or bench.default_shapes()[0], args.secs)
+    parser = bench.parser(__doc__, secs=30.0)
+    parser.add_argument("--rows", type=int, nargs="+", help="texts at once")
+    args = parser.parse_args()
+    result = run(args.shape or bench.default_shapes()[0], args.secs, args.rows)
     rows = [
         (
             str(r["rows"]),
@@ -119,8 +176,14 @@ def main() -> None:
         for r in result["results"]
     ]
     header = ("rows", "first ms", "ms/token", "tok/s", "sampled tok/s")
-    log(f"{result['shape']}: {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones")
+    _, num_prompt, num_new, _ = sizes()
+    log(f"{result['shape']}: {num_prompt} tokens of prompt, {num_new} new ones")
     log(bench.table((*header, "over one by one", "over naive", "bandwidth"), rows))
+    p = result["prefill"]
+    log(
+        f"prefill of {p['rows']} x {p['prompt_tokens']} tokens: {p['ms']:,.1f} ms, "
+        f"{p['tokens_per_sec']:,.0f} tok/s, {p['tflops']:,.2f} TFLOP/s"
+    )
     bench.finish({"bench": "infer", **result})
 
 

@@ -18,8 +18,8 @@ from nanochat_jax.train.step import loss_tile
 TILES = {"gpu": [4_096, 8_192, 16_384], "cpu": [128, 256, 512, 1_024]}
 
 
-def run(name: str, tiles: list[int], secs: float) -> dict:
-    """Numbers of the loss of one shape: forward and backward."""
+def run(name: str, tiles: list[int], secs: float, *, rivals: bool = True) -> dict:
+    """Numbers of the loss of one shape, forward and backward; rivals: also naive."""
     shape = bench.get_shape(name)
     c, rows = shape.model, shape.rows
     (x,) = bench.random_arrays(c.compute_dtype, (rows, c.seq_len, c.model_dim))
@@ -34,7 +34,8 @@ def run(name: str, tiles: list[int], secs: float) -> dict:
         tile = loss_tile(tile_tokens, rows, c.seq_len)
         return lambda x, head: cross_entropy_sum(x, head, targets, weights, c.vocab_size, tile)
 
-    losses = {"naive": naive} | {f"tile {tokens}": tiled(tokens) for tokens in tiles}
+    losses = {f"tile {tokens}": tiled(tokens) for tokens in tiles}
+    losses = {"naive": naive} | losses if rivals else losses
     calls, needed = bench.compile_all(
         {key: jax.value_and_grad(loss, (0, 1)) for key, loss in losses.items()}, x, head
     )

@@ -2,64 +2,111 @@
 
   python scripts/bench_train.py                        shapes that suit this machine
   python scripts/bench_train.py --shape=demo --secs=30
+  python scripts/bench_train.py --shape=d20 --fp8      all matrices in fp8 (Hopper and later)
+  python scripts/bench_train.py --shape=d4 --beside="COMMAND"
 
 Ours against the same step with the naive cross entropy, which holds all logits; both take turns in
 one run. Also the forward pass alone, and the bytes each step needs by the compiler's own analysis:
 a step that does not fit is not run.
+
+--beside measures another program's training step instead, in turn with ours and never at the same
+time. dev/upstream_step.py is one, for upstream; any program will do that follows this protocol:
+  it is started once and prints a line of JSON when it is ready
+      {"name": ..., "tokens": of a step, "loss": of its first step, ... whatever describes it}
+  for every line N on its standard input it takes N steps, waits for the device, and prints
+      {"secs": of these N steps, "loss": of the last}
+  at the end of its input it ends. All else that it prints goes to standard error.
 """
 
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 
 from nanochat_jax import bench, hardware
-from nanochat_jax.common import log, run_main
+from nanochat_jax.bench_beside import Program, beside
+from nanochat_jax.common import UserError, log, run_main
+from nanochat_jax.model import fp8
 from nanochat_jax.model.accounting import train_flops_per_token
-from nanochat_jax.model.gpt import bind, init_params
+from nanochat_jax.model.gpt import REMAT, bind, init_params
 from nanochat_jax.model.loss import cross_entropy_naive
-from nanochat_jax.runtime import available_bytes, compiled_bytes
+from nanochat_jax.runtime import (
+    available_bytes,
+    compile_lowered,
+    compiled_bytes,
+    keep_freed_memory,
+)
 from nanochat_jax.train import step as step_module
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 
 
-def run(name: str, secs: float) -> dict:
-    """Numbers of one shape on the first device."""
-    shape, mesh = bench.get_shape(name), bench.one_device()
-    tx = bench.optimizer(shape)
+def run(
+    shape: bench.Shape, secs: float, *, rivals: bool, program: Program | None = None, compiled=None
+) -> dict:
+    """Numbers of one shape on the first device.
+
+    rivals: also the step with the naive loss, and the forward pass. program: in turn with ours.
+    compiled: our step, where it has been compiled before (lower_step).
+    """
+    mesh, tx = bench.one_device(), bench.optimizer(shape)
     batch = put_batch(
         bench.random_batch(0, shape.rows, shape.model.seq_len, shape.model.vocab_size), mesh
     )
+    steps = {"ours": compiled or compile_lowered(lower_step(shape))}
+    if rivals:
+        steps["naive"] = compile_lowered(lower_step(shape, "naive"))
     calls, memory = {}, {}
-    for loss in ("ours", "naive"):
-        compiled = compile_step(shape, tx, mesh, batch, loss)
-        memory[loss] = compiled_bytes(compiled)
+    for loss, step in steps.items():
+        memory[loss] = compiled_bytes(step)
         if memory[loss] < available_bytes(mesh):
-            calls[loss] = stepper(compiled, create_state(shape.model, tx, mesh, seed=0), batch)
-    params = init_params(shape.model, jax.random.key(0))
-    forward = jax.jit(lambda params, ids: bind(shape.model, params).hidden(ids))
-    calls["forward without head"] = lambda: forward(params, batch["inputs"])
+            calls[loss] = stepper(step, create_state(shape.model, tx, mesh, seed=0), batch)
+    if "ours" not in calls:
+        raise UserError(
+            f"the step needs {memory['ours'] / 2**30:.1f} GiB, there are "
+            f"{available_bytes(mesh) / 2**30:.1f} GiB; lower --device-batch or set --remat=full"
+        )
+    if rivals:
+        params = init_params(shape.model, jax.random.key(0))
+        forward = jax.jit(lambda params, ids: bind(shape.model, params).hidden(ids))
+        calls["forward without head"] = lambda: forward(params, batch["inputs"])
+    if program:
+        calls["beside"] = program
     with jax.set_mesh(mesh):
         losses = {loss: float(calls[loss]()["loss"]) for loss in memory if loss in calls}
         times = bench.time_interleaved(calls, budget_secs=secs)
     device = jax.devices()[0]
     peak, peak_source = hardware.compute_ceiling(device.platform, device.device_kind, 1)
     rate = shape.tokens / times["ours"].secs
-    return {
-        "shape": name,
+    result = {
+        "rows": shape.rows,
+        "remat": shape.model.remat,
+        "fp8_layers": shape.model.fp8_layers,
         "ms": {name: time.secs * 1e3 for name, time in times.items()},
         "spread": {name: time.spread for name, time in times.items()},
+        "best_ms": {name: time.best * 1e3 for name, time in times.items()},
         "tokens_per_sec": rate,
-        "speedup_over_naive": times["naive"].secs / times["ours"].secs
-        if "naive" in times
-        else None,
         "mfu": rate * train_flops_per_token(shape.model) / peak if peak else None,
         "mfu_against": peak_source,
         "bytes": memory,
         "first_loss": losses,
     }
+    if "naive" in times:
+        result["speedup_over_naive"] = times["naive"].secs / times["ours"].secs
+    if program:
+        theirs = program.about["tokens"] / times["beside"].secs
+        result["beside"] = program.about | {"tokens_per_sec": theirs}
+        result["speedup_over_beside"] = rate / theirs
+    return result
 
 
-def compile_step(shape: bench.Shape, tx, mesh, batch, loss: str):
-    """The step, from shapes alone; its loss "ours" or "naive"."""
+def lower_step(shape: bench.Shape, loss: str = "ours"):
+    """The step on the first device, from shapes alone; its loss "ours" or "naive"."""
+    mesh, tx = bench.one_device(), bench.optimizer(shape)
+    ids = jax.ShapeDtypeStruct((shape.rows, shape.model.seq_len), jnp.int32)
     before = step_module.cross_entropy_sum
     step_module.cross_entropy_sum = before if loss == "ours" else naive_sum
     try:
@@ -69,15 +116,18 @@ def compile_step(shape: bench.Shape, tx, mesh, batch, loss: str):
             mesh,
             device_batch_size=shape.rows,
             tile_tokens=shape.tile_tokens,
+            grad_clip=shape.grad_clip,
         )
         with jax.set_mesh(mesh):
-            return step.lower(abstract_state(shape.model, tx, mesh), batch).compile()
+            state = abstract_state(shape.model, tx, mesh)
+            return step.lower(state, {"inputs": ids, "targets": ids})
     finally:
         step_module.cross_entropy_sum = before
 
 
 def naive_sum(x, head, targets, weights, vocab_size: int, tile: int):
-    """The same loss by its definition, left to automatic differentiation."""
+    """The same loss by its definition, left to automatic differentiation; its head not in fp8."""
+    head = head.kernel if isinstance(head, fp8.Weight) else head
     return (cross_entropy_naive(x, head, targets, vocab_size) * weights).sum()
 
 
@@ -93,23 +143,68 @@ def stepper(compiled, state, batch):
 
 
 def main() -> None:
-    args = bench.parser(__doc__, secs=20.0).parse_args()
-    shapes = [args.shape] if args.shape else bench.default_shapes()
-    results = [run(shape, args.secs) for shape in shapes]
-    rows = [
-        (
-            r["shape"],
-            *(bench.number(r["ms"].get(n)) for n in ("ours", "naive", "forward without head")),
-            f"{r['tokens_per_sec']:,.0f}",
-            bench.number(r["speedup_over_naive"], "{:.2f}x"),
-            bench.number(r["mfu"], "{:.1%}"),
-            *(f"{r['bytes'][n] / 2**20:,.0f}" for n in ("ours", "naive")),
-        )
-        for r in results
-    ]
-    header = ("shape", "ours ms", "naive ms", "forward ms", "tok/s", "speed-up", "mfu")
-    log(bench.table((*header, "ours MiB", "naive MiB"), rows))
-    bench.finish({"bench": "train", "results": results})
+    parser = bench.parser(__doc__, secs=20.0)
+    parser.add_argument("--device-batch", type=int, help="rows at once; by default the recipe's")
+    parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--fp8", action="store_true", help=f"in {', '.join(fp8.LAYERS)}")
+    parser.add_argument("--beside", metavar="COMMAND", help="another program's step, in turn")
+    args = parser.parse_args()
+    if args.beside:  # the other program needs memory of the same GPU
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if shutil.which("nvidia-smi") is None:  # as training does, and before JAX starts its threads
+        keep_freed_memory()
+    if args.fp8 and jax.default_backend() != "cpu":  # a CPU computes the same, slowly
+        hardware.check_fp8(jax.devices()[0], "bfloat16")
+    results = {}
+    with ExitStack() as stack:
+        program = stack.enter_context(beside(args.beside)) if args.beside else None
+        for name in [args.shape] if args.shape else bench.default_shapes():
+            shape = with_options(
+                bench.get_shape(name), rows=args.device_batch, remat=args.remat, in_fp8=args.fp8
+            )
+            results[name] = run(shape, args.secs, rivals=not args.beside, program=program)
+    log(table(results))
+    bench.finish(
+        {"bench": "train", "results": [{"shape": name} | r for name, r in results.items()]}
+    )
+
+
+def with_options(
+    shape: bench.Shape, *, rows: int | None = None, remat: str = "none", in_fp8: bool = False
+) -> bench.Shape:
+    """The shape with other rows at once, other remat, or every large matrix in fp8."""
+    model = replace(shape.model, remat=remat, fp8_layers=tuple(fp8.LAYERS) if in_fp8 else ())
+    return replace(shape, model=model, rows=rows or shape.rows)
+
+
+def table(results: dict[str, dict]) -> str:
+    """A row for each step: ours, and those it is compared with."""
+    rows = []
+    for shape, r in results.items():
+        rates = {"ours": r["tokens_per_sec"]}
+        speedups = {}
+        if "beside" in r:
+            rates["beside"] = r["beside"]["tokens_per_sec"]
+            speedups["beside"] = r["speedup_over_beside"]
+        if "speedup_over_naive" in r:
+            rates["naive"] = r["tokens_per_sec"] / r["speedup_over_naive"]
+            speedups["naive"] = r["speedup_over_naive"]
+        for key, ms in r["ms"].items():
+            rows.append(
+                (
+                    shape,
+                    r["beside"]["name"] if key == "beside" else key,
+                    bench.number(ms),
+                    f"{r['spread'][key]:.1%}",
+                    bench.number(r["best_ms"][key]),
+                    bench.number(rates.get(key), "{:,.0f}"),
+                    bench.number(speedups.get(key), "{:.2f}x"),
+                    bench.number(r["mfu"] if key == "ours" else None, "{:.1%}"),
+                    bench.number(r["bytes"].get(key, 0) / 2**20 or None, "{:,.0f}"),
+                )
+            )
+    header = ("shape", "step", "ms", "spread", "best ms", "tok/s", "ours is faster by", "mfu")
+    return bench.table((*header, "MiB"), rows)
 
 
 if __name__ == "__main__":

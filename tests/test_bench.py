@@ -1,6 +1,7 @@
 """Benchmarks measure what the recipes train, time fairly, and need no data libraries."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,8 @@ import pytest
 from nanochat_jax import bench, recipe
 from nanochat_jax import config as cfg
 from nanochat_jax.common import UserError
-from scripts import bench_eval
+from scripts import bench_eval, bench_memory
+from scripts.bench_memory import Measures
 
 ROOT = cfg.CONFIGS.parent
 # Modules that a machine borrowed to measure on does not have.
@@ -20,7 +22,7 @@ import sys
 for name in ('grain', 'ml_collections', 'datasets', 'rustbpe'):
     sys.modules[name] = None
 sys.path.insert(0, 'scripts')
-for name in ('loss', 'attention', 'optim'):
+for name in ('loss', 'attention', 'optim', 'matmul'):
     sys.argv = [name, '--shape=tiny', '--secs=0']
     __import__('bench_' + name).main()
 """
@@ -35,6 +37,7 @@ def test_shapes_are_the_recipes(name):
     assert replace(shape.model, compute_dtype=dtype) == recipe.gpt_config(config)
     assert shape.optim == config.optim.recipe
     assert shape.rows == config.base.device_batch_size
+    assert shape.grad_clip == config.optim.grad_clip
     with pytest.raises(UserError, match="shape got 'd99', expected one of d20"):
         bench.get_shape("d99")
 
@@ -51,7 +54,7 @@ def test_candidates_take_turns():
 
 
 def test_the_median_and_the_spread_of_times():
-    assert bench._summary([3.0, 1.0, 2.0, 5.0, 4.0]) == bench.Timing(3.0, 0.5)
+    assert bench._summary([3.0, 1.0, 2.0, 5.0, 4.0]) == bench.Timing(3.0, 0.5, 1.0)
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
@@ -74,8 +77,8 @@ def test_benchmarks_need_no_data_libraries():
     done = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [result["bench"] for result in found] == ["loss", "attention", "optim"]
-    (loss,), (attention,), (optim,) = (result["results"] for result in found)
+    assert [result["bench"] for result in found] == ["loss", "attention", "optim", "matmul"]
+    (loss,), (attention,), (optim,), (matmul,) = (result["results"] for result in found)
     # The same number however it is computed; smaller tiles need less memory.
     assert all(abs(value - loss["loss"]["naive"]) < 1e-5 for value in loss["loss"].values())
     assert loss["bytes"]["tile 128"] < loss["bytes"]["tile 512"] < loss["bytes"]["naive"]
@@ -85,6 +88,15 @@ def test_benchmarks_need_no_data_libraries():
     muon_flops = 2 * (4 * 5 * 6 * 32**3 + 2 * 5 * (4 * 32**2 * 128 + 2 * 32**3))
     batch_flops = 512 * (6 * (2 * 12 * 32**2 + 32 * 512) + 2 * 12 * 32 * 64)
     assert optim["muon_share_of_flops"] == pytest.approx(muon_flops / batch_flops)
+    for product in matmul["products"]:  # three products of equal size, in two types
+        flops = 2 * math.prod(product["size"])
+        for kind in ("bf16", "fp8"):
+            for form in ("y", "dx", "dw"):
+                secs = product["ms"][kind][form] / 1e3
+                assert product["tflops"][kind][form] * 1e12 == pytest.approx(flops / secs)
+    sizes = [product["size"] for product in matmul["products"]]
+    assert sizes == [[512, 32, 32], [512, 32, 128], [512, 128, 32], [512, 32, 512]]
+    assert set(found[-1]["ceilings"]) == {"bf16", "fp8", "copy"}
 
 
 @pytest.mark.parametrize("num_wrong, status", [(0, 0), (1, 0), (2, 1)])
@@ -103,3 +115,31 @@ def test_no_more_problems_than_there_are(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_eval.py", "--problems=1001"])
     with pytest.raises(UserError, match="--problems got 1001, expected 1 to 1000 of arithmetic"):
         bench_eval.main()
+
+
+@pytest.mark.slow
+def test_what_each_measure_saves():
+    """Against counts by hand: 512 tokens in 8 rows, two layers of width 32 with two heads."""
+    shape = bench.SHAPES["tiny"]
+    wanted = {
+        "first": Measures(),
+        "kept": Measures(attention="naive"),
+        "logits": Measures(loss="naive"),
+        "names": Measures(remat="names"),
+        "full": Measures(remat="full"),
+        "shared": Measures(devices=2),
+        "held": Measures(donated=False),
+    }
+    found = {name: bench_memory.measure(shape, m) for name, m in wanted.items()}
+    saved = {name: numbers["saved"] for name, numbers in found.items()}
+    assert saved["shared"] == saved["held"] == saved["first"]
+    # Scores, their softmax and more: at least a float32 for each pair of tokens and head.
+    assert saved["kept"] - saved["first"] >= 2 * 8 * 2 * 64 * 64 * 4
+    assert saved["logits"] - saved["first"] >= 512 * 512 * 4
+    # bfloat16 values of a token: 10 x 32 a layer, against 1 x 32.
+    assert saved["names"] - saved["full"] == pytest.approx(2 * 9 * 512 * 32 * 2, rel=0.02)
+    peak = {name: numbers["peak"] for name, numbers in found.items()}
+    assert peak["full"] < peak["names"] < peak["first"] < peak["kept"]
+    state = {name: numbers["state"] for name, numbers in found.items()}
+    assert state["shared"] == pytest.approx(state["first"] / 2, rel=0.01)
+    assert "fp8" in bench_memory.variants(8) and len(bench_memory.variants(8)) == 11

@@ -1,0 +1,87 @@
+"""The step that an NVIDIA GPU would get: lowered for CUDA here, read, never run.
+
+Lowering needs no GPU, only cuDNN's version and the answer that it will do, which are told here.
+"""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from nanochat_jax import bench
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.train.state import abstract_state
+from nanochat_jax.train.step import make_train_step
+
+SEQ_LEN, ROWS, LAYERS = 512, 4, 4
+CLASSIC = GPTConfig(
+    1_024, LAYERS, 256, 2, 2, SEQ_LEN, compute_dtype="bfloat16", attention_backend="cudnn"
+)
+MODERN = replace(CLASSIC, extras=True, window_pattern="SSSL", qk_scale=1.2)  # windows of 128
+
+
+@pytest.fixture
+def lower(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+
+    def text(config: GPTConfig) -> str:
+        mesh = bench.one_device()
+        recipe = "modern" if config.extras else "classic"
+        tx = bench.optimizer(bench.Shape(config, ROWS, recipe))
+        step = make_train_step(config, tx, mesh, device_batch_size=ROWS // 2, tile_tokens=256)
+        ids = jax.ShapeDtypeStruct((ROWS, SEQ_LEN), jnp.int32)
+        state = abstract_state(config, tx, mesh)
+        with jax.set_mesh(mesh):
+            traced = step.trace(state, {"inputs": ids, "targets": ids})
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return text
+
+
+def attention_calls(text: str, backward: bool) -> list[str]:
+    name = "__cudnn$fmhaSoftmaxBackward" if backward else "__cudnn$fmhaSoftmax"
+    return [line for line in text.splitlines() if f"@{name}(" in line]
+
+
+@pytest.mark.parametrize("config", [CLASSIC, MODERN], ids=["classic", "modern"])
+def test_attention_is_fused_both_ways(lower, config):
+    text = lower(config)
+    for backward in (False, True):
+        calls = attention_calls(text, backward)
+        assert len(calls) == LAYERS
+        assert all(r"\22mask_type\22: \22CAUSAL\22" in call for call in calls)
+        windows = [int(re.search(r"sliding_window_length\\22: (\d+)", call)[1]) for call in calls]
+        assert sorted(windows) == ([0] * 4 if config is CLASSIC else [0, 129, 129, 129])
+    assert not re.search(rf"tensor<[\dx]*{SEQ_LEN}x{SEQ_LEN}x\w+>", text), "scores are never held"
+
+
+def test_matrices_are_multiplied_in_bfloat16(lower):
+    products = re.findall(
+        r"dot_general .*: \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>", lower(MODERN)
+    )
+    dtypes = [tuple(shape.split("x")[-1] for shape in product) for product in products]
+    assert {pair[:2] for pair in dtypes} == {("bf16", "bf16")}
+    # Logits, their gradient for the head: the only results that are not rounded.
+    assert [result for *_, result in dtypes].count("f32") == 2
+
+
+@pytest.mark.parametrize(("remat", "forward_runs"), [("none", 1), ("names", 1), ("full", 2)])
+def test_attention_is_recomputed_only_where_everything_is(lower, remat, forward_runs):
+    text = lower(replace(CLASSIC, remat=remat))
+    assert len(attention_calls(text, backward=False)) == forward_runs * LAYERS
+    assert len(attention_calls(text, backward=True)) == LAYERS
+
+
+def test_matrices_are_multiplied_in_fp8(lower):
+    text = lower(replace(CLASSIC, fp8_layers=("attn", "mlp", "head")))
+    found = re.findall(r"dot_general .*: \(tensor<(.*?)>, tensor<(.*?)>\)", text)
+    kinds = [tuple(shape.split("x")[-1] for shape in pair) for pair in found]
+    maps = 6 * LAYERS + 1  # four matrices of attention and two of the MLP a layer, and the head
+    assert kinds.count(("f8E4M3FN", "f8E4M3FN")) == maps
+    assert kinds.count(("f8E5M2", "f8E4M3FN")) == kinds.count(("f8E4M3FN", "f8E5M2")) == maps
+    assert len(attention_calls(text, backward=True)) == LAYERS
