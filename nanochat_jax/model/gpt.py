@@ -32,7 +32,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.model.attention import attention
-from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate
+from nanochat_jax.model.layers import (
+    Embedding,
+    Linear,
+    rms_norm,
+    rotary_tables,
+    rotate,
+    scaled,
+)
 from nanochat_jax.model.sharding import shard_rows
 
 SOFTCAP = 15.0
@@ -138,7 +145,7 @@ class Attention(nnx.Module):
         v = keep(self.c_v(x)).reshape(B, T, c.num_kv_heads, c.head_dim)
         if ve is not None:
             gate = 3 * jax.nn.sigmoid(self.ve_gate(x[..., :VE_GATE_DIM]))  # [B, T, K]
-            v = v + gate[..., None] * ve.reshape(v.shape)
+            v = v + scaled(ve.reshape(v.shape), gate[..., None])
         # Normalised after the rotation; the scale sharpens the softmax, half on each side.
         q, k = (rms_norm(rotate(t, *cos_sin)) * c.qk_scale for t in (q, k))
         attended = keep(attend(self.layer, q, k, v))
@@ -227,8 +234,8 @@ class GPT(nnx.Module):
 
         def run(block, value_embed, lambdas, x, x0, cos_sin):
             if c.extras:
-                resid, first = (scalar.astype(x.dtype) for scalar in lambdas)
-                x = resid * x + first * x0
+                resid, first = lambdas
+                x = scaled(x, resid) + scaled(x0, first)
             ve = value_embed(ids, x.dtype) if value_embed else None
             return block(x, ve, cos_sin, attend)
 
@@ -244,7 +251,7 @@ class GPT(nnx.Module):
             if layer == c.num_layers // 2:
                 mid = x
         if c.extras:
-            x = x - self.backout_lambda[...].astype(x.dtype) * mid
+            x = x - scaled(mid, self.backout_lambda[...])
         return rms_norm(x)
 
     def embed(self, ids: jax.Array) -> jax.Array:
@@ -258,10 +265,10 @@ class GPT(nnx.Module):
         """Mix into each embedding of x [B, T, D] the one before it, where there is one."""
         channels = x[:, 1:, :SMEAR_GATE_DIM] if previous is None else x[..., :SMEAR_GATE_DIM]
         gate = jax.nn.sigmoid(self.smear_gate(channels))  # [B, T, 1], or T - 1
-        gate = gate * self.smear_lambda[...].astype(x.dtype)
+        gate = scaled(gate, self.smear_lambda[...])
         if previous is None:
-            return jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
-        smeared = x + gate * self.embed(jnp.maximum(previous, 0))
+            return jnp.concatenate([x[:, :1], x[:, 1:] + scaled(x[:, :-1], gate)], axis=1)
+        smeared = x + scaled(self.embed(jnp.maximum(previous, 0)), gate)
         return jnp.where(previous[..., None] >= 0, smeared, x)
 
 

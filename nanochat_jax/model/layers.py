@@ -1,7 +1,8 @@
 """The parts a GPT is made of: linear maps, embeddings, RMSNorm and rotary positions.
 
 Parameters are float32 masters, cast to the activation's dtype where they are used, so the same
-module computes in bfloat16 on a GPU and in float32 on a CPU. No layer has a bias or a learned norm.
+module computes in bfloat16 on a GPU and in float32 on a CPU; sums are in float32 everywhere. No
+layer has a bias or a learned norm.
 A linear map whose kernel was bound as an fp8.Weight multiplies in 8 bits.
 """
 
@@ -34,13 +35,21 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.table[...].astype(dtype)[ids]
+        # Cast afterwards: the gradient adds up many small numbers for each frequent id.
+        return self.table[...][ids].astype(dtype)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
-    """x / rms(x) over the last dim, statistics in float32 (arXiv 1910.07467, without a gain)."""
-    mean_square = jnp.mean(lax.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return x * lax.rsqrt(mean_square + jnp.finfo(jnp.float32).eps).astype(x.dtype)
+    """x / rms(x) over the last dim, computed in float32 (arXiv 1910.07467, without a gain)."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(lax.square(wide), axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(mean_square + jnp.finfo(jnp.float32).eps)).astype(x.dtype)
+
+
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """scale * x in x's dtype, computed in float32, for a scale of fewer numbers than x: its
+    gradient is a sum over x, which bfloat16 would lose (a GPU adds up in the dtype it is given)."""
+    return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_tables(

@@ -1,10 +1,11 @@
 """The parts of the model against their definitions in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate
+from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate, scaled
 
 RNG = np.random.default_rng(0)
 
@@ -37,6 +38,20 @@ def test_weights_are_cast_where_they_are_used():
     np.testing.assert_allclose(Linear(jnp.asarray(kernel))(jnp.asarray(x)), x @ kernel, atol=1e-5)
     rows = Embedding(jnp.asarray(table))(jnp.array([[4, 0]]), jnp.float32)
     np.testing.assert_array_equal(rows, table[[[4, 0]]])
+
+
+def test_gradients_of_few_numbers_add_up_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    ids = jnp.zeros((4, 1024), jnp.int32)
+
+    def looked_up(table):
+        return jnp.sum(Embedding(table)(ids, jnp.bfloat16).astype(jnp.float32))
+
+    def multiplied(scale):
+        return jnp.sum(scaled(jnp.ones((4, 1024), jnp.bfloat16), scale).astype(jnp.float32))
+
+    np.testing.assert_array_equal(jax.grad(looked_up)(jnp.ones((8, 2)))[0], [4096, 4096])
+    np.testing.assert_array_equal(jax.grad(multiplied)(jnp.ones(())), 4096)
 
 
 def test_rotation_turns_by_minus_the_angle():

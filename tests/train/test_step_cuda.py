@@ -70,6 +70,16 @@ def test_matrices_are_multiplied_in_bfloat16(lower):
     assert [result for *_, result in dtypes].count("f32") == 2
 
 
+def test_nothing_is_summed_in_bfloat16(lower):
+    """Hopper adds up in the dtype it is given; a CPU widens, and would not show it."""
+    text = lower(replace(MODERN, num_kv_heads=1))
+    sums = re.findall(r"applies stablehlo.add .*: \(tensor<(\S+)>, .* -> tensor<(\S+)>", text)
+    real = [of for of, into in sums if of.replace("1x", "") != into]  # others drop a dim of 1
+    assert real and not [of for of in real if of.endswith("bf16")]
+    scatters = re.findall(r"stablehlo.add .*: tensor<(\w+)>\n\s+stablehlo.return", text)
+    assert scatters and set(scatters) <= {"f32", "i32"}
+
+
 @pytest.mark.parametrize(("remat", "forward_runs"), [("none", 1), ("names", 1), ("full", 2)])
 def test_attention_is_recomputed_only_where_everything_is(lower, remat, forward_runs):
     text = lower(replace(CLASSIC, remat=remat))
