@@ -27,7 +27,7 @@ from nanochat_jax.planning_scale import (
     most_gpus,
     step_on,
 )
-from nanochat_jax.runtime import compile_lowered, compiled_bytes
+from nanochat_jax.runtime import MEMORY_SHARE, compile_lowered, compiled_bytes
 from nanochat_jax.train.layout import Layout, candidates
 from nanochat_jax.train.metrics import format_secs
 from nanochat_jax.train.state import abstract_state
@@ -67,7 +67,8 @@ def plan(
     rows, most = recipe.rows_per_step(config, shards)
     layouts = candidates(rows // shards, most, config.model.seq_len, config.model.remat)
     sizes = {layout: _step_bytes(config, layout, rows // shards) for layout in layouts}
-    fits = [layout for layout in layouts if sizes[layout] <= card.memory_bytes]
+    taken = MEMORY_SHARE * card.memory_bytes
+    fits = [layout for layout in layouts if sizes[layout] <= taken]
     layout, enough = (fits[0], "") if fits else (layouts[-1], ": too little")
     sections = {
         "derived": [(d.key, f"{_number(d.value):<14} {d.formula}") for d in derived],
@@ -75,7 +76,7 @@ def plan(
         "text": _text(config),
         "memory per device": [
             *_memory(config, layout, sizes[layout], rows, compile_step),
-            ("a device has", f"{card.memory_bytes / GIB:6.1f} GiB{enough}"),
+            ("JAX takes of a device", f"{taken / GIB:6.1f} GiB{enough}"),
         ],
         f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, layout.rows),
         f"on more of them, nodes of {GPUS_PER_NODE}, {network}": _scale(config, card, mfu, network),

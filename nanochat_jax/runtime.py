@@ -6,6 +6,7 @@ it starts instead of dying in the middle of it.
 """
 
 import ctypes
+import gc
 import math
 import os
 import shutil
@@ -24,10 +25,11 @@ from nanochat_jax import cluster, hardware
 from nanochat_jax.cluster import Launch
 from nanochat_jax.common import UserError, base_dir, log
 from nanochat_jax.model.sharding import ROWS
-from nanochat_jax.train.layout import Layout, LayoutRecord
+from nanochat_jax.train.layout import Layout, LayoutRecord, is_out_of_memory
 from nanochat_jax.train.state import TrainState
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+MEMORY_SHARE = 0.92  # of a GPU that JAX takes; the rest is for CUDA, cuDNN, NCCL and their graphs
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 # XLA's CPU compiler drops the barriers of jax.checkpoint early and then merges what is recomputed
 # with what was there before, so that nothing is saved. Without that pass it keeps them.
@@ -46,12 +48,21 @@ def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> None:
         cluster.join(together)
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+    take_memory()
+    # What is recomputed is chosen by the layout; XLA would do it unasked near the memory's limit.
+    jax.config.update("jax_compiler_enable_remat_pass", False)
     if shutil.which("nvidia-smi") is None:  # before JAX starts its threads
         keep_freed_memory()
     devices = jax.devices()
     log(f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
     if together:
         cluster.watch(together)
+
+
+def take_memory() -> None:
+    """Have JAX take MEMORY_SHARE of each GPU, unless told otherwise; before it sees the devices."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both are refused
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
 
 
 def keep_freed_memory() -> None:
@@ -62,16 +73,32 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
             mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """The opposite, once: so that what nobody uses counts as free again."""
+    gc.collect()  # arrays may hang in a cycle of frames and exceptions
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
+
+
 def compile_step(
-    train_step, state: TrainState, rows: int, seq_len: int, mesh: Mesh, *, weights: bool = False
+    train_step,
+    layout: Layout,
+    state: TrainState,
+    rows: int,
+    seq_len: int,
+    mesh: Mesh,
+    *,
+    weights: bool = False,
 ):
     """Compile for batches [rows, seq_len]; says the seconds.
 
-    state: shapes with shardings (train.state.abstract_state). weights: batches bring theirs.
+    layout: of train_step. state: shapes with shardings (train.state.abstract_state). weights:
+    batches bring theirs.
     """
 
     def shape(dtype):
@@ -81,7 +108,7 @@ def compile_step(
     if weights:
         batch["weights"] = shape(jnp.float32)
     began = time.monotonic()
-    log(f"compiling train_step for {rows} x {seq_len} tokens ...")
+    log(f"compiling train_step for {rows} x {seq_len} tokens, {layout} ...")
     with jax.set_mesh(mesh):
         compiled = compile_lowered(train_step.lower(state, batch))
     log(f"compiled train_step in {time.monotonic() - began:.1f}s")
@@ -110,20 +137,20 @@ def step_for_widths(
     longer counts the state. UserError when none fits. make_step: the step in a given layout.
     """
     kind = {"weights": weights}
-    train_step, widest_step = _first_that_fits(make_step, record, state, rows, widest, mesh, **kind)
-    compiled = {widest: widest_step}
+    layout, widest_step = _first_that_fits(make_step, record, state, rows, widest, mesh, **kind)
+    compiled, train_step = {widest: widest_step}, make_step(layout)
 
     def step(state_now: TrainState, batch):
         width = batch["inputs"].shape[1]
         if width not in compiled:
-            compiled[width] = compile_step(train_step, state, rows, width, mesh, **kind)
+            compiled[width] = compile_step(train_step, layout, state, rows, width, mesh, **kind)
         return compiled[width](state_now, batch)
 
     return step
 
 
 def _first_that_fits(make_step, record, state, rows, widest, mesh, **kind):
-    """(step, compiled step) of the first layout left that fits; the record takes it.
+    """(layout, compiled step) of the first layout left that fits; the record takes it.
 
     Layouts that cannot fit are not compiled. Bytes grow with the rows, from more than weights,
     gradients and optimizer state take (parts are added up in gradients of their own): so a line
@@ -139,20 +166,22 @@ def _first_that_fits(make_step, record, state, rows, widest, mesh, **kind):
             more_rows, more_bytes = known[layout.remat]
             if held + (more_bytes - held) * layout.rows / more_rows > available:
                 continue
-        train_step, compiled = make_step(layout), None
+        compiled = None
         try:
-            compiled = compile_step(train_step, state, rows, widest, mesh, **kind)
+            compiled = compile_step(make_step(layout), layout, state, rows, widest, mesh, **kind)
             needed = compiled_bytes(compiled)
         except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
             if not is_out_of_memory(error):
                 raise
             needed = math.inf
         needed, available = _agreed(needed, min(limit, available_bytes(mesh)))
-        size = f"{needed / GIB:.2f} GiB of {available / GIB:.1f} GiB per device"
+        size = f"{format_bytes(needed)} of {format_bytes(available)} per device"
         if compiled is not None and needed <= available:
             log(f"layout: {layout}; {what} {size}")
+            if record.taken not in (None, layout):
+                log(f"layout: was {record.taken}; from here on losses agree up to rounding only")
             record.take(layout, int(needed))
-            return train_step, compiled
+            return layout, compiled
         log(f"layout: {layout}; {what} {size}, too much")
         if math.isfinite(needed):
             known[layout.remat] = layout.rows, needed
@@ -171,11 +200,6 @@ def _agreed(needed: float, available: float) -> tuple[float, float]:
     return float(values[:, 0].max()), float(values[:, 1].min())
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a jax.errors.JaxRuntimeError says so."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
 @contextmanager
 def outside_the_step(stage: str) -> Iterator[None]:
     """Out of memory in here is not the fault of the layout: a UserError says what to lower."""
@@ -187,7 +211,8 @@ def outside_the_step(stage: str) -> Iterator[None]:
         key = "rl.slots" if stage == "rl" else "eval.device_batch_size"
         raise UserError(
             f"{stage}: out of memory outside the training step ({str(error).splitlines()[0]}); "
-            f"lower --config.{key}, then the run continues from its last checkpoint"
+            f"lower --config.{key} or, if nothing was being evaluated, split the model with "
+            "--config.mesh.tensor; the same command continues from the last checkpoint"
         ) from error
 
 
@@ -203,8 +228,11 @@ def require_memory(state: TrainState, mesh: Mesh) -> None:
 
 
 def compiled_bytes(compiled) -> int:
-    """Peak bytes per device of a compiled function: arguments, results and temporaries."""
+    """Peak bytes per device of a compiled function: arguments, results and temporaries; 0 where
+    the compiler does not tell."""
     m = compiled.memory_analysis()
+    if m is None:
+        return 0
     return int(
         m.argument_size_in_bytes
         + m.output_size_in_bytes
@@ -214,17 +242,24 @@ def compiled_bytes(compiled) -> int:
     )
 
 
-def available_bytes(mesh: Mesh) -> int:
-    """Bytes a device of this process can still take; CPU devices share the machine's memory."""
-    device = mesh.local_mesh.devices.flat[0]
-    if device.platform == "cpu":
+def available_bytes(mesh: Mesh) -> float:
+    """Bytes each device of this process can still take, infinite where it does not tell; CPU
+    devices share the machine's memory."""
+    devices = mesh.local_mesh.devices.flat
+    if devices[0].platform == "cpu":
         free = psutil.virtual_memory().available
         limit = hardware.memory_bytes()  # a container's, where there is one
         if limit:
             free = min(free, limit - psutil.Process().memory_info().rss)
         return free // mesh.local_mesh.size
-    stats = device.memory_stats()
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+    stats = [device.memory_stats() for device in devices]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=math.inf)
+
+
+def format_bytes(count: float) -> str:
+    if not 0 < count < math.inf:
+        return "unknown"
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"
 
 
 def _held_bytes(state: TrainState) -> int:
@@ -240,6 +275,6 @@ def _held_bytes(state: TrainState) -> int:
 
 def _too_little_memory(what: str, needed: float, available: float) -> UserError:
     return UserError(
-        f"{what} {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f} GiB, "
-        f"{(needed - available) / GIB:.1f} GiB too few; {_ADVICE}"
+        f"{what} {format_bytes(needed)} per device, there are {format_bytes(available)}, "
+        f"{format_bytes(needed - available)} too few; {_ADVICE}"
     )

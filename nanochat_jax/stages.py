@@ -280,6 +280,7 @@ def _rl(run: Run) -> Job:
             seed=seed,
             **sampling,
         )
+        engine.unload()
         ours = len(batch["inputs"]) // jax.process_count()
         ours = slice(jax.process_index() * ours, (jax.process_index() + 1) * ours)
         return {k: v[ours] if k not in ("epoch", "metrics") else v for k, v in batch.items()}
@@ -295,6 +296,7 @@ def _rl(run: Run) -> Job:
             max_problems=r.eval_questions,
             **sampling,
         )
+        engine.unload()
         return {f"pass@{k + 1}": value for k, value in enumerate(score.pass_at_k)}
 
     lr_multiplier = schedule(r, num_steps)

@@ -300,6 +300,7 @@ def make_samples(run: Run, tokenizer: bpe.Tokenizer) -> Callable[[dict], list[di
     def samples(params: dict) -> list[dict[str, str]]:
         engine.load(params)
         texts = [chat.answer_text(tokenizer, answer) for answer in engine.generate(requests)]
+        engine.unload()
         return [{"prompt": p, "text": t} for p, t in zip(e.prompts, texts, strict=True)]
 
     return samples

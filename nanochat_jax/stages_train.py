@@ -6,7 +6,6 @@ starting point changed says what differs and refuses (stages_same.py). One that 
 continues from its last checkpoint in a smaller layout (train/layout.py).
 """
 
-import gc
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -37,8 +36,8 @@ from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer
 from nanochat_jax.provenance import RunInfo, only_one
 from nanochat_jax.runtime import (
-    is_out_of_memory,
     outside_the_step,
+    return_freed_memory,
     start_runtime,
     step_for_widths,
 )
@@ -58,7 +57,13 @@ from nanochat_jax.train.checkpoint import (
     read_data_states,
     read_host,
 )
-from nanochat_jax.train.layout import Layout, LayoutRecord, candidates, note_too_large
+from nanochat_jax.train.layout import (
+    Layout,
+    LayoutRecord,
+    OutOfMemory,
+    candidates,
+    note_too_large,
+)
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.owners import Owners
@@ -155,22 +160,17 @@ def _train_in_memory(run: Run, stage: Path, make_job: Callable[[Run], Job], info
     while True:
         with outside_the_step(stage.name):
             job = make_job(run)
-        try:
-            with closing(job.batches):
-                return _train(run, stage, job, info)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            layout = note_too_large(stage / LAYOUT)
-            said = str(error).splitlines()[0]
-        if jax.process_count() > 1:  # the others wait for this one in the middle of the step
-            raise UserError(
-                f"{stage.name}: out of memory with {layout}, noted in {stage / LAYOUT}; start the "
-                "same command again: it continues from the last checkpoint in a smaller layout"
-            )
+            try:
+                with closing(job.batches):
+                    return _train(run, stage, job, info)
+            except OutOfMemory as error:
+                layout, said = note_too_large(stage / LAYOUT), str(error)
         log(f"{stage.name}: out of memory with {layout} ({said}); continuing in a smaller layout")
+        if jax.process_count() > 1:  # the others wait for this one in the middle of the step
+            log(f"{stage.name}: ends, so that all start anew; the same command continues")
+            return EXIT_RESUME_ME
         del job
-        gc.collect()  # the state may hang in a cycle of frames and exceptions
+        return_freed_memory()
 
 
 def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
@@ -240,11 +240,11 @@ def _train(run: Run, stage: Path, job: Job, info: RunInfo) -> int:
             loop_state=loop_state,
             train_step=train_step,
             batches=job.batches,
-            next_batch=outside_the_step(name)(job.next_batch),
+            next_batch=job.next_batch,
             put=partial(put_batch, mesh=mesh),
             num_steps=job.num_steps,
             lr_multiplier=job.lr_multiplier,
-            evaluations=[e._replace(run=outside_the_step(name)(e.run)) for e in job.evaluations],
+            evaluations=job.evaluations,
             save_every=section.save_every,
             checkpoints=checkpoints,
             on_save=info.update,
@@ -285,6 +285,7 @@ def layout_record(run: Run, stage: Path, job: Job) -> LayoutRecord:
     device = run.mesh.devices.flat[0].device_kind
     tile = run.config.model.loss_tile_tokens
     made_for = {"mesh": dict(run.mesh.shape), "device": device, "width": job.widest, "tile": tile}
+    made_for["attention"] = run.model.attention_backend
     return LayoutRecord(stage / LAYOUT, made_for, layouts)
 
 

@@ -35,7 +35,7 @@ def test_d20_on_eight_h100s():
 
 def test_fewer_gpus_take_longer_and_cost_the_same():
     text = planned("d20.py", num_gpus=1)
-    assert "32 a device at once, 8 in turn" in text
+    assert "16 a device at once, 16 in turn" in text
     assert "22h00m" in text and "$66.02" in text
 
 

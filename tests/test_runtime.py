@@ -25,7 +25,7 @@ class Machine:
         monkeypatch.setattr(runtime, "available_bytes", lambda mesh: self.gib * GIB)
         monkeypatch.setattr(runtime, "_held_bytes", lambda state: HELD * GIB)
 
-    def _compile(self, layout: Layout, state, rows, width, mesh, **kind):
+    def _compile(self, _step, layout: Layout, state, rows, width, mesh, **kind):
         if width == 64:
             self.compiled.append(f"{layout.remat}{layout.rows}")
         if layout in self.dies:
@@ -64,13 +64,17 @@ def test_the_first_that_fits_is_taken_and_the_hopeless_are_not_compiled(
     assert step(None, {"inputs": np.zeros((16, 32))}) == (taken, 32)
 
 
-def test_a_restart_takes_the_same_and_one_with_less_memory_the_next(monkeypatch, tmp_path):
+def test_a_restart_takes_the_same_and_one_with_less_memory_the_next(monkeypatch, tmp_path, capsys):
     machine = Machine(monkeypatch, tmp_path, 20)
     assert machine.start()[0] == Layout(4, "none")
     machine.gib = 40  # more is free now: another layout would round otherwise
     assert machine.start()[0] == Layout(4, "none") and machine.compiled == ["none4"]
     machine.gib = 15
+    assert "rounding only" not in capsys.readouterr().out
     assert machine.start()[0] == Layout(2, "none")
+    assert "was 4 rows at once, remat none; from here on losses agree up to rounding only" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_ran_out_sets_the_limit(monkeypatch, tmp_path):
@@ -97,8 +101,8 @@ def test_nothing_fits(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path, 3.25)
     with pytest.raises(
         UserError,
-        match=r"^with 1 rows at once, remat full a step needs 3.5 GiB per device, there are "
-        r"3.2 GiB, 0.2 GiB too few; leave --config.model.remat=auto, split",
+        match=r"^with 1 row at once, remat full a step needs 3.50 GiB per device, there are "
+        r"3.25 GiB, 256.0 MiB too few; leave --config.model.remat=auto, split",
     ):
         machine.start()
     assert not machine.path.exists()
@@ -111,7 +115,7 @@ def test_nothing_fits(monkeypatch, tmp_path):
 
 
 def test_out_of_memory_elsewhere_says_what_to_lower():
-    with pytest.raises(UserError, match="9 bytes.*lower --config.eval.device_batch_size, then"):
+    with pytest.raises(UserError, match="9 bytes.*lower --config.eval.device_batch_size or"):
         with runtime.outside_the_step("sft"):
             raise OUT
     with pytest.raises(UserError, match="lower --config.rl.slots"):

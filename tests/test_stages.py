@@ -19,7 +19,7 @@ from nanochat_jax import runtime, stages, stages_eval, stages_text, stages_train
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
 from nanochat_jax.provenance import only_one
 from nanochat_jax.train import checkpoint as ck
-from nanochat_jax.train.layout import LayoutRecord, candidates
+from nanochat_jax.train.layout import LayoutRecord, candidates, in_the_step
 
 ROOT = cfg.CONFIGS.parent
 STEPS = 12
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(base_dir, text):
 
 def test_too_little_memory_is_told_before_the_start(base_dir, text, monkeypatch):
     monkeypatch.setattr(runtime, "available_bytes", lambda mesh: 1000)
-    with pytest.raises(UserError, match="need .* GiB per device, there are 0.0 GiB, .* too few"):
+    with pytest.raises(UserError, match="need .* MiB per device, there are 0.0 MiB, .* too few"):
         stages.run_base(recipe(text))
     assert not (run_dir("run") / "base" / "metrics.jsonl").exists()
 
@@ -309,17 +309,23 @@ def test_out_of_memory_in_an_evaluation_keeps_the_layout(base_dir, text, monkeyp
     assert layout_file("run")["too_large"] == []
 
 
+def test_out_of_memory_while_saving_keeps_the_layout(base_dir, text, monkeypatch):
+    monkeypatch.setattr(ck.Checkpoints, "save", run_out)
+    with pytest.raises(UserError, match="outside the training step .*config.mesh.tensor"):
+        stages.run_base(recipe(text))
+    assert layout_file("run")["too_large"] == []
+
+
 def test_one_of_several_processes_notes_it_and_ends(tmp_path, monkeypatch):
     stage = tmp_path / "base"
     layouts = candidates(2, 2, 32, "auto")
     LayoutRecord(stage / "layout.json", {}, layouts).take(layouts[0], 9)
-    monkeypatch.setattr(stages_train, "_train", run_out)
+    monkeypatch.setattr(stages_train, "_train", in_the_step()(run_out))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     closed = []
     job = SimpleNamespace(batches=SimpleNamespace(close=lambda: closed.append(1)))
-    with pytest.raises(UserError, match="2 rows at once, remat none, noted in .* start the same"):
-        stages_train._train_in_memory(None, stage, lambda run: job, None)  # type: ignore[arg-type]
-    assert closed
+    status = stages_train._train_in_memory(None, stage, lambda run: job, None)  # type: ignore[arg-type]
+    assert status == EXIT_RESUME_ME and closed  # what launchers restart
     assert json.loads((stage / "layout.json").read_text())["too_large"][0]["bytes"] == 9
 
 

@@ -139,6 +139,10 @@ class Engine:
         dtype = jnp.dtype(self.config.compute_dtype)
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
 
+    def unload(self) -> None:
+        """Let go of the parameters, whose memory a training step may need."""
+        self._params = None
+
     def generate(
         self,
         requests: Sequence[Request],

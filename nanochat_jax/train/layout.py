@@ -9,6 +9,8 @@ again and repeats the uninterrupted run to the last bit. What ran out of memory 
 the bytes the compiler had counted: from then on a layout must not need more than that.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax.common import read_json, write_json
+from nanochat_jax.common import UserError, read_json, write_json
 from nanochat_jax.model.gpt import REMAT
 
 MIN_TOKENS = 8_192  # of a part: with fewer, kernels and launches cost more than recomputing
@@ -27,7 +29,28 @@ class Layout(NamedTuple):
     remat: str  # none | names | full
 
     def __str__(self) -> str:
-        return f"{self.rows} rows at once, remat {self.remat}"
+        return f"{self.rows} row{'s'[: self.rows - 1]} at once, remat {self.remat}"
+
+
+class OutOfMemory(Exception):
+    """A training step ran out of memory; its text is what the runtime said."""
+
+
+@contextmanager
+def in_the_step() -> Iterator[None]:
+    """Out of memory in here is the fault of the layout: OutOfMemory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error).splitlines()[0]) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a jax.errors.JaxRuntimeError says so, in XLA's words, CUDA's or NCCL's."""
+    said = str(error).lower()
+    return any(words in said for words in ("resource_exhausted", "out_of_memory", "out of memory"))
 
 
 def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Layout]:
@@ -72,9 +95,10 @@ class LayoutRecord:
         self.taken = layouts[int(taken)] if taken >= 0 else None
 
     def left(self) -> list[Layout]:
-        """Those to try, in this order: from the one taken before on, without those too large."""
-        first = self.layouts.index(self.taken) if self.taken else 0
-        return [layout for layout in self.layouts[first:] if layout not in self.too_large]
+        """Those to try, in this order: from the one taken before on, or after what ran out of
+        memory; all before that have been tried."""
+        tried = 1 + max((self.layouts.index(layout) for layout in self.too_large), default=-1)
+        return self.layouts[self.layouts.index(self.taken) if self.taken else tried :]
 
     def take(self, layout: Layout, num_bytes: int) -> None:
         """From now on this one; num_bytes: what a step needs, by the compiler's analysis."""
@@ -101,4 +125,9 @@ def note_too_large(path: Path) -> Layout:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, f"delete {path}; the layout is then chosen anew")
+    cure = f"delete {path}; the layout is then chosen anew"
+    record, keys = read_json(path, cure), {"made_for", "taken", "too_large"}
+    if not isinstance(record, dict) or record.keys() != keys:
+        wanted = ", ".join(sorted(keys))
+        raise UserError(f"{path} got {str(record)[:40]!r}, expected {wanted}; {cure}")
+    return record

@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
 from nanochat_jax.train.checkpoint import Checkpoints, list_steps
+from nanochat_jax.train.layout import in_the_step
 from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch, format_secs
 from nanochat_jax.train.owners import Owners
 from nanochat_jax.train.profile import STEP, IdleTime, Trace, compilations
@@ -86,7 +87,8 @@ def fit(
     next_batch(weights): the batch that follows, with inputs, targets, doc_ids, epoch and perhaps
     metrics, numbers to be logged; weights() gives the current weights by path (RL needs them).
     put: host batch -> device batch. host_info: saved as it is beside each checkpoint.
-    Raises UserError when a loss or gradient is not finite; the state before it stays on disk.
+    Raises UserError when a loss or gradient is not finite, OutOfMemory when a step runs out of it;
+    the state before it stays on disk.
     """
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
@@ -99,7 +101,8 @@ def fit(
             return
         done_step, values, batch, waited = pending
         pending = None
-        values = {name: value.item() for name, value in jax.device_get(values).items()}
+        with in_the_step():
+            values = {name: value.item() for name, value in jax.device_get(values).items()}
         secs = watch.lap()
         if not values.pop("finite"):
             _stop_not_finite(done_step, values, batch["doc_ids"], checkpoints)
@@ -157,12 +160,13 @@ def fit(
                 asked = time.perf_counter()
                 batch = next_batch(partial(owners.weights, state.params))
                 compiled.clear()  # evaluations, saves and sampling compile what they need
-                on_device = put(batch)
                 # Made with these very parameters, on the devices: that is no waiting, and there is
                 # nothing to overlap.
                 on_policy = "metrics" in batch
-                waited = None if on_policy else idle.secs(since=asked)
-                dispatched = train_step(state, on_device)
+                with in_the_step():
+                    on_device = put(batch)
+                    waited = None if on_policy else idle.secs(since=asked)
+                    dispatched = train_step(state, on_device)
                 idle.dispatched(dispatched[1])
                 if compiled and batch["inputs"].shape in shapes:
                     console.line(_compiled_again(step, compiled))

@@ -2,10 +2,18 @@
 
 import json
 
+import jax
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.train.layout import Layout, LayoutRecord, candidates, note_too_large
+from nanochat_jax.train.layout import (
+    Layout,
+    LayoutRecord,
+    OutOfMemory,
+    candidates,
+    in_the_step,
+    note_too_large,
+)
 
 
 def named(layouts) -> str:
@@ -44,11 +52,11 @@ def test_what_was_taken_is_taken_again_and_what_ran_out_never(tmp_path):
     assert note_too_large(path) == Layout(2, "none")  # another process, for the same reason
     again = LayoutRecord(path, MADE_FOR, LAYOUTS)
     assert again.taken is None and again.too_large == {Layout(2, "none"): 700}
-    assert named(again.left()) == "none4 names4 names2 full4 full2 full1"
+    assert named(again.left()) == "names4 names2 full4 full2 full1"  # none4 was refused before
     again.take(Layout(4, "names"), 600)
     assert note_too_large(path) == Layout(4, "names")
     again = LayoutRecord(path, MADE_FOR, LAYOUTS)
-    assert named(again.left()) == "none4 names2 full4 full2 full1"
+    assert named(again.left()) == "names2 full4 full2 full1"
     assert sorted(again.too_large.values()) == [600, 700]
 
 
@@ -72,3 +80,23 @@ def test_a_broken_record_says_what_to_do(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="layout.json is not valid JSON .*; delete"):
         LayoutRecord(path, MADE_FOR, LAYOUTS)
+    for text in ("[]", "null", '{"taken": 1}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="expected made_for, taken, too_large; delete"):
+            LayoutRecord(path, MADE_FOR, LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore", True),
+        ("INTERNAL: Failed to capture graph: CUDA_ERROR_OUT_OF_MEMORY", True),
+        ("INTERNAL: NCCL: Cuda failure 2 'out of memory'", True),
+        ("INTERNAL: another thing", False),
+    ],
+)
+def test_out_of_memory_has_many_words(said, expected):
+    kind = OutOfMemory if expected else jax.errors.JaxRuntimeError
+    with pytest.raises(kind) as caught, in_the_step():
+        raise jax.errors.JaxRuntimeError(said)
+    assert str(caught.value) == said.partition("\n")[0]
