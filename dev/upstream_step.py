@@ -6,8 +6,9 @@
 Needs PyTorch and a checkout of karpathy/nanochat, classic (ae0bf52) or modern (92d63d4); which one
 it is shows in its GPT. Nothing else here imports PyTorch, and nothing of the product imports this.
 
-A step is that of upstream's base_train.py on one device with all rows at once: forward, backward,
-clipping (classic), optimizers, zero_grad, and the values it reads from the device in every step.
+A step is that of upstream's base_train.py on one device: forward and backward of --accumulate
+microbatches, clipping (classic), optimizers, zero_grad, and the values it reads from the device in
+every step. On a GPU there are as many microbatches as make a step of 524,288 tokens, on a CPU one.
 Schedules stand still, and the batch is random and always the same: no loader on either side.
 
 Speaks the protocol of nanochat_jax/bench_beside.py. What upstream prints goes to standard error.
@@ -23,13 +24,13 @@ import sys
 import time
 from collections.abc import Callable
 
-# name: variant, layers, dim, heads, vocabulary, row length, rows, pattern of windows; a test
-# compares them with nanochat_jax/bench.py.
+# name: variant, layers, dim, heads, vocabulary, row length, rows, microbatches on a GPU, pattern of
+# windows; a test compares them with nanochat_jax/bench.py.
 SHAPES = {
-    "d20": ("classic", 20, 1_280, 10, 65_536, 2_048, 32, "L"),
-    "d4": ("classic", 4, 256, 2, 4_096, 256, 16, "L"),
-    "gpt2": ("modern", 24, 1_536, 12, 32_768, 2_048, 16, "SSSL"),
-    "demo": ("modern", 4, 192, 3, 4_096, 256, 32, "SSSL"),
+    "d20": ("classic", 20, 1_280, 10, 65_536, 2_048, 32, 8, "L"),
+    "d4": ("classic", 4, 256, 2, 4_096, 256, 16, 1, "L"),
+    "gpt2": ("modern", 24, 1_536, 12, 32_768, 2_048, 16, 16, "SSSL"),
+    "demo": ("modern", 4, 192, 3, 4_096, 256, 32, 1, "SSSL"),
 }
 WARM_UP = 3  # steps: compilation, and the memory that the optimizers keep
 MIN_FP8_DIM = 128  # as upstream's base_train.py chooses the layers
@@ -65,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
     parser.add_argument("--dtype", required=True, choices=("float32", "bfloat16"))
     parser.add_argument("--device-batch", type=int, help="rows at once; by default the shape's")
+    parser.add_argument("--accumulate", type=int, help="microbatches of a step")
     parser.add_argument("--fp8", action="store_true", help="modern, on a GPU that has it")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
@@ -78,13 +80,14 @@ def prepare(args: argparse.Namespace) -> tuple[Callable, dict]:
     import torch
     from nanochat.gpt import GPT, GPTConfig
 
-    variant, layers, dim, heads, vocab, seq_len, rows, pattern = SHAPES[args.shape]
+    variant, layers, dim, heads, vocab, seq_len, rows, on_gpu, pattern = SHAPES[args.shape]
     found = "classic" if hasattr(GPT, "setup_optimizers") else "modern"
     if variant != found:
         sys.exit(f"error: --shape={args.shape} is {variant}, --repo={args.repo} is {found}")
     if found == "classic" and (args.fp8 or (args.device, args.dtype) == ("cuda", "float32")):
         sys.exit("error: upstream's classic code trains in bfloat16 on cuda and has no fp8")
     rows = args.device_batch or rows
+    accumulate = args.accumulate or (on_gpu if args.device == "cuda" else 1)
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")  # TF32, as upstream; no effect on a CPU
@@ -99,8 +102,8 @@ def prepare(args: argparse.Namespace) -> tuple[Callable, dict]:
     if args.fp8:
         convert_to_fp8(model)
     optimizers = make_optimizers(model)
-    ids = torch.randint(vocab, (rows, seq_len + 1), device=args.device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    ids = torch.randint(vocab, (accumulate, rows, seq_len + 1), device=args.device)
+    inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
     inputs = inputs.int() if found == "classic" else inputs
     autocast = contextlib.nullcontext()
     if found == "classic" and args.dtype == "bfloat16":
@@ -108,9 +111,12 @@ def prepare(args: argparse.Namespace) -> tuple[Callable, dict]:
     run = torch.compile(model, dynamic=False) if args.compile else model
 
     def step():
-        with autocast:
-            loss = run(inputs, targets)
-        loss.backward()
+        total = torch.zeros((), device=args.device)
+        for some_inputs, some_targets in zip(inputs, targets, strict=True):
+            with autocast:
+                loss = run(some_inputs, some_targets) / accumulate
+            loss.backward()
+            total += loss.detach()
         if found == "classic":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         for optimizer in optimizers:
@@ -118,13 +124,14 @@ def prepare(args: argparse.Namespace) -> tuple[Callable, dict]:
         model.zero_grad(set_to_none=True)
         if args.device == "cuda":
             torch.cuda.synchronize()
-        return loss.item()
+        return total.item()
 
     return step, {
         "name": f"upstream {found} {commit(args.repo)}",
-        "tokens": rows * seq_len,
+        "tokens": accumulate * rows * seq_len,
         "shape": args.shape,
         "rows": rows,
+        "microbatches": accumulate,
         "dtype": args.dtype,
         "fp8": args.fp8,
         "compiled": args.compile,

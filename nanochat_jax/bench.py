@@ -42,13 +42,19 @@ class Shape:
     """A model and a batch, as one of the recipes trains them; a test compares the two."""
 
     model: GPTConfig
-    rows: int  # a device works on at once
+    rows: int  # a device works on at once: a microbatch
     optim: str = "classic"
     tile_tokens: int = 512  # of the loss
+    accumulate: int = 1  # microbatches of an optimizer step
 
     @property
     def tokens(self) -> int:
+        """Of a microbatch."""
         return self.rows * self.model.seq_len
+
+    @property
+    def step_tokens(self) -> int:
+        return self.tokens * self.accumulate
 
     @property
     def grad_clip(self) -> float:
@@ -69,9 +75,10 @@ def _model(vocab_size: int, depth: int, dim: int, heads: int, seq_len: int, **kw
     return GPTConfig(vocab_size, depth, dim, heads, heads, seq_len, **kw)
 
 
-SHAPES = {
-    "d20": Shape(_model(65_536, 20, 1_280, 10, 2_048), rows=32),
-    "gpt2": Shape(_model(32_768, 24, 1_536, 12, 2_048, **_MODERN), rows=16, optim="modern"),
+_GPT2 = _model(32_768, 24, 1_536, 12, 2_048, **_MODERN)
+SHAPES = {  # the large ones with upstream's 524,288 tokens a step
+    "d20": Shape(_model(65_536, 20, 1_280, 10, 2_048), rows=32, accumulate=8),
+    "gpt2": Shape(_GPT2, rows=16, optim="modern", accumulate=16),
     "d4": Shape(_model(4_096, 4, 256, 2, 256), rows=16),
     "demo": Shape(_model(4_096, 4, 192, 3, 256, **_MODERN), rows=32, optim="modern"),
     "tiny": Shape(_model(512, 2, 32, 2, 64), rows=8),
@@ -79,12 +86,13 @@ SHAPES = {
 
 
 def get_shape(name: str) -> Shape:
-    """A shape by name, in the dtype that this machine trains in."""
+    """A shape by name, in the dtype that this machine trains in; on a CPU a microbatch a step."""
     if name not in SHAPES:
         raise UserError(f"shape got {name!r}, expected one of {', '.join(SHAPES)}")
     shape, gpu = SHAPES[name], jax.default_backend() == "gpu"
     model = replace(shape.model, compute_dtype="bfloat16" if gpu else "float32")
-    return replace(shape, model=model, tile_tokens=8_192 if gpu else 512)
+    accumulate = shape.accumulate if gpu else 1
+    return replace(shape, model=model, tile_tokens=8_192 if gpu else 512, accumulate=accumulate)
 
 
 def default_shapes() -> list[str]:

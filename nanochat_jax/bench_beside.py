@@ -32,6 +32,7 @@ class Program:
         self.command, self.process = command, process
         self.asks, self.answers = process.stdin, process.stdout
         self.about = self._answer("name", "tokens", "loss")
+        self.loss = self.about["loss"]  # of the last step
 
     def secs(self, steps: int) -> float:
         """Seconds that so many of its steps take, by its own clock."""
@@ -39,7 +40,9 @@ class Program:
             os.write(self.asks.fileno(), f"{steps}\n".encode())  # past Python's buffer
         except BrokenPipeError:
             pass  # it has ended; its missing answer says so
-        return float(self._answer("secs", "loss")["secs"])
+        answer = self._answer("secs", "loss")
+        self.loss = answer["loss"]
+        return float(answer["secs"])
 
     def _answer(self, *keys: str) -> dict[str, Any]:
         line = self.answers.readline()
@@ -79,3 +82,14 @@ def beside(command: str) -> Iterator[Program]:
             process.wait(STOP_SECS)
         finally:
             process.kill()
+
+
+def free_gpu_bytes() -> int | None:
+    """What the driver says is free on the first GPU that we see; None where it does not tell."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.free", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(told.split()[0]) * 2**20  # "68123 MiB"
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None

@@ -54,15 +54,8 @@ def run(
     attention: str = "auto",
 ) -> dict:
     """Numbers of one shape on the first device; rivals: also all the engine is compared with."""
-    config = replace(bench.get_shape(name).model, attention_backend=attention)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    params = {path: value + 0.01 for path, value in params.items()}  # nothing is zero
-    engines = [
-        Engine(config, bench.one_device(), slots=n, max_len=2048, stop_ids=())
-        for n in sorted({1, *rows} if rows and rivals else rows or sizes()[0])
-    ]
-    for engine in engines:
-        engine.load(params)
+    chosen = sorted({1, *rows} if rows and rivals else rows or sizes()[0])
+    config, params, engines = prepare(name, chosen, attention)
     peak, source = bandwidth_ceiling()
     share = secs / (len(engines) + 1)
     results = [
@@ -77,22 +70,53 @@ def run(
     }
 
 
+def prepare(
+    name: str, rows: list[int], attention: str
+) -> tuple[GPTConfig, dict[str, jax.Array], list[Engine]]:
+    """The model, its weights, and an engine with them for each number of rows."""
+    config = replace(bench.get_shape(name).model, attention_backend=attention)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params = {path: value + 0.01 for path, value in params.items()}  # nothing is zero
+    engines = [Engine(config, bench.one_device(), slots=n, max_len=2048, stop_ids=()) for n in rows]
+    for engine in engines:
+        engine.load(params)
+    return config, params, engines
+
+
+def warm_up(name: str, rows: list[int], attention: str) -> None:
+    """Compile all that `run` without rivals will need, by doing each of its jobs once."""
+    config, params, engines = prepare(name, rows, attention)
+    for engine in engines:
+        for job in jobs(engine):
+            engine.generate(job)
+    jax.block_until_ready(prefill_call(config, params)())
+
+
+def jobs(engine: Engine) -> tuple[list[Request], list[Request]]:
+    """Greedy answers in all slots at once, whole and only their first token."""
+    _, num_prompt, num_new, _ = sizes()
+    vocab_size, rows = engine.config.vocab_size, engine.slots
+    ids = bench.random_batch(rows, rows, num_prompt, vocab_size)["inputs"].tolist()
+    job = [Request(prompt, num_new) for prompt in ids]
+    return job, [replace(request, max_new_tokens=1) for request in job]
+
+
 def measure(
     engine: Engine, one: Engine | None, params: dict, secs: float, peak: float | None
 ) -> dict:
     """Numbers of an engine with all its slots in use; `one` has a single slot."""
     config, rows = engine.config, engine.slots
-    _, num_prompt, num_new, num_naive = sizes()
-    ids = bench.random_batch(rows, rows, num_prompt, config.vocab_size)["inputs"].tolist()
-    job = [Request(prompt, num_new) for prompt in ids]
-    first = [replace(request, max_new_tokens=1) for request in job]
+    _, _, num_new, num_naive = sizes()
+    job, first = jobs(engine)
     calls = {"engine": lambda: engine.generate(job), "first": lambda: engine.generate(first)}
     if one:
         sampled = [replace(request, temperature=1.0, top_k=50) for request in job]
         calls |= {
             "sampled": lambda: engine.generate(sampled),
             "one by one": lambda: [one.generate([request]) for request in job[:ONE_BY_ONE]],
-            "naive": lambda: generate_greedy(config, params, ids, num_naive),
+            "naive": lambda: generate_greedy(
+                config, params, [list(request.prompt) for request in job], num_naive
+            ),
         }
     times = bench.time_interleaved(calls, budget_secs=secs, min_rounds=3)
     whole, first_secs = times["engine"].secs, times["first"].secs
@@ -120,10 +144,8 @@ def measure(
 def prefill(config: GPTConfig, params: dict, secs: float) -> dict:
     """Computing whole prompts, as many as the engine takes at once, of the recipe's length."""
     rows, T, D = PREFILL_ROWS[0], config.seq_len, config.model_dim
-    params = {path: value.astype(config.compute_dtype) for path, value in params.items()}
-    ids = bench.random_batch(0, rows, T, config.vocab_size)["inputs"]
-    call = {"prefill": lambda: decode.prefill(config, params, ids)}
-    time = bench.time_interleaved(call, budget_secs=secs)["prefill"]
+    calls = {"prefill": prefill_call(config, params)}
+    time = bench.time_interleaved(calls, budget_secs=secs)["prefill"]
     linear = matmul_params(config) - D * config.padded_vocab_size - 10 * D * D
     pairs = sum(visible_pairs(T, config.sees(layer)) for layer in range(config.num_layers - 1))
     flops = rows * (2 * linear * T + 4 * D * pairs)
@@ -135,6 +157,12 @@ def prefill(config: GPTConfig, params: dict, secs: float) -> dict:
         "tokens_per_sec": rows * T / time.secs,
         "tflops": flops / time.secs / 1e12,
     }
+
+
+def prefill_call(config: GPTConfig, params: dict):
+    params = {path: value.astype(config.compute_dtype) for path, value in params.items()}
+    ids = bench.random_batch(0, PREFILL_ROWS[0], config.seq_len, config.vocab_size)["inputs"]
+    return lambda: decode.prefill(config, params, ids)
 
 
 def step_bytes(engine: Engine) -> int:

@@ -54,7 +54,7 @@ def run(name: str, secs: float) -> dict:
         "ms": {key: time.secs * 1e3 for key, time in times.items()},
         "spread": {key: time.spread for key, time in times.items()},
         "muon_tflops": flops / times["muon"].secs / 1e12,
-        "muon_share_of_flops": flops / (train_flops_per_token(shape.model) * shape.tokens),
+        "muon_share_of_flops": flops / (train_flops_per_token(shape.model) * shape.step_tokens),
         "bytes": {key: compiled_bytes(call) for key, call in compiled.items()},
     }
 
@@ -84,7 +84,7 @@ def table(results: list[dict]) -> str:
         for r in results
     ]
     return bench.table(
-        ("shape", "muon ms", "adamw ms", "both ms", "muon TFLOP/s", "of a batch's FLOPs"), rows
+        ("shape", "muon ms", "adamw ms", "both ms", "muon TFLOP/s", "of a step's FLOPs"), rows
     )
 
 

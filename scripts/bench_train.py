@@ -3,23 +3,32 @@
   python scripts/bench_train.py                        shapes that suit this machine
   python scripts/bench_train.py --shape=demo --secs=30
   python scripts/bench_train.py --shape=d20 --fp8      all matrices in fp8 (Hopper and later)
+  python scripts/bench_train.py --shape=d20 --device-batch=16 --accumulate=16
   python scripts/bench_train.py --shape=d4 --beside="COMMAND"
+
+A step is an optimizer step, --accumulate microbatches of --device-batch rows: on a GPU as many as
+make upstream's batch, on a CPU one. Its batch is random and always the same, so it is learnt by
+heart: a step whose loss does not fall is broken, and its speed is not told.
 
 Ours against the same step with the naive cross entropy, which holds all logits; both take turns in
 one run. Also the forward pass alone, and the bytes each step needs by the compiler's own analysis:
 a step that does not fit is not run.
 
 --beside measures another program's training step instead, in turn with ours and never at the same
-time. dev/upstream_step.py is one, for upstream; any program will do that follows this protocol:
+time; both must take as many tokens a step, each in microbatches of its own. dev/upstream_step.py is
+one, for upstream; any program will do that follows this protocol:
   it is started once and prints a line of JSON when it is ready
       {"name": ..., "tokens": of a step, "loss": of its first step, ... whatever describes it}
+      "dtype" and "microbatches" are shown
   for every line N on its standard input it takes N steps, waits for the device, and prints
       {"secs": of these N steps, "loss": of the last}
   at the end of its input it ends. All else that it prints goes to standard error.
 """
 
+import math
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -27,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import bench, hardware
-from nanochat_jax.bench_beside import Program, beside
+from nanochat_jax.bench_beside import Program, beside, free_gpu_bytes
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.model import fp8
 from nanochat_jax.model.accounting import train_flops_per_token
@@ -38,6 +47,7 @@ from nanochat_jax.runtime import (
     compile_lowered,
     compiled_bytes,
     keep_freed_memory,
+    take_memory,
 )
 from nanochat_jax.train import step as step_module
 from nanochat_jax.train.state import abstract_state, create_state
@@ -52,37 +62,53 @@ def run(
     rivals: also the step with the naive loss, and the forward pass. program: in turn with ours.
     compiled: our step, where it has been compiled before (lower_step).
     """
-    mesh, tx = bench.one_device(), bench.optimizer(shape)
-    batch = put_batch(
-        bench.random_batch(0, shape.rows, shape.model.seq_len, shape.model.vocab_size), mesh
-    )
-    steps = {"ours": compiled or compile_lowered(lower_step(shape))}
+    if program:
+        agree(shape, program)
+    mesh = bench.one_device()
+    compiled_steps = {"ours": compiled or compile_lowered(lower_step(shape))}
     if rivals:
-        steps["naive"] = compile_lowered(lower_step(shape, "naive"))
-    calls, memory = {}, {}
-    for loss, step in steps.items():
-        memory[loss] = compiled_bytes(step)
-        if memory[loss] < available_bytes(mesh):
-            calls[loss] = stepper(step, create_state(shape.model, tx, mesh, seed=0), batch)
-    if "ours" not in calls:
+        compiled_steps["naive"] = compile_lowered(lower_step(shape, "naive"))
+    available = available_bytes(mesh)
+    if program:  # it holds memory of the same GPU
+        available = min(available, free_gpu_bytes() or available)
+    memory = {loss: compiled_bytes(step) for loss, step in compiled_steps.items()}
+    if memory["ours"] > available:
         raise UserError(
-            f"the step needs {memory['ours'] / 2**30:.1f} GiB, there are "
-            f"{available_bytes(mesh) / 2**30:.1f} GiB; lower --device-batch or set --remat=full"
+            f"the step needs {memory['ours'] / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are "
+            f"free{' beside the program' if program else ''}; halve --device-batch (now "
+            f"{shape.rows}) and double --accumulate (now {shape.accumulate}), or set --remat=full"
         )
+    steps = {}
+    for loss, step in compiled_steps.items():
+        if loss == "ours" or memory[loss] < available_bytes(mesh):
+            steps[loss] = Steps(shape, step)
+    calls: dict[str, Callable | Program] = dict(steps)
     if rivals:
         params = init_params(shape.model, jax.random.key(0))
         forward = jax.jit(lambda params, ids: bind(shape.model, params).hidden(ids))
-        calls["forward without head"] = lambda: forward(params, batch["inputs"])
+        ids = steps["ours"].batch["inputs"][: shape.rows]
+        calls["forward without head"] = lambda: forward(params, ids)
     if program:
         calls["beside"] = program
-    with jax.set_mesh(mesh):
-        losses = {loss: float(calls[loss]()["loss"]) for loss in memory if loss in calls}
-        times = bench.time_interleaved(calls, budget_secs=secs)
+    losses = {loss: [step()] for loss, step in steps.items()}
+    # Steps of many microbatches take seconds.
+    rounds = 3 if shape.accumulate > 1 else 5
+    times = bench.time_interleaved(calls, budget_secs=secs, min_rounds=rounds)
+    for loss, step in steps.items():
+        losses[loss].append(step.loss)
+    if program:
+        losses["beside"] = [program.about["loss"], program.loss]
+    losses = {name: [float(loss) for loss in both] for name, both in losses.items()}
+    for name, (first, last) in losses.items():
+        require_learning(name, first, last)
     device = jax.devices()[0]
     peak, peak_source = hardware.compute_ceiling(device.platform, device.device_kind, 1)
-    rate = shape.tokens / times["ours"].secs
+    rate = shape.step_tokens / times["ours"].secs
     result = {
         "rows": shape.rows,
+        "microbatches": shape.accumulate,
+        "tokens": shape.step_tokens,
+        "dtype": shape.model.compute_dtype,
         "remat": shape.model.remat,
         "fp8_layers": shape.model.fp8_layers,
         "ms": {name: time.secs * 1e3 for name, time in times.items()},
@@ -92,7 +118,7 @@ def run(
         "mfu": rate * train_flops_per_token(shape.model) / peak if peak else None,
         "mfu_against": peak_source,
         "bytes": memory,
-        "first_loss": losses,
+        "losses": losses,  # first and last
     }
     if "naive" in times:
         result["speedup_over_naive"] = times["naive"].secs / times["ours"].secs
@@ -106,7 +132,7 @@ def run(
 def lower_step(shape: bench.Shape, loss: str = "ours"):
     """The step on the first device, from shapes alone; its loss "ours" or "naive"."""
     mesh, tx = bench.one_device(), bench.optimizer(shape)
-    ids = jax.ShapeDtypeStruct((shape.rows, shape.model.seq_len), jnp.int32)
+    ids = jax.ShapeDtypeStruct((shape.rows * shape.accumulate, shape.model.seq_len), jnp.int32)
     before = step_module.cross_entropy_sum
     step_module.cross_entropy_sum = before if loss == "ours" else naive_sum
     try:
@@ -131,26 +157,62 @@ def naive_sum(x, head, targets, weights, vocab_size: int, tile: int):
     return (cross_entropy_naive(x, head, targets, vocab_size) * weights).sum()
 
 
-def stepper(compiled, state, batch):
-    """A call that takes one step and keeps the state, which each step consumes."""
-    held = [state]
+class Steps:
+    """Training on one random batch: a call takes a step, keeps the state, and returns the loss."""
 
-    def call():
-        held[0], metrics = compiled(held[0], batch)
-        return metrics
+    def __init__(self, shape: bench.Shape, compiled):
+        c, self.mesh, self.compiled = shape.model, bench.one_device(), compiled
+        ids = bench.random_batch(0, shape.rows * shape.accumulate, c.seq_len, c.vocab_size)
+        self.batch = put_batch(ids, self.mesh)
+        self.state = create_state(c, bench.optimizer(shape), self.mesh, seed=0)
 
-    return call
+    def __call__(self) -> jax.Array:
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.compiled(self.state, self.batch)  # consumes the state
+        self.loss = metrics["loss"]
+        return self.loss
+
+
+def require_learning(name: str, first: float, last: float) -> None:
+    """Say both losses; UserError unless the batch was being learnt by heart."""
+    log(f"{name}: loss {first:.4f} at first, {last:.4f} at last")
+    if not (math.isfinite(first) and last < first):  # a last one that is no number fails as well
+        raise UserError(
+            f"the step of {name} got from loss {first:.4f} to {last:.4f}, expected a finite and "
+            "lower one; a broken step's speed is not told: look for what computes wrongly"
+        )
+
+
+def agree(shape: bench.Shape, program: Program) -> None:
+    """Say what both sides do in a step; UserError unless both take as many tokens."""
+    ours = {"dtype": shape.model.compute_dtype, "microbatches": shape.accumulate}
+    about = {"ours": ours | {"tokens": shape.step_tokens}, program.about["name"]: program.about}
+    for name, one in about.items():
+        told = f"{one.get('microbatches', '?')} microbatches, {one.get('dtype', 'dtype unknown')}"
+        log(f"{name}: {one['tokens']:,} tokens a step in {told}")
+    if program.about["tokens"] != shape.step_tokens:
+        raise UserError(
+            f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
+            f"{shape.step_tokens:,}, expected as many; set --device-batch and --accumulate"
+        )
 
 
 def main() -> None:
     parser = bench.parser(__doc__, secs=20.0)
     parser.add_argument("--device-batch", type=int, help="rows at once; by default the recipe's")
+    parser.add_argument("--accumulate", type=int, help="microbatches of a step")
     parser.add_argument("--remat", choices=REMAT, default="none")
     parser.add_argument("--fp8", action="store_true", help=f"in {', '.join(fp8.LAYERS)}")
     parser.add_argument("--beside", metavar="COMMAND", help="another program's step, in turn")
     args = parser.parse_args()
+    for option in ("device_batch", "accumulate"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} got {value}, expected at least 1")
     if args.beside:  # the other program needs memory of the same GPU
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    else:
+        take_memory()
     if shutil.which("nvidia-smi") is None:  # as training does, and before JAX starts its threads
         keep_freed_memory()
     if args.fp8 and jax.default_backend() != "cpu":  # a CPU computes the same, slowly
@@ -160,7 +222,11 @@ def main() -> None:
         program = stack.enter_context(beside(args.beside)) if args.beside else None
         for name in [args.shape] if args.shape else bench.default_shapes():
             shape = with_options(
-                bench.get_shape(name), rows=args.device_batch, remat=args.remat, in_fp8=args.fp8
+                bench.get_shape(name),
+                rows=args.device_batch,
+                accumulate=args.accumulate,
+                remat=args.remat,
+                in_fp8=args.fp8,
             )
             results[name] = run(shape, args.secs, rivals=not args.beside, program=program)
     log(table(results))
@@ -170,11 +236,17 @@ def main() -> None:
 
 
 def with_options(
-    shape: bench.Shape, *, rows: int | None = None, remat: str = "none", in_fp8: bool = False
+    shape: bench.Shape,
+    *,
+    rows: int | None = None,
+    accumulate: int | None = None,
+    remat: str = "none",
+    in_fp8: bool = False,
 ) -> bench.Shape:
-    """The shape with other rows at once, other remat, or every large matrix in fp8."""
+    """The shape with other microbatches, other remat, or every large matrix in fp8."""
     model = replace(shape.model, remat=remat, fp8_layers=tuple(fp8.LAYERS) if in_fp8 else ())
-    return replace(shape, model=model, rows=rows or shape.rows)
+    accumulate = accumulate or shape.accumulate
+    return replace(shape, model=model, rows=rows or shape.rows, accumulate=accumulate)
 
 
 def table(results: dict[str, dict]) -> str:

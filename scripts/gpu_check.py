@@ -3,18 +3,19 @@
   python scripts/gpu_check.py --out=DIR               within 450 seconds
   python scripts/gpu_check.py --parts train decode    only parts whose names contain one of these
 
-Parts come in order of worth, and each has a share of the time, compiling included: one that no
-longer fits is skipped, and when the time is up in the middle of a part the table is printed as it
-stands. Large training steps compile on other threads while the checks run. What is found is logged
-at once and written to DIR/results.json after every part; without --out it is the last line. A part
-that fails prints its traceback and hides no other; the exit status is then 1.
+Parts come in order of worth, and each has a share of the time: one that no longer fits is skipped,
+and when the time is up in the middle of a part the table is printed as it stands. Training steps
+and the engine compile on other threads while the checks run; a part whose compilation is late lets
+the next ones go first. A part that fails prints its traceback and hides no other; the exit status
+is then 1. What is found is logged at once. DIR gets, after every part, results.json with all of it;
+the training steps as XLA compiled them, *.hlo.gz; and a trace of two steps, trace.tar.gz, whose
+kernels the output lists by time.
 
-It ends with one table and a line of JSON. Of the columns
+It ends with one table and a short line of JSON. Of the columns
   of peak     FLOP/s over the data sheet's dense bfloat16 rate (products in fp8 alone: its fp8
               rate), or bytes/s over its bandwidth; for a training step that is MFU, in fp8 too
   of ceiling  the same over what this very card reached on large random operands
-  of target   over the number in TARGETS; at least 100% is as hoped
-The share of a step that Muon takes is of an optimizer step as long as upstream's, STEP_TOKENS.
+  of target   over the number in gpu_check_targets.py; at least 100% is as hoped
 
 Needs JAX, flax and optax, nothing that reads data. Without a GPU a tiny shape goes the same way.
 """
@@ -23,12 +24,12 @@ import argparse
 import gc
 import json
 import os
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,65 +39,42 @@ import bench_infer
 import bench_loss
 import bench_matmul
 import bench_optim
-import bench_train
 import gpu_check_right as right
+import gpu_check_trace as tracing
 import jax
+from bench_train import Steps
+from gpu_check_targets import Row, judge
+from gpu_check_train import NO_TRITON, Training
 
 from nanochat_jax import bench, hardware
 from nanochat_jax.common import UserError, log, run_main, write_json
-from nanochat_jax.model.attention_check import check_attention
-from nanochat_jax.runtime import available_bytes, compile_lowered, compiled_bytes, start_runtime
+from nanochat_jax.model.accounting import train_flops_per_token
+from nanochat_jax.runtime import start_runtime
 
-STEP_TOKENS = 524_288  # of upstream's optimizer step, over which Muon is spread
-COMPILE_SECS = 150  # that measuring waits for the training steps at most
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    what: str
-    ms: float
-    value: float
-    unit: str
-    work: float | None = None  # FLOP/s or bytes/s
-    limit: str = ""  # what bounds it: "bf16", "fp8" or "copy"
-
-
-class Target(NamedTuple):
-    measure: str  # "of peak", "value" (at least) or "value at most"
-    number: float
-    source: str
-
-
-_MODEL = (
-    "matrix products at 720 TFLOP/s, attention at 450, 285 GB of other traffic at 4 TB/s: 58% at "
-    "best on an H200; upstream reports 50%, and 59% in fp8 (its dev/LEADERBOARD.md)"
-)
-_BANDWIDTH = "35% of reading 561M bf16 weights a token at 4.8 TB/s"
-_CACHE = "64 rows: weights once, 100 KB of cache a token and row; 27,000 at an H100's bandwidth"
-TARGETS = {
-    "train step d20 bf16": Target("of peak", 0.52, _MODEL),
-    "train step d20 fp8": Target("of peak", 0.60, _MODEL),
-    "train step gpt2 bf16": Target("of peak", 0.52, _MODEL),
-    "train step gpt2 fp8": Target("of peak", 0.60, _MODEL),
-    "attention d20 cudnn full": Target("value", 450, "FlashAttention 3's class (2407.08608)"),
-    "decode d20, rows 1": Target("value", 1_500, _BANDWIDTH),
-    "decode d20, rows 64": Target("value", 20_000, _CACHE),
-    "prefill d20": Target("of peak", 0.45, "the products' rate without a backward pass"),
-    "Muon d20": Target("value at most", 1.5, "0.8% of the step's FLOPs, at half of their rate"),
-}
+COMPILE_SECS = 60  # that measuring waits, at most, until nothing compiles
+COMPILERS = 4  # programs at once; more would make the first ones wait
+DECODE_ROWS = [1, 64]
+# The others are in results.json only.
+SHOWN_PRODUCTS = {"mlp up": ("y", "dx", "dw"), "head, a tile": ("y",)}
+LEGEND = """\
+how: microbatches x rows x their tokens; calls in the program: of fp8 and other products by cuBLAS,
+  attention by cuDNN, products by Triton
+products: y = x w, dx = dy w', dw = x' dy, of [M, K] and [K, N] as MxKxN
+* measured while other programs were still being compiled: may be too slow"""
 
 
 class Found:
-    """What is known so far, and where it is kept."""
+    """What is known so far, and where it is kept; all ends at `stop`, on time.monotonic's clock."""
 
-    def __init__(self, out: Path | None):
+    def __init__(self, out: Path | None, stop: float):
         device = jax.devices()[0]
         row = hardware.find_accelerator(device.device_kind) if device.platform == "gpu" else None
         self.peaks: dict[str, float] = {}
         if row:  # in fp8 the tensor cores of Ada, Hopper and Blackwell are twice as fast
             self.peaks = {"bf16": row.peak_flops, "fp8": 2 * row.peak_flops, "copy": row.bandwidth}
-        self.out, self.rows = out, []
+        self.out, self.stop, self.rows = out, stop, []
+        self.compiling: dict[str, Future] = {}  # on other threads
+        self.kernels = ""  # the table of a trace
         self.ceilings: dict[str, float] = {}
         self.parts: dict[str, str] = {}  # name: how it ended
         self.results: dict[str, Any] = {}
@@ -107,6 +85,9 @@ class Found:
             "libraries": {n: v for n, v in versions.items() if n and n.startswith(libraries)},
             "environment": {k: v for k, v in os.environ.items() if k.startswith(settings)},
         }
+
+    def left(self) -> float:
+        return self.stop - time.monotonic()
 
     def judged(self) -> list[dict]:
         return [judge(row, self.peaks, self.ceilings) for row in self.rows]
@@ -128,45 +109,33 @@ class Found:
             write_json(self.out / "results.json", self.as_json())
 
     def show(self) -> None:
-        """The table, what did not end well, and the last line."""
+        """What a person reads: kernels, what passed and what did not, the table; then a line."""
+        if self.kernels:
+            log(self.kernels + "\n")
+        for name, end in self.parts.items():
+            if name.startswith("right: ") and end == "ok":
+                differences = self.results[name]
+                log(f"{name}: ok, differs by {max(differences.values()):.1e} at most")
+            elif end != "ok":
+                log(f"{name}: {end}")
         cells = [
             (
-                r["what"],
-                bench.number(r["ms"] or None, "{:,.2f}"),
-                bench.number(r["value"], "{:,.4g}" if r["value"] < 1e3 else "{:,.0f}"),
+                r["what"] + (" *" if r["disturbed"] else ""),
+                bench.number(r["ms"], "{:,.2f}"),
+                bench.number(r["value"], "{:,.4g}" if (r["value"] or 0) < 1e3 else "{:,.0f}"),
                 r["unit"],
                 *(bench.number(r[key], "{:.1%}") for key in ("of peak", "of ceiling")),
                 r["target"],
                 bench.number(r["of target"], "{:.0%}"),
+                r["detail"],
             )
             for r in self.judged()
         ]
-        header = ("what", "ms", "achieved", "", "of peak", "of ceiling", "target", "of target")
-        log(bench.table(header, cells))
-        for name, end in self.parts.items():
-            if end != "ok":
-                log(f"{name}: {end}")
-        whole = self.as_json()
-        log(json.dumps(whole if self.out is None else {k: whole[k] for k in ("bench", "failed")}))
-
-
-def judge(row: Row, peaks: dict[str, float], ceilings: dict[str, float]) -> dict:
-    """The row with its ratios; None where there is nothing to divide by."""
-    of_peak, of_ceiling = (
-        row.work / limits[row.limit] if row.work and row.limit in limits else None
-        for limits in (peaks, ceilings)
-    )
-    judged = row._asdict() | {"of peak": of_peak, "of ceiling": of_ceiling}
-    target = TARGETS.get(row.what)
-    if target is None:
-        return judged | {"target": "", "of target": None}
-    if target.measure == "of peak":
-        wanted, ratio = f"{target.number:.0%} of peak", of_peak and of_peak / target.number
-    elif target.measure == "value":
-        wanted, ratio = f"{target.number:,} {row.unit}", row.value / target.number
-    else:
-        wanted, ratio = f"at most {target.number} {row.unit}", target.number / row.value
-    return judged | {"target": wanted, "of target": ratio, "source": target.source}
+        cells = [tuple("" if cell == "n/a" else cell for cell in row) for row in cells]
+        ratios = ("of peak", "of ceiling", "target", "of target")
+        log("\n" + bench.table(("what", "ms", "achieved", "unit", *ratios, "how"), cells))
+        log(LEGEND)
+        log(json.dumps({key: self.as_json()[key] for key in ("bench", "failed")}))
 
 
 class Part(NamedTuple):
@@ -174,14 +143,19 @@ class Part(NamedTuple):
     needs_secs: float  # at most, on one H200
     run: Callable[[], tuple[list[Row], Any]]  # rows of the table, and all else that was found
     possible: bool = True
+    awaits: str = ""  # what it needs of found.compiling
 
 
-def run_parts(parts: list[Part], found: Found, stop: float) -> None:
-    """Run those that fit until `stop`, on time.monotonic's clock; what one raises is its end."""
-    for part in parts:
-        left = stop - time.monotonic()
+def run_parts(parts: list[Part], found: Found) -> None:
+    """Run those that fit, the first whose compilation is done; what one raises is its end."""
+    waiting = list(parts)
+    while waiting:
+        late = {name for name, future in found.compiling.items() if not future.done()}
+        part = next((part for part in waiting if part.awaits not in late), waiting[0])
+        waiting.remove(part)
+        left = found.left()
         if not part.possible:
-            found.parts[part.name] = "skipped: needs a GPU that can"
+            found.parts[part.name] = "skipped: not for this device"
         elif part.needs_secs > left:
             found.parts[part.name] = f"skipped: needs {part.needs_secs:.0f} s, {left:.0f} are left"
         else:
@@ -190,13 +164,15 @@ def run_parts(parts: list[Part], found: Found, stop: float) -> None:
             found.save()
             try:
                 rows, found.results[part.name] = part.run()
-                found.rows += rows
+                disturbed = bool(late - {part.awaits})
+                found.rows += [row._replace(disturbed=disturbed) for row in rows]
                 found.parts[part.name] = "ok"
             except Exception:
                 traceback.print_exc()
                 found.parts[part.name] = "FAILED"
             log(f"{part.name}: {found.parts[part.name]} ({time.monotonic() - began:.1f} s)")
-            log(f"  {found.results.get(part.name)}")
+            if not found.out:
+                log(f"  {found.results.get(part.name)}")
             gc.collect()  # what it held on the device
         found.save()
 
@@ -205,49 +181,65 @@ def make_parts(found: Found, secs: float, pool: ThreadPoolExecutor) -> list[Part
     """Every part in order of worth; `secs` of measuring in each that measures."""
     gpu = jax.default_backend() == "gpu"
     in_fp8, shape, plain = multiplies_in_fp8(), *(("d20", "bf16") if gpu else ("tiny", "float32"))
-    shapes: dict[str, bench.Shape] = {}  # as trained here: "d20 bf16"
-    compiling: dict[str, Future] = {}
+    training = Training(pool, found.compiling, secs)
+    decode = f"decode {shape}"
 
-    def start(name: str):
-        """Choose the attention and begin to compile the training steps."""
-        base = bench.get_shape(name)
-        base = replace(base, model=check_attention(base.model, "auto"))
-        shapes[f"{name} {plain}"] = base
-        if in_fp8:
-            shapes[f"{name} fp8"] = bench_train.with_options(base, in_fp8=True)
-        for label in [label for label in shapes if label not in compiling]:
-            compiling[label] = pool.submit(compile_lowered, bench_train.lower_step(shapes[label]))
-        return [], {"attention": base.model.attention_backend}
+    def start():
+        """Choose the attention, begin to compile: what is measured first comes first."""
+        kinds = [plain, "fp8"] if in_fp8 else [plain]
+        training.start(shape, kinds)
+        attention = training.shapes[f"{shape} {plain}"].model.attention_backend
+        found.compiling[decode] = pool.submit(bench_infer.warm_up, shape, DECODE_ROWS, attention)
+        if gpu:
+            training.start("gpt2", kinds)
+            training.submit(f"{shape} {plain}{NO_TRITON}", training.shapes[f"{shape} {plain}"])
+        return [], {"attention": attention}
 
     def compiled():
-        began = time.monotonic()
-        done, late = wait(compiling.values(), timeout=COMPILE_SECS)
-        waited = f"{time.monotonic() - began:.1f} s"
-        return [], {"done": len(done), "late": len(late), "waited": waited}
+        done, late = wait(found.compiling.values(), timeout=COMPILE_SECS)
+        return [], {"done": len(done), "late": len(late)}
+
+    def started(label: str) -> None:
+        if label not in found.compiling:  # with --parts
+            start()
 
     def ceilings():
         found.ceilings = bench_matmul.ceilings(secs)
         rows = [
-            Row(f"ceiling {kind}", 0.0, rate / 1e12, unit, rate, kind)
+            Row(f"ceiling {kind}", None, rate / 1e12, unit, rate, kind)
             for kind, rate in found.ceilings.items()
             for unit in ["TB/s" if kind == "copy" else "TFLOP/s"]
         ]
         return rows, found.ceilings
 
-    def train(name: str, kind: str):
-        label = f"{name} {kind}"
-        if label not in compiling:
-            start(name)
-        ours, step = shapes[label], compiling[label].result()
-        while compiled_bytes(step) > available_bytes(bench.one_device()) and ours.rows > 1:
-            ours = replace(ours, rows=ours.rows // 2)
-            step = compile_lowered(bench_train.lower_step(ours))
-        r = bench_train.run(ours, secs, rivals=False, compiled=step)
-        text = step.as_text()
-        r["kernels"] = {name: text.count(f'"__{name}"') for name in PRODUCTS}
-        flops = bench_train.train_flops_per_token(ours.model) * r["tokens_per_sec"]
-        row = Row(f"train step {label}", r["ms"]["ours"], r["tokens_per_sec"], "tok/s", flops)
-        return [row._replace(limit="bf16")], r
+    def train(label: str):
+        started(label)
+        try:
+            r = training.measure(label, found.left())
+        finally:  # of a step that fails it is wanted most
+            is_kept = label in (f"{shape} {plain}", f"{shape} fp8")
+            if found.out and is_kept and label in training.fitted:
+                training.write_text(label, found.out)
+        model = training.shapes[label].model
+        flops = train_flops_per_token(model) * r["tokens_per_sec"]
+        calls = ", ".join(f"{count} {name}" for name, count in r["kernels"].items() if count)
+        how = (
+            f"{r['microbatches']} x {r['rows']} x {model.seq_len:,} tokens, "
+            f"{r['bytes']['ours'] / 2**30:.1f} GiB, {r['attention']}{calls and '; ' + calls}"
+        )
+        ms, rate = r["ms"]["ours"], r["tokens_per_sec"]
+        return [Row(f"train step {label}", ms, rate, "tok/s", flops, "bf16", how)], r
+
+    def profile():
+        label = f"{shape} {plain}"
+        started(label)
+        step = Steps(*training.ready(label, found.left()))
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = tracing.top_kernels(tracing.trace(step, Path(folder)))
+            if found.out:
+                tracing.archive(Path(folder), found.out / "trace.tar.gz")
+        found.kernels = f"{label}:\n{tracing.table(kernels)}"
+        return [], [kernel._asdict() for kernel in kernels]
 
     def attention():
         r = bench_attention.run(shape, secs, rivals=False)
@@ -260,8 +252,10 @@ def make_parts(found: Found, secs: float, pool: ThreadPoolExecutor) -> list[Part
         return rows, r
 
     def inference():
-        backend = found.results.get(f"start {shape}", {"attention": "auto"})["attention"]
-        r = bench_infer.run(shape, secs, [1, 64], rivals=False, attention=backend)
+        started(decode)
+        wait([found.compiling[decode]], found.left())
+        backend = training.shapes[f"{shape} {plain}"].model.attention_backend
+        r = bench_infer.run(shape, secs, DECODE_ROWS, rivals=False, attention=backend)
         rows = [
             Row(
                 f"decode {shape}, rows {one['rows']}",
@@ -282,12 +276,10 @@ def make_parts(found: Found, secs: float, pool: ThreadPoolExecutor) -> list[Part
         r = bench_optim.run(shape, secs)
         muon, both = r["ms"]["muon"], r["ms"]["both"]
         work = r["muon_tflops"] * 1e12
-        rows = [Row(f"optimizer {shape}", both, both, "ms")]
+        rows = [Row(f"optimizer {shape}", both, None, "")]
         step = found.results.get(f"train step {shape} {plain}")
-        if step:  # its batch over and over, one update at the end
-            times = STEP_TOKENS / bench.get_shape(shape).tokens
-            whole = times * (step["ms"]["ours"] - both) + both
-            share = 100 * muon / whole
+        if step:
+            share = 100 * muon / step["ms"]["ours"]
             rows.append(Row(f"Muon {shape}", muon, share, "% of a step", work, "bf16"))
         return rows, r
 
@@ -313,32 +305,39 @@ def make_parts(found: Found, secs: float, pool: ThreadPoolExecutor) -> list[Part
             )
             for p in r["products"]
             for kind in p["tflops"]
-            for form, rate in p["tflops"][kind].items()
+            for form in SHOWN_PRODUCTS.get(p["what"], ())
+            for rate in [p["tflops"][kind][form]]
         ]
         return rows, r
 
     def check(name: str, needs: float, function: Callable[[], dict]) -> Part:
         return Part(f"right: {name}", needs, lambda: ([], function()))
 
+    def step(name: str, kind: str, needs: float, possible: bool = True) -> Part:
+        label = f"{name} {kind}"
+        return Part(f"train step {label}", needs, lambda: train(label), possible, label)
+
+    no_triton = step(shape, plain + NO_TRITON, 25, gpu)
     return [
-        Part(f"start {shape}", 60, lambda: start(shape)),
-        Part("start gpt2", 60, lambda: start("gpt2"), gpu),
-        check("attention", 30, right.check_attention),
+        Part("start", 30, start),
+        check("attention", 15, right.check_attention),
         check("tiled loss", 10, right.check_loss),
-        check("bf16 and fp8 losses", 45, lambda: right.check_dtypes(in_fp8)),
-        check("decoding, classic", 30, lambda: right.check_decoding({})),
-        check("decoding, modern", 30, lambda: right.check_decoding(right.MODERN)),
+        check("bf16 and fp8 losses", 30, lambda: right.check_dtypes(in_fp8)),
+        check("decoding, classic", 20, lambda: right.check_decoding({})),
+        check("decoding, modern", 20, lambda: right.check_decoding(right.MODERN)),
         Part("compiling", 30, compiled),
-        Part("ceilings", 20, ceilings),
-        Part(f"train step {shape} {plain}", 40, lambda: train(shape, plain)),
-        Part(f"train step {shape} fp8", 30, lambda: train(shape, "fp8"), in_fp8),
-        Part("attention", 30, attention),
-        Part(f"train step gpt2 {plain}", 40, lambda: train("gpt2", plain), gpu),
-        Part("decode and prefill", 80, inference),
-        Part("train step gpt2 fp8", 30, lambda: train("gpt2", "fp8"), gpu and in_fp8),
-        Part("optimizer", 30, optimizer),
+        step(shape, plain, 30),
+        Part("ceilings", 15, ceilings),
+        Part("attention", 20, attention),
+        step(shape, "fp8", 25, in_fp8),
+        Part("profile", 25, profile, awaits=f"{shape} {plain}"),
+        Part("decode and prefill", 25, inference, awaits=decode),
+        step("gpt2", plain, 35, gpu),
+        step("gpt2", "fp8", 30, gpu and in_fp8),
+        Part("optimizer", 15, optimizer),
         Part("loss", 15, loss),
-        Part("matmuls", 45, matmuls),
+        Part("matmuls", 30, matmuls),
+        no_triton,
     ]
 
 
@@ -353,26 +352,18 @@ def multiplies_in_fp8() -> bool:
     return True
 
 
-# How XLA's text names the libraries' products: in fp8, and in other types.
-PRODUCTS = ("cublas$lt$matmul$f8", "cublas$lt$matmul", "cublas$gemm")
-
-
 def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget", type=float, default=450.0, help="seconds, for everything")
-    parser.add_argument("--secs", type=float, default=6.0, help="of measuring, in each part")
-    parser.add_argument("--out", type=Path, help="folder for results.json")
+    parser.add_argument("--secs", type=float, help="of measuring, in each part (GPU: 6, CPU: 1)")
+    parser.add_argument("--out", type=Path, help="folder for what is found")
     parser.add_argument("--parts", nargs="+", help="only those whose names contain one of these")
     args = parser.parse_args()
-    # The card is ours alone, and a step at the recipe's batch needs most of it. JAX refuses two
-    # fractions, one by its older name.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     start_runtime(compile_cache=True)
-    found = Found(args.out)
+    found = Found(args.out, began + args.budget)
     log(json.dumps(found.machine))
 
     def time_is_up() -> None:
@@ -380,11 +371,14 @@ def main() -> None:
         found.show()
         os._exit(1)
 
-    watch = threading.Timer(max(0.0, began + args.budget - time.monotonic()), time_is_up)
+    watch = threading.Timer(max(0.0, found.left()), time_is_up)
     watch.daemon = True
     watch.start()
-    parts = make_parts(found, args.secs, ThreadPoolExecutor())
-    run_parts([p for p in parts if chosen(p.name, args.parts)], found, began + args.budget)
+    secs = args.secs
+    if secs is None:
+        secs = 6.0 if jax.default_backend() == "gpu" else 1.0
+    parts = make_parts(found, secs, ThreadPoolExecutor(COMPILERS))
+    run_parts([p for p in parts if chosen(p.name, args.parts)], found)
     watch.cancel()
     found.show()
     os._exit("FAILED" in found.parts.values())  # not to wait for what may still be compiling

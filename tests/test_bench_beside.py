@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import shlex
 import sys
 
@@ -10,11 +11,12 @@ import pytest
 
 from nanochat_jax import bench
 from nanochat_jax import config as cfg
-from nanochat_jax.bench_beside import beside
+from nanochat_jax.bench_beside import beside, free_gpu_bytes
 from nanochat_jax.common import UserError
 
 ROOT = cfg.CONFIGS.parent
-# Half a second a step by its own clock; notes when it works, and that it was told to end.
+# Half a second a step by its own clock; notes when it works, and that it was told to end. Takes
+# where to note it, tokens of a step, and the loss that it comes to.
 FAKE = """
 import json, sys
 def say(**message):
@@ -22,10 +24,10 @@ def say(**message):
 def note(text):
     with open(sys.argv[1], 'a') as file:
         file.write(text)
-say(name='fake', tokens=10, loss=3.5, threads=1)
+say(name='fake', tokens=int(sys.argv[2]), loss=3.5, threads=1)
 for line in sys.stdin:
     note('<' + line.strip() + '>')
-    say(secs=int(line) * 0.5, loss=1.0)
+    say(secs=int(line) * 0.5, loss=float(sys.argv[3]))
 note('end')
 """
 
@@ -48,9 +50,11 @@ def test_a_program_takes_turns_with_ours_and_is_told_to_end(tmp_path):
             file.write("(")
             file.write(")")
 
-    with beside(command(FAKE, notes)) as program:
+    with beside(command(FAKE, notes, 10, 1.0)) as program:
         assert program.about == {"name": "fake", "tokens": 10, "loss": 3.5, "threads": 1}
+        assert program.loss == 3.5
         assert program.secs(3) == 1.5
+        assert program.loss == 1.0
         times = bench.time_interleaved({"ours": ours, "it": program}, budget_secs=0, min_rounds=2)
     assert times["it"] == bench.Timing(0.5, 0.0, 0.5)
     warm_up = "()()" + "<1><1>"
@@ -92,32 +96,83 @@ def test_an_error_of_ours_ends_the_program_at_once():
     assert program.process.returncode == -9
 
 
-def test_bench_train_beside_a_program(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def beside_fake(tmp_path, monkeypatch, capsys):
+    """bench_train beside FAKE: (what it printed above its last line, its result)."""
     bench_train = load("scripts", "bench_train", monkeypatch)
     monkeypatch.setattr(bench_train, "keep_freed_memory", lambda: None)  # it is for the process
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    fake = command(FAKE, tmp_path / "notes")
-    monkeypatch.setattr(sys, "argv", ["x", "--shape=tiny", "--secs=0", f"--beside={fake}"])
-    bench_train.main()
-    assert bench_train.os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    *rows, line = capsys.readouterr().out.splitlines()
-    (result,) = json.loads(line)["results"]
-    assert result["beside"]["tokens_per_sec"] == 20  # 10 tokens in half a second
-    assert result["speedup_over_beside"] == pytest.approx(result["tokens_per_sec"] / 20)
+
+    def run(tokens: int, loss: float, *options: str):
+        fake = command(FAKE, tmp_path / "notes", tokens, loss)
+        arguments = ["x", "--shape=tiny", "--secs=0", f"--beside={fake}", *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        bench_train.main()
+        assert bench_train.os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        *lines, last = capsys.readouterr().out.splitlines()
+        return lines, json.loads(last)["results"][0]
+
+    run.module = bench_train
+    return run
+
+
+def test_bench_train_beside_a_program(beside_fake):
+    lines, result = beside_fake(512, 1.0, "--device-batch=4", "--accumulate=2")
+    assert lines[:2] == [
+        "ours: 512 tokens a step in 2 microbatches, float32",
+        "fake: 512 tokens a step in ? microbatches, dtype unknown",
+    ]
+    assert result["beside"]["tokens_per_sec"] == 1_024  # 512 tokens in half a second
+    assert result["tokens_per_sec"] == pytest.approx(512 / result["ms"]["ours"] * 1e3)
+    assert result["speedup_over_beside"] == pytest.approx(result["tokens_per_sec"] / 1_024)
     assert set(result["ms"]) == set(result["spread"]) == {"ours", "beside"}
-    assert [row.split()[:2] for row in rows] == [
+    assert result["losses"]["beside"] == [3.5, 1.0]
+    first, last = result["losses"]["ours"]
+    assert first > last and first == pytest.approx(6.24, abs=0.05)  # log of 512 tokens
+    assert [row.split()[:2] for row in lines[-3:]] == [
         ["shape", "step"],
         ["tiny", "ours"],
         ["tiny", "fake"],
     ]
 
 
+def test_what_cannot_be_compared_is_not(beside_fake, monkeypatch):
+    with pytest.raises(UserError, match="takes 10 tokens a step, ours 512, expected as many"):
+        beside_fake(10, 1.0)
+    with pytest.raises(UserError, match="step of beside got from loss 3.5000 to nan"):
+        beside_fake(512, "nan")
+    monkeypatch.setattr(beside_fake.module, "free_gpu_bytes", lambda: 1_000)
+    with pytest.raises(UserError, match=r"0.0 GiB are free beside the program; halve --device-ba"):
+        beside_fake(512, 1.0)
+    with pytest.raises(UserError, match="--accumulate got 0, expected at least 1"):
+        beside_fake(512, 1.0, "--accumulate=0")
+
+
+def test_a_broken_step_has_no_speed(beside_fake):
+    beside_fake.module.require_learning("ours", 3.0, 2.9)
+    for first, last in ((3.0, 3.0), (3.0, 3.1), (3.0, math.nan), (math.inf, 3.0)):
+        with pytest.raises(UserError, match="expected a finite and lower one"):
+            beside_fake.module.require_learning("ours", first, last)
+
+
+def test_free_memory_is_what_the_driver_says(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --id=3 ] && echo "68123 MiB"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert free_gpu_bytes() == 68_123 * 2**20
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert free_gpu_bytes() is None
+
+
 def test_upstreams_shapes_are_ours(monkeypatch):
     driver = load("dev", "upstream_step", monkeypatch)
-    for name, (variant, *dims, rows, pattern) in driver.SHAPES.items():
+    for name, (variant, *dims, rows, accumulate, pattern) in driver.SHAPES.items():
         shape = bench.SHAPES[name]
         c = shape.model
         assert variant == shape.optim
         assert dims == [c.num_layers, c.model_dim, c.num_heads, c.vocab_size, c.seq_len]
-        assert (rows, pattern) == (shape.rows, c.window_pattern)
+        assert (rows, accumulate) == (shape.rows, shape.accumulate)
+        assert pattern == c.window_pattern
         assert c.num_kv_heads == c.num_heads
