@@ -107,3 +107,28 @@ def tiny_tokenizer():
     from nanochat_jax.tokenizer import bpe
 
     return bpe.train(iter(TEXT * 4), vocab_size=384)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """GPTConfig -> parameters of the right shapes by path, nowhere zero, so that every path through
+    a model counts; drawn without compiling anything."""
+    import numpy as np
+
+    from nanochat_jax.model.gpt import param_shapes
+
+    def draw(config) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        params = {}
+        for path, leaf in param_shapes(config).items():
+            value = rng.standard_normal(leaf.shape, np.float32)
+            if path.endswith("kernel"):
+                value *= leaf.shape[0] ** -0.5
+            elif path.endswith("lambdas"):
+                value = 1 + 0.1 * value
+            elif path.endswith("lambda"):
+                value = 0.3 + 0.1 * value
+            params[path] = value.astype(np.float32)
+        return params
+
+    return draw

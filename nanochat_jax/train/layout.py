@@ -104,7 +104,8 @@ class LayoutRecord:
         """From now on this one; num_bytes: what a step needs, by the compiler's analysis."""
         self.taken = layout
         if jax.process_index() == 0:
-            taken = layout._asdict() | {"bytes": num_bytes}
+            # At least 1, should the compiler not tell: 0 means that nothing ran out of memory.
+            taken = layout._asdict() | {"bytes": max(1, num_bytes)}
             too_large = [one._asdict() | {"bytes": size} for one, size in self.too_large.items()]
             record = {"made_for": self.made_for, "taken": taken, "too_large": too_large}
             write_json(self.path, record)

@@ -1,4 +1,4 @@
-"""Small models with weights that are nowhere zero, and their logits by full forward passes."""
+"""Small models, and their logits by full forward passes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
+from nanochat_jax.model.gpt import GPTConfig, bind
 
 
 class ShortWindows(GPTConfig):
@@ -48,27 +48,6 @@ def classic() -> GPTConfig:
 @pytest.fixture
 def modern() -> GPTConfig:
     return MODERN
-
-
-@pytest.fixture(scope="session")
-def random_params() -> Callable[[GPTConfig], dict[str, np.ndarray]]:
-    """config -> parameters of the right shapes."""
-
-    def draw(config: GPTConfig) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(0)
-        params = {}
-        for path, leaf in param_shapes(config).items():
-            value = rng.standard_normal(leaf.shape, np.float32)
-            if path.endswith("kernel"):
-                value *= leaf.shape[0] ** -0.5
-            elif path.endswith("lambdas"):
-                value = 1 + 0.1 * value
-            elif path.endswith("lambda"):
-                value = 0.3 + 0.1 * value
-            params[path] = value.astype(np.float32)
-        return params
-
-    return draw
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Small models with weights that are nowhere zero, so that every path through them counts."""
+"""What goes into small models, and what to ask of them."""
 
 from collections.abc import Callable
 
@@ -6,28 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.model.gpt import GPTConfig, param_shapes
-
-
-@pytest.fixture(scope="session")
-def random_params() -> Callable[[GPTConfig], dict[str, np.ndarray]]:
-    """config -> parameters of the right shapes, drawn without compiling anything."""
-
-    def draw(config: GPTConfig) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(0)
-        params = {}
-        for path, leaf in param_shapes(config).items():
-            value = rng.standard_normal(leaf.shape, np.float32)
-            if path.endswith("kernel"):
-                value *= leaf.shape[0] ** -0.5
-            elif path.endswith("lambdas"):
-                value = 1 + 0.1 * value
-            elif path.endswith("lambda"):
-                value = 0.3 + 0.1 * value
-            params[path] = value.astype(np.float32)
-        return params
-
-    return draw
+from nanochat_jax.model.gpt import GPTConfig
 
 
 @pytest.fixture

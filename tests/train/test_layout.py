@@ -60,6 +60,13 @@ def test_what_was_taken_is_taken_again_and_what_ran_out_never(tmp_path):
     assert sorted(again.too_large.values()) == [600, 700]
 
 
+def test_what_ran_out_is_not_taken_again_though_its_bytes_are_unknown(tmp_path):
+    path = tmp_path / "layout.json"
+    LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[0], 0)
+    note_too_large(path)
+    assert LayoutRecord(path, MADE_FOR, LAYOUTS).left() == LAYOUTS[1:]
+
+
 def test_a_record_made_for_something_else_says_nothing(tmp_path):
     path = tmp_path / "layout.json"
     LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[3], 700)
