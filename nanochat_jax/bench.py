@@ -29,10 +29,10 @@ from jax.sharding import Mesh
 from nanochat_jax import hardware
 from nanochat_jax.bench_beside import Program
 from nanochat_jax.common import UserError
+from nanochat_jax.launch.runtime import available_bytes, compile_lowered, compiled_bytes
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.runtime import available_bytes, compile_lowered, compiled_bytes
 
 MIN_TIMED_SECS = 0.02  # of one timing: shorter calls are repeated until the clock can resolve them
 

@@ -17,15 +17,7 @@ from typing import Any
 
 from nanochat_jax.common import atomic_write
 from nanochat_jax.report_evals import CHATCORE, read_scores, summary
-from nanochat_jax.report_read import (
-    STAGES,
-    Run,
-    as_dict,
-    number,
-    price_per_hour,
-    read_run,
-    whole,
-)
+from nanochat_jax.report_read import STAGES, Run, as_dict, number, price_per_hour, read_run, whole
 from nanochat_jax.report_stage import best_val_bpb, parameter_groups, scalars, stage_blocks
 from nanochat_jax.report_write import (
     Block,

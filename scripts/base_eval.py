@@ -5,9 +5,9 @@
 Writes $NANOCHAT_BASE_DIR/runs/<config.run.name>/eval/base.json.
 """
 
-from nanochat_jax import stages_eval
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import evals as stages_eval
 
 
 def main() -> None:

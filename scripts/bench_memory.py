@@ -30,11 +30,11 @@ import jax.numpy as jnp
 
 from nanochat_jax import bench
 from nanochat_jax.common import UserError, log, run_main
+from nanochat_jax.launch.runtime import compile_lowered, compiled_bytes
 from nanochat_jax.model import fp8, gpt
 from nanochat_jax.model.attention import attention, attention_naive
 from nanochat_jax.model.loss import cross_entropy_naive
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.runtime import compile_lowered, compiled_bytes
 from nanochat_jax.train import step as step_module
 from nanochat_jax.train.state import abstract_state
 from nanochat_jax.train.step import loss_tile, make_train_step

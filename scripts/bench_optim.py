@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from nanochat_jax import bench
 from nanochat_jax.common import log, run_main
+from nanochat_jax.launch.runtime import compiled_bytes
 from nanochat_jax.model.accounting import train_flops_per_token
 from nanochat_jax.model.gpt import init_params
 from nanochat_jax.optim.build import label
 from nanochat_jax.optim.muon import NEWTON_SCHULZ
-from nanochat_jax.runtime import compiled_bytes
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 
 
 def run(name: str, secs: float) -> dict:

@@ -38,17 +38,17 @@ import jax.numpy as jnp
 from nanochat_jax import bench, hardware
 from nanochat_jax.bench_beside import Program, beside, free_gpu_bytes
 from nanochat_jax.common import UserError, log, run_main
-from nanochat_jax.model import fp8
-from nanochat_jax.model.accounting import train_flops_per_token
-from nanochat_jax.model.gpt import REMAT, bind, init_params
-from nanochat_jax.model.loss import cross_entropy_naive
-from nanochat_jax.runtime import (
+from nanochat_jax.launch.runtime import (
     available_bytes,
     compile_lowered,
     compiled_bytes,
     keep_freed_memory,
     take_memory,
 )
+from nanochat_jax.model import fp8
+from nanochat_jax.model.accounting import train_flops_per_token
+from nanochat_jax.model.gpt import REMAT, bind, init_params
+from nanochat_jax.model.loss import cross_entropy_naive
 from nanochat_jax.train import step as step_module
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch

@@ -1,7 +1,7 @@
 """Talk to a trained model in the terminal.
 
-  python scripts/chat_cli.py --config=configs/demo.py           # a chat; /help lists commands
-  python scripts/chat_cli.py --config=configs/demo.py -p "text" # the answer alone, for pipes
+  python scripts/terminal.py --config=configs/demo.py           # a chat; /help lists commands
+  python scripts/terminal.py --config=configs/demo.py -p "text" # the answer alone, for pipes
 
   -p TEXT             ask one question; only the answer goes to stdout. One that starts with a
                       dash: -p="-5+3?"
@@ -49,27 +49,28 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
     args, config = arguments(rest), load(path, overrides)
-    from nanochat_jax import chat_cli, chat_model  # after --help and typing errors: JAX takes long
+    from nanochat_jax.inference import checkpoint  # after --help: JAX takes long
+    from nanochat_jax.serve import terminal
 
-    names = [field.name for field in dataclasses.fields(chat_cli.Settings)]
+    names = [field.name for field in dataclasses.fields(terminal.Settings)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = chat_cli.Settings(**given)
+    settings = terminal.Settings(**given)
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        opened = chat_model.open_model(config, args.stage)
+        opened = checkpoint.open_model(config, args.stage)
         base = opened.stage == "base"
         # One token an event shows it at once; where nobody watches, many at a time are faster.
         burst = 1 if interactive else 16
         tool = "calculator" if args.tool is None else args.tool
-        engine = chat_model.start_engine(opened, slots=1, burst=burst, tool_name=tool)
+        engine = checkpoint.start_engine(opened, slots=1, burst=burst, tool_name=tool)
         if base and args.tool not in (None, "none"):
             print(f"--tool={tool} has no effect: a base model uses no tool", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     notes = sys.stdout if interactive else sys.stderr
-    color = chat_cli.wants_color(notes, args.no_color)
-    screen = chat_cli.Screen(sys.stdout, notes, interactive=interactive, color=color)
-    chat = chat_cli.Chat(
+    color = terminal.wants_color(notes, args.no_color)
+    screen = terminal.Screen(sys.stdout, notes, interactive=interactive, color=color)
+    chat = terminal.Chat(
         engine, opened.tokenizer, settings, screen, system=args.system or "", base=base
     )
     if interactive:

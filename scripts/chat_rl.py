@@ -5,9 +5,9 @@
 Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax import stages
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import chain as stages
 
 
 def main() -> int:

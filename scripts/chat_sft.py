@@ -6,9 +6,9 @@ Starts from mid-training (from the base model where the recipe has none), or con
 Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax import stages
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import chain as stages
 
 
 def main() -> int:

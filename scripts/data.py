@@ -16,7 +16,8 @@ import sys
 
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.config import load, parse_argv
-from nanochat_jax.data import prepare, registry
+from nanochat_jax.data import datasets as registry
+from nanochat_jax.data import prepare
 
 COMMANDS = ("list", "ensure", "download", "pack", "demo")
 

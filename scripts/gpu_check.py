@@ -48,8 +48,8 @@ from gpu_check_train import NO_TRITON, Training
 
 from nanochat_jax import bench, hardware
 from nanochat_jax.common import UserError, log, run_main, write_json
+from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model.accounting import train_flops_per_token
-from nanochat_jax.runtime import start_runtime
 
 COMPILE_SECS = 60  # that measuring waits, at most, until nothing compiles
 COMPILERS = 4  # programs at once; more would make the first ones wait

@@ -17,14 +17,14 @@ import jax
 
 from nanochat_jax import bench
 from nanochat_jax.common import log
-from nanochat_jax.model.attention_check import check_attention
-from nanochat_jax.model.gpt import param_shapes
-from nanochat_jax.runtime import (
+from nanochat_jax.launch.runtime import (
     available_bytes,
     compile_lowered,
     compiled_bytes,
     is_out_of_memory,
 )
+from nanochat_jax.model.attention_check import check_attention
+from nanochat_jax.model.gpt import param_shapes
 
 # How XLA's text names what a library computes, and products that it generates code for itself.
 KERNELS = {

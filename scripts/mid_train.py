@@ -6,9 +6,9 @@ Starts from the last checkpoint of train.py, or continues where it was. A recipe
 mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax import stages
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import chain as stages
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ def main() -> None:
     # Before JAX starts: as many CPU devices as there would be GPUs, to compile for.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_gpus}"
-    from nanochat_jax.planning import plan
+    from nanochat_jax.plan import plan
 
     compile_step = options["compile"] == "yes"
     known = {"gpu": options["gpu"], "network": options["network"]}

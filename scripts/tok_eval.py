@@ -3,9 +3,9 @@
 python scripts/tok_eval.py --config=configs/demo.py
 """
 
-from nanochat_jax import stages_text
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import text as stages_text
 
 
 def main() -> None:

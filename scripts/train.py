@@ -7,9 +7,9 @@ Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves an
 75.
 """
 
-from nanochat_jax import stages
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
+from nanochat_jax.stages import chain as stages
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from nanochat_jax import config as cfg
-from nanochat_jax.cluster import Launch, find
 from nanochat_jax.common import EXIT_RESUME_ME
+from nanochat_jax.launch.cluster import Launch, find
 
 ROOT = cfg.CONFIGS.parent
 LAUNCH = ROOT / "launch"

@@ -58,7 +58,7 @@ def _download(url: str, directory: Path) -> Path:
     # HF_HUB_OFFLINE; its token, which is not for this server, is only sent when asked for.
     from huggingface_hub.utils import get_session
 
-    from nanochat_jax.data.download import persistently
+    from nanochat_jax.data.hub import persistently
 
     plain = {"Accept-Encoding": "identity"}
     settings = {"follow_redirects": True, "timeout": _TIMEOUT_SECS}

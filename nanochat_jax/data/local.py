@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanochat_jax.common import UserError, data_dir, log, write_json
 from nanochat_jax.data import shards
-from nanochat_jax.data.registry import MANIFEST, read_manifest
+from nanochat_jax.data.datasets import MANIFEST, read_manifest
 from nanochat_jax.data.sources import TEXT_COLUMN, decode, read_row_group, row_group_sizes
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanochat_jax.common import locked, log
 from nanochat_jax.data import demo, local
-from nanochat_jax.data.registry import DATASETS, Dataset, get, read_manifest
+from nanochat_jax.data.datasets import DATASETS, Dataset, get, read_manifest
 
 Shards = tuple[list[Path], Path]  # training shards in order, validation shard
 
@@ -55,7 +55,7 @@ def _make(name: str, *, num_shards: int, local_dir: str) -> None:
         demo.build(dataset.directory)
     else:
         # Not at the head: the hub's client takes a second to import, and only this needs it.
-        from nanochat_jax.data.download import download
+        from nanochat_jax.data.hub import download
 
         names = [*dataset.train_names(num_shards), dataset.validation]
         download(dataset.repo_id, names, dataset.directory)

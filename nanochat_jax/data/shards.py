@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.common import UserError, write_json
-from nanochat_jax.data.registry import MANIFEST, shard_name
+from nanochat_jax.data.datasets import MANIFEST, shard_name
 from nanochat_jax.data.sources import TEXT_COLUMN
 
 SHARD_CHARS = 250_000_000  # of the downloaded datasets' shards too

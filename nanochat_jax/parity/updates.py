@@ -18,7 +18,7 @@ from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
 from nanochat_jax.parity.case import Case
 from nanochat_jax.parity.reference import close_row, exact_row
 from nanochat_jax.parity.rows import Row
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
 from nanochat_jax.train.step import make_train_step
 

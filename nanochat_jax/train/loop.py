@@ -31,9 +31,9 @@ from nanochat_jax.common import UserError
 from nanochat_jax.train.checkpoint import Checkpoints, list_steps
 from nanochat_jax.train.layout import in_the_step
 from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch, format_secs
-from nanochat_jax.train.owners import Owners
-from nanochat_jax.train.profile import STEP, IdleTime, Trace, compilations
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
+from nanochat_jax.train.watch import STEP, IdleTime, Trace, compilations
 
 
 class Evaluation(NamedTuple):

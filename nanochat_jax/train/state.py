@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax.model.gpt import GPTConfig, init_params
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 
 
 class TrainState(NamedTuple):

@@ -28,7 +28,7 @@ from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import ROW_AXES, ROWS
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState, abstract_state
 
 # inputs, targets: int32 [R, T], target -1 = not trained; perhaps weights: float32 [R, T]

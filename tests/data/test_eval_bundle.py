@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nanochat_jax.common import UserError, data_dir
-from nanochat_jax.data import download, eval_bundle
+from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub as download
 
 FILES = {
     "eval_bundle/core.yaml": b"icl_tasks: []\n",

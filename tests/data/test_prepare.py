@@ -3,7 +3,8 @@
 import pytest
 
 from nanochat_jax.common import UserError, write_json
-from nanochat_jax.data import prepare, registry
+from nanochat_jax.data import datasets as registry
+from nanochat_jax.data import prepare
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from nanochat_jax import config, stages_train
+from nanochat_jax import config
 from nanochat_jax.common import UserError
 from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum
 from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.stages import train as stages_train
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 

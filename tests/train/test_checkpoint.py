@@ -15,7 +15,7 @@ from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train import checkpoint as ck
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 
 CONFIG = GPTConfig(

@@ -13,8 +13,8 @@ import pytest
 
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, read_metrics
-from nanochat_jax.train.profile import Trace, parse_steps
 from nanochat_jax.train.state import TrainState
+from nanochat_jax.train.watch import Trace, parse_steps
 
 STEPS = 6
 

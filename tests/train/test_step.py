@@ -14,7 +14,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from tqdm import tqdm
 
 from nanochat_jax.common import UserError, log, sha256_file, write_json
-from nanochat_jax.data.registry import MANIFEST, read_manifest
+from nanochat_jax.data.datasets import MANIFEST, read_manifest
 
 # The client's own error is derived from those of its HTTP library (which changes) and OSError.
 _NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]

@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 
 from nanochat_jax import config as cfg
-from nanochat_jax import stages, stages_eval, stages_train
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, read_json, run_dir, write_json
 from nanochat_jax.eval import chat
 from nanochat_jax.model.gpt import bind
 from nanochat_jax.model.loss import cross_entropy_naive
+from nanochat_jax.stages import chain as stages
+from nanochat_jax.stages import evals as stages_eval
+from nanochat_jax.stages import train as stages_train
 from nanochat_jax.tasks.arithmetic import Arithmetic
 from nanochat_jax.train import checkpoint as ck
 

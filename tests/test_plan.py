@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax import config as cfg
 from nanochat_jax.common import UserError
-from nanochat_jax.planning import plan
+from nanochat_jax.plan import plan
 
 
 def planned(name: str, gpu="H100", num_gpus=8, mfu=0.5, compile_step=False, **overrides) -> str:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.train.profile import IdleTime, Trace, parse_steps
+from nanochat_jax.train.watch import IdleTime, Trace, parse_steps
 
 
 def test_steps_by_name():

@@ -25,12 +25,12 @@ from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core, ngram
 from nanochat_jax.eval.bpb import make_bpb
 from nanochat_jax.inference.engine import Engine, Request
-from nanochat_jax.inference.tool_use import calculator_tool
+from nanochat_jax.inference.tools import calculator_tool
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
-from nanochat_jax.stages_same import ORDER, Parent, same_run
-from nanochat_jax.stages_text import run_data, run_tokenizer
-from nanochat_jax.stages_train import Run, has_stage, last_checkpoint, start
+from nanochat_jax.stages.same import ORDER, Parent, same_run
+from nanochat_jax.stages.text import run_data, run_tokenizer
+from nanochat_jax.stages.train import Run, has_stage, last_checkpoint, start
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer import bpe

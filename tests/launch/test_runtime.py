@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import runtime
 from nanochat_jax.common import UserError
+from nanochat_jax.launch import runtime
 from nanochat_jax.train.layout import Layout, LayoutRecord, candidates, note_too_large
 
 GIB = 2**30

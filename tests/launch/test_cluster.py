@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from jax._src.clusters import SlurmCluster
 
-from nanochat_jax import cluster
 from nanochat_jax import config as cfg
-from nanochat_jax.cluster import Launch, find
 from nanochat_jax.common import EXIT_RESUME_ME, UserError
+from nanochat_jax.launch import cluster
+from nanochat_jax.launch.cluster import Launch, find
 from nanochat_jax.train.metrics import read_metrics
 
 ROOT = cfg.CONFIGS.parent

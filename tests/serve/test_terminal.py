@@ -4,9 +4,9 @@ import signal
 
 import pytest
 
-from nanochat_jax.chat_cli import Chat, Screen, Settings, wants_color
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Event
+from nanochat_jax.serve.terminal import Chat, Screen, Settings, wants_color
 
 BOAT = "\N{SHIP}"
 

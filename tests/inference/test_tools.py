@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_jax.inference.tool_use import calculator_tool
+from nanochat_jax.inference.tools import calculator_tool
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import filelock
 from nanochat_jax import hardware
 from nanochat_jax.common import UserError, read_json, write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class RunInfo:

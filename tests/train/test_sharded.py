@@ -7,7 +7,7 @@ import pytest
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import OWNERS, make_mesh, param_shardings
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 
 CONFIG = GPTConfig(
     vocab_size=100,

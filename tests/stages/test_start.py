@@ -2,10 +2,11 @@
 
 import pytest
 
-from nanochat_jax import stages_same, stages_train
 from nanochat_jax.common import UserError
 from nanochat_jax.config import CONFIGS, load
 from nanochat_jax.model import attention_check
+from nanochat_jax.stages import same as stages_same
+from nanochat_jax.stages import train as stages_train
 
 
 def start(**overrides):

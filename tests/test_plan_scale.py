@@ -6,8 +6,8 @@ from nanochat_jax import config as cfg
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.hardware import ACCELERATORS, Accelerator, find_accelerator
-from nanochat_jax.planning import plan
-from nanochat_jax.planning_scale import (
+from nanochat_jax.plan import plan
+from nanochat_jax.plan_scale import (
     NVLINK,
     collective_secs,
     link_bytes_per_sec,

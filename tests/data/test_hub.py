@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data import download as module
-from nanochat_jax.data.download import download
+from nanochat_jax.data import hub as module
+from nanochat_jax.data.hub import download
 
 ROOT = Path(__file__).parents[2]
 REPO = "karpathy/fineweb-edu-100b-shuffle"

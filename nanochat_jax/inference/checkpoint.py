@@ -14,11 +14,11 @@ from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, run_dir
 from nanochat_jax.config import Recipe
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.tool_use import make_tool
+from nanochat_jax.inference.tools import make_tool
+from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
-from nanochat_jax.runtime import start_runtime
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import damage, list_steps, read_host, restore_params
 

@@ -2,7 +2,7 @@
 
 A stage describes itself as a Job; `train_once` does the rest, the same for all of them. A stage
 that is complete says so and returns; one that was interrupted continues; one whose recipe or
-starting point changed says what differs and refuses (stages_same.py). One that runs out of memory
+starting point changed says what differs and refuses (same.py). One that runs out of memory
 continues from its last checkpoint in a smaller layout (train/layout.py).
 """
 
@@ -17,31 +17,25 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import cluster, hardware, recipe
-from nanochat_jax.common import (
-    EXIT_RESUME_ME,
-    UserError,
-    log,
-    read_json,
-    run_dir,
-    write_json,
-)
+from nanochat_jax import hardware, recipe
+from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, read_json, run_dir, write_json
 from nanochat_jax.config import Recipe
 from nanochat_jax.data.pipeline import merge_states
+from nanochat_jax.launch import cluster
+from nanochat_jax.launch.provenance import RunInfo, only_one
+from nanochat_jax.launch.runtime import (
+    outside_the_step,
+    return_freed_memory,
+    start_runtime,
+    step_for_widths,
+)
 from nanochat_jax.model.accounting import param_counts, train_flops_per_token
 from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, num_row_shards
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer
-from nanochat_jax.provenance import RunInfo, only_one
-from nanochat_jax.runtime import (
-    outside_the_step,
-    return_freed_memory,
-    start_runtime,
-    step_for_widths,
-)
-from nanochat_jax.stages_same import (
+from nanochat_jax.stages.same import (
     ORDER,
     Parent,
     same_files,
@@ -66,10 +60,10 @@ from nanochat_jax.train.layout import (
 )
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
-from nanochat_jax.train.owners import Owners
-from nanochat_jax.train.profile import Trace, parse_steps
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState, abstract_state
 from nanochat_jax.train.step import make_train_step, put_batch
+from nanochat_jax.train.watch import Trace, parse_steps
 
 LAYOUT = "layout.json"
 SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}

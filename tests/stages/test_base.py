@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 
 from nanochat_jax import config as cfg
-from nanochat_jax import runtime, stages, stages_eval, stages_text, stages_train
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
-from nanochat_jax.provenance import only_one
+from nanochat_jax.launch import runtime
+from nanochat_jax.launch.provenance import only_one
+from nanochat_jax.stages import chain as stages
+from nanochat_jax.stages import evals as stages_eval
+from nanochat_jax.stages import text as stages_text
+from nanochat_jax.stages import train as stages_train
 from nanochat_jax.train import checkpoint as ck
 from nanochat_jax.train.layout import LayoutRecord, candidates, in_the_step
 
@@ -331,7 +335,8 @@ def test_one_of_several_processes_notes_it_and_ends(tmp_path, monkeypatch):
 
 PROGRAM = """
 import resource, sys, psutil
-from nanochat_jax import config, stages, stages_train
+from nanochat_jax import config
+from nanochat_jax.stages import chain as stages, train as stages_train
 put, note = stages_train.put_batch, stages_train.note_too_large
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 def put_batch(batch, mesh):

@@ -15,19 +15,13 @@ from jax.sharding import NamedSharding
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
-from nanochat_jax.data import registry
+from nanochat_jax.data import datasets as registry
+from nanochat_jax.launch.runtime import MEMORY_SHARE, compile_lowered, compiled_bytes
 from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops_per_token
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import ROWS, make_mesh
 from nanochat_jax.optim.build import build_optimizer
-from nanochat_jax.planning_scale import (
-    GPUS_PER_NODE,
-    NETWORKS,
-    SAVED_VALUES,
-    most_gpus,
-    step_on,
-)
-from nanochat_jax.runtime import MEMORY_SHARE, compile_lowered, compiled_bytes
+from nanochat_jax.plan_scale import GPUS_PER_NODE, NETWORKS, SAVED_VALUES, most_gpus, step_on
 from nanochat_jax.train.layout import Layout, candidates
 from nanochat_jax.train.metrics import format_secs
 from nanochat_jax.train.state import abstract_state

@@ -1,12 +1,12 @@
 """START HERE: the stages, each a short story told in the order it happens.
 
-  stages_text.py   run_data -> run_tokenizer -> run_tok_eval
+  text.py    run_data -> run_tokenizer -> run_tok_eval
   here             run_base -> run_mid -> run_sft -> run_rl
-  stages_eval.py   run_base_eval, run_chat_eval
+  evals.py    run_base_eval, run_chat_eval
   report.py        reads what they all leave
 
 Each takes the whole recipe and hands its parts on as plain arguments. What a stage leaves lies in
-$NANOCHAT_BASE_DIR/runs/<config.run.name>/. stages_train.py does what all training stages share.
+$NANOCHAT_BASE_DIR/runs/<config.run.name>/. train.py does what all training stages share.
 """
 
 import os
@@ -24,16 +24,16 @@ from nanochat_jax.config import Recipe
 from nanochat_jax.data import conversations as conv
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.eval.chat import generative
+from nanochat_jax.launch.runtime import require_memory
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import num_row_shards
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer, warm_start
 from nanochat_jax.rl.rollout import practise
-from nanochat_jax.runtime import require_memory
-from nanochat_jax.stages_eval import make_core, make_engine, make_samples, text_bpb, validation_bpb
-from nanochat_jax.stages_same import Parent
-from nanochat_jax.stages_text import run_data, run_tokenizer
-from nanochat_jax.stages_train import (
+from nanochat_jax.stages.evals import make_core, make_engine, make_samples, text_bpb, validation_bpb
+from nanochat_jax.stages.same import Parent
+from nanochat_jax.stages.text import run_data, run_tokenizer
+from nanochat_jax.stages.train import (
     Job,
     Run,
     before,
@@ -51,7 +51,7 @@ from nanochat_jax.tokenizer import bpe
 from nanochat_jax.tokenizer.chat import render_for_completion
 from nanochat_jax.train.checkpoint import Checkpoints, restore_params
 from nanochat_jax.train.loop import Evaluation
-from nanochat_jax.train.owners import Owners
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState, abstract_state, create_state
 
 

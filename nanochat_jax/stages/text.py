@@ -11,7 +11,7 @@ from nanochat_jax.config import Recipe, flatten
 from nanochat_jax.data.prepare import ensure
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import compression
-from nanochat_jax.provenance import RunInfo
+from nanochat_jax.launch.provenance import RunInfo
 from nanochat_jax.tokenizer import bpe
 from nanochat_jax.train.metrics import format_secs
 

@@ -21,9 +21,10 @@ import psutil
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from nanochat_jax import cluster, hardware
-from nanochat_jax.cluster import Launch
+from nanochat_jax import hardware
 from nanochat_jax.common import UserError, base_dir, log
+from nanochat_jax.launch import cluster
+from nanochat_jax.launch.cluster import Launch
 from nanochat_jax.model.sharding import ROWS
 from nanochat_jax.train.layout import Layout, LayoutRecord, is_out_of_memory
 from nanochat_jax.train.state import TrainState
