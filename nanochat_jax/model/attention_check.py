@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import UserError
 from nanochat_jax.model.attention import BACKENDS, attention, attention_naive, candidates
 from nanochat_jax.model.gpt import GPTConfig
 
@@ -29,8 +29,9 @@ LENGTH = {"cpu": 128, "gpu": 512}
 TOLERANCE = {"bfloat16": 2e-2, "float16": 2.5e-3, "float32": 1e-4}
 
 
-def check_attention(model: GPTConfig, backend: str) -> GPTConfig:
-    """The model with the backend it will use, the same one in all processes; prints which and why.
+def check_attention(model: GPTConfig, backend: str) -> tuple[GPTConfig, str]:
+    """(the model with the backend it will use, the same one in all processes; a line that says
+    which and why).
 
     backend: one of BACKENDS; auto tries them in order of speed. UserError when none passes.
     """
@@ -42,11 +43,11 @@ def check_attention(model: GPTConfig, backend: str) -> GPTConfig:
     for name in candidates() if backend == "auto" else (backend,):
         difference, why = _everywhere(*_difference(model, name))
         if difference <= tolerance:
-            log(
+            line = (
                 f"attention: {name}, largest difference from the definition {difference:.1e} "
                 f"({tolerance:.1e} allowed)" + "".join(f"; not {line}" for line in failed)
             )
-            return replace(model, attention_backend=name)
+            return replace(model, attention_backend=name), line
         failed.append(f"{name}: {why or f'difference {difference:.1e}'}")
     raise UserError(
         f"config.model.attention={backend} failed its self-test ({'; '.join(failed)}), expected "

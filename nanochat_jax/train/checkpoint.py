@@ -18,6 +18,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,20 @@ def digest(params: dict[str, jax.Array]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one stage, written in the background."""
+    """The checkpoints of one stage, written in the background.
 
-    def __init__(self, directory: Path, keep: int):
+    host_info: saved as it is in the host.json of each. on_save: called once a save has begun.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        host_info: dict[str, Any] | None = None,
+        on_save: Callable[[], None] = lambda: None,
+    ):
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.host_info, self.on_save = keep, host_info or {}, on_save
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -136,12 +146,13 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"data_{jax.process_index()}.json", data_state)
             if jax.process_index() == 0:
-                write_json(folder / "host.json", host)
+                write_json(folder / "host.json", host | self.host_info)
             self._orbax.save(folder / "arrays", args=items, force=True)
         except OSError as error:
             raise self._disk_error(folder, error) from error
         self._finisher = threading.Thread(target=self._finish, args=(folder,), daemon=True)
         self._finisher.start()
+        self.on_save()
 
     def wait(self) -> None:
         """Return when the last save is on disk, or raise what went wrong with it."""
@@ -201,13 +212,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 files = sorted(p for p in folder.rglob("*") if p.is_file())
-                sums = {
-                    str(p.relative_to(folder)): {
-                        "sha256": sha256_file(p),
-                        "bytes": p.stat().st_size,
-                    }
-                    for p in files
-                }
+                sums = {str(p.relative_to(folder)): _checksum(p) for p in files}
                 write_json(folder / CHECKSUMS, sums)
                 prune(self.directory, self.keep)
         except BaseException as error:  # handed to the main thread by wait()
@@ -239,6 +244,10 @@ def scores(directory: Path) -> dict[int, float]:
         return {}
     kept = set(list_steps(directory))
     return {int(s): v for s, v in json.loads(path.read_text()).items() if int(s) in kept}
+
+
+def _checksum(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
 def _flat(tree) -> dict[str, Any]:
