@@ -11,6 +11,7 @@ tokenizer, evals.py evaluates, report/ reads what all of them leave.
 
 from contextlib import closing, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -160,13 +161,22 @@ def train_stage(config: Recipe, kind: type[Stage]) -> int:
                     with closing(stage.batches):
                         return _train(run, stage, info)
                 except OutOfMemory as error:
-                    layout, said = note_too_large(folder / LAYOUT), str(error)
-            log(f"{name}: out of memory with {layout} ({said}); continuing in a smaller layout")
-            if jax.process_count() > 1:  # the others wait for this one in the middle of the step
-                log(f"{name}: ends, so that all start anew; the same command continues")
-                return EXIT_RESUME_ME
+                    status = ran_out(name, folder, error)
+            if status is not None:
+                return status
             del stage
             return_freed_memory()
+
+
+def ran_out(name: str, folder: Path, error: OutOfMemory) -> int | None:
+    """Note that the layout taken is too large; the exit status, unless this process can go on."""
+    layout = note_too_large(folder / LAYOUT)
+    log(f"{name}: out of memory with {layout} ({error}); continuing in a smaller layout")
+    if jax.process_count() == 1:
+        return None
+    # The others wait for this one in the middle of the step.
+    log(f"{name}: ends, so that all start anew; the same command continues")
+    return EXIT_RESUME_ME
 
 
 def _train(run: Run, stage: Stage, info: RunInfo) -> int:
@@ -268,7 +278,7 @@ def _tell_cost(stage: Stage, info: RunInfo, record: LayoutRecord) -> tuple[float
         "layout": str(record.taken),
     }
     info.update()
-    line = f"{name}: {stage.num_steps:,} steps of {flops * tokens / 1e12:,.1f} TFLOP"
+    line = f"{name}: {stage.num_steps:,} steps of {flops * tokens / 1e12:,.3g} TFLOP"
     if peak:
         at_best = stage.num_steps * flops * tokens / peak
         line += f", {format_secs(at_best)} at {peak / 1e12:,.2f} TFLOP/s"
