@@ -12,7 +12,6 @@ tokenizer, evals.py evaluates, report/ reads what all of them leave.
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ from nanochat_jax.stages.same import same_parent, same_result, same_run
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import Checkpoints, read_data_states, read_host, restore_params
 from nanochat_jax.train.layout import LayoutRecord, candidates, note_too_large
-from nanochat_jax.train.loop import Batches, Evaluation, LoopState, fit
+from nanochat_jax.train.loop import LoopState, Trained, fit
 from nanochat_jax.train.memory import OutOfMemory, outside_the_step, return_freed_memory
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.sharded import Owners
@@ -44,17 +43,13 @@ from nanochat_jax.train.watch import Watch, parse_steps
 LAYOUT = "layout.json"
 
 
-class Stage:
+class Stage(Trained):
     """A stage that trains; base.py, chat.py and rl.py have one each, whose __init__(run) sets what
     is declared here and calls use_rows and use_optimizer."""
 
     name: str  # its folder, and its section of the recipe
-    on_policy = False  # batches are made with the current parameters, and bring token weights
     tokenizer: Tokenizer
-    batches: Batches
-    num_steps: int
     widest: int  # tokens of the longest row
-    evaluations: list[Evaluation]
     parent: Parent | None = None
 
     def __init__(self, run: Run):
@@ -71,9 +66,6 @@ class Stage:
         self.num_steps = num_steps
         config, model = self.run.config, self.run.model
         self.tx, self.lr_multiplier = optimizer(config, model, self.name, num_steps)
-
-    def next_batch(self, params: dict[str, jax.Array]) -> dict[str, Any]:
-        return next(self.batches)
 
     def init(self, target: TrainState) -> TrainState:
         """The first state: the parent's parameters, and its optimizer's moments if wanted."""

@@ -85,10 +85,9 @@ def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.
     handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
     with ocp.Checkpointer(handler) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata["params"]
+        shardings = shardings or dict.fromkeys(saved, first)
         target = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=shardings[name] if shardings else first
-            )
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in saved.items()
         }
         restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
@@ -179,23 +178,18 @@ class Checkpoints:
 
         Damaged ones are set aside (renamed), so that their steps can be saved again.
         """
-        step = self._latest_intact() if jax.process_index() == 0 else None
-        if jax.process_count() > 1:
-            known = np.int32(-1 if step is None else step)
-            step = int(multihost_utils.broadcast_one_to_all(known))
-            step = None if step < 0 else step
-        return step
-
-    def _latest_intact(self) -> int | None:
-        for step in reversed(list_steps(self.directory)):
-            lines = damage(self.directory, step)
-            if not lines:
-                return step
+        newest = -1
+        for step in list_steps(self.directory)[::-1] if jax.process_index() == 0 else ():
+            if not (lines := damage(self.directory, step)):
+                newest = step
+                break
             folder = step_dir(self.directory, step)
             aside = folder.with_name(f"damaged_{folder.name}_{time.time_ns()}")
             folder.rename(aside)
             log(f"checkpoint at step {step} is damaged ({lines[0]}); it is now {aside}")
-        return None
+        if jax.process_count() > 1:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
 
     def record_score(self, step: int, bpb: float) -> None:
         """Remember the validation bpb of a saved step."""
@@ -203,9 +197,8 @@ class Checkpoints:
             self.wait()
             known = scores(self.directory) | {step: bpb}
             kept = set(list_steps(self.directory))
-            write_json(
-                self.directory / "scores.json", {s: v for s, v in known.items() if s in kept}
-            )
+            known = {s: v for s, v in known.items() if s in kept}
+            write_json(self.directory / "scores.json", known)
 
     def _finish(self, folder: Path) -> None:
         try:

@@ -55,7 +55,7 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Trained(Protocol):
+class Trained:
     """What fit() asks of a stage."""
 
     num_steps: int
@@ -63,12 +63,12 @@ class Trained(Protocol):
     lr_multiplier: Callable[[int], Any]
     batches: Batches
     evaluations: list[Evaluation]
-    on_policy: bool  # batches are made with the current parameters, on the devices
+    on_policy = False  # batches are made with the current parameters, on the devices
 
     def next_batch(self, params: dict[str, jax.Array]) -> dict[str, Any]:
         """The batch that follows, with inputs, targets, doc_ids, epoch and perhaps metrics, numbers
         to be logged. params: the current ones by path if on_policy, else {}."""
-        ...
+        return next(self.batches)
 
 
 @dataclass
