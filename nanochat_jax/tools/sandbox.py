@@ -248,31 +248,27 @@ def find_layers(without: tuple[str, ...] = ()) -> Layers:
     while True:
         try:
             outcome = _run("", Limits(wall_secs=60), tuple(names))
+            if outcome.status == "ok":
+                return Layers(tuple(names), tuple(missing.items()))
+            raise LayerRefusedError("bwrap", f"an empty program ended with {outcome}")
         except LayerRefusedError as error:
             if error.layer not in names:
                 raise
-            layer, why = error.layer, error.why
-        else:
-            if outcome.status == "ok":
-                return Layers(tuple(names), tuple(missing.items()))
-            layer, why = "bwrap", f"an empty program ended with {outcome}"
-            if layer not in names:
-                raise RuntimeError(f"the sandbox: {why}")
-        names.remove(layer)
-        missing[layer] = why
+            names.remove(error.layer)
+            missing[error.layer] = error.why
 
 
 def protections(layers: Layers | None = None) -> dict[str, tuple[bool, str]]:
     """Whether each protection is enforced, and by which layers, or why not."""
     names, missing = layers or find_layers()
-    found = {}
+    found = {name: (True, "the parent") for name in PROTECTIONS}
     for name, against in PROTECTIONS.items():
-        holding = [layer for layer in against if layer in names]
-        lacking = [f"{layer} ({why})" for layer, why in missing if layer in against]
-        if holding or not against:
-            found[name] = True, ", ".join(holding) or "the parent"
-        else:
-            found[name] = False, f"lacking: {', '.join(lacking) or ', '.join(against)}"
+        if holding := [layer for layer in against if layer in names]:
+            found[name] = True, ", ".join(holding)
+        elif against:
+            whys = dict(missing)
+            lacking = [f"{layer} ({whys.get(layer, 'not wanted')})" for layer in against]
+            found[name] = False, f"lacking: {', '.join(lacking)}"
     return found
 
 

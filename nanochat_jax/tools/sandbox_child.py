@@ -38,11 +38,11 @@ mq_open 240 180
 # the file tree and namespaces
 mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  unshare 272 97  setns 308 268
 open_tree 428 428  fsopen 430 430  name_to_handle_at 303 264  fanotify_init 300 262
-# owners, modes, times and attributes of files, which landlock lets pass
+# what landlock lets pass: owners, modes, times and attributes of files, and before ABI 3 truncate
 chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  chown 92 -  fchown 93 55  lchown 94 -
 fchownat 260 54  setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14
 lremovexattr 198 15  fremovexattr 199 16  utime 132 -  utimes 235 -  futimesat 261 -
-utimensat 280 88
+utimensat 280 88  truncate 76 45
 # the kernel and the machine
 keyctl 250 219  add_key 248 217  request_key 249 218  bpf 321 280  perf_event_open 298 241
 userfaultfd 323 282  personality 135 92  modify_ldt 154 -  uselib 134 -
