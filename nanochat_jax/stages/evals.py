@@ -34,7 +34,7 @@ from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer import bpe
 from nanochat_jax.tokenizer.chat import render_for_completion
-from nanochat_jax.tools.sandbox import protections
+from nanochat_jax.tools.sandbox import statement
 from nanochat_jax.train.checkpoint import read_host, restore_params
 from nanochat_jax.train.step import loss_tile, put_batch
 
@@ -160,9 +160,8 @@ def task_score(
     count = min(e.chat_problems or len(task), len(task))
     log(f"chat_eval: {spec}, {count:,} problems")
     if spec.split()[0] == "humaneval":
-        for protection in protections():  # those who run programs should know
-            state = "enforced" if protection.enforced else "NOT ENFORCED"
-            log(f"  sandbox: {protection.name} {state} ({protection.how})")
+        for line in statement():  # those who run programs should know
+            log(f"  sandbox: {line}")
     with progress_bar(spec) as progress:
         if task.kind == "categorical":
             score = chat.categorical(
