@@ -36,7 +36,8 @@ LAYERS = (
     ("rl",),
     ("interop",),
     ("serve", "report", "parity", "bench"),
-    ("stages", "plan"),
+    ("plan",),
+    ("stages",),
     ("scripts", "configs"),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
