@@ -3,7 +3,7 @@
   text.py    run_data -> run_tokenizer -> run_tok_eval
   here             run_base -> run_mid -> run_sft -> run_rl
   evals.py    run_base_eval, run_chat_eval
-  report.py        reads what they all leave
+  report/          reads what they all leave
 
 Each takes the whole recipe and hands its parts on as plain arguments. What a stage leaves lies in
 $NANOCHAT_BASE_DIR/runs/<config.run.name>/. train.py does what all training stages share.
