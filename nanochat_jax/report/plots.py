@@ -24,7 +24,10 @@ CURVES = {
     "core": ("CORE", {"core": "CORE", "core_partial": "mean of some tasks"}),
     "reward": ("Mean reward", {"reward": ""}),
     "pass_at_k": ("pass@k on validation questions", {f"pass@{k}": f"pass@{k}" for k in (1, 4, 8)}),
-    "solved_frac": ("Questions", {"solved_frac": "solved", "mixed_frac": "right and wrong"}),
+    "solved_frac": (
+        "Share of questions",
+        {"solved_frac": "solved", "mixed_frac": "right and wrong"},
+    ),
     "answer_tokens": ("Tokens of an answer", {"answer_tokens": ""}),
     "grad_norm": ("Gradient norm", {"grad_norm": ""}),
     "speed": ("Tokens per second", {"tokens_per_sec": ""}),
@@ -52,18 +55,18 @@ def draw(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_title(title, loc="left", fontsize=10)
         for colour, (label, points) in zip(COLOURS, curves.items(), strict=False):
-            marker = "o" if len(points) <= 40 else ""
-            axes.plot(*np.array(points).T, marker=marker, ms=3, lw=1.3, color=colour, label=label)
+            marker, width = (".", 1.4) if len(points) <= 40 else ("", 0.8)
+            axes.plot(*np.array(points).T, c=colour, lw=width, marker=marker, label=label)
         # The first steps may leave the frame at the top: without them the rest is easier to read.
         settled = [value for points in curves.values() for _, value in points[len(points) // 30 :]]
         low, high = axes.dataLim.intervaly[0], np.nanmax(settled)
-        axes.set_ylim(top=high + 0.05 * ((high - low) or abs(high) or 1.0))
+        air = 0.05 * ((high - low) or abs(high) or 1.0)
+        axes.set_ylim(low - air, high + air)
         axes.yaxis.set_major_formatter(EngFormatter(sep="") if high > 1e4 else "{x:g}")
         if len(curves) > 1:
             axes.legend(frameon=False)
         file = io.StringIO()
         undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=undated)
-    svg = file.getvalue()
     # Without ids that nothing refers to: they would be the same in each chart of a page.
-    return re.sub(r' id="[a-zA-Z2.]+_\d+"', "", svg[svg.index("<svg") :])
+    return re.sub(r' id="[a-zA-Z2.]+_\d+"', "", "<svg" + file.getvalue().partition("<svg")[2])

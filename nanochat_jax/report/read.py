@@ -47,9 +47,7 @@ def read_run(run_dir: Path) -> dict[str, Stage]:
     stages = {name: _read_stage(run_dir, name) for name in ("tokenizer", *TRAINED)}
     begun = {name: stage for name, stage in stages.items() if stage.info or stage.lines}
     if not begun:
-        raise UserError(
-            f"got run {run_dir}, expected one that has begun; run scripts/train.py first"
-        )
+        raise UserError(f"got {run_dir}, expected a run that has begun; run scripts/train.py first")
     return begun
 
 

@@ -46,7 +46,7 @@ TRAINING = {
 }
 Stages = dict[str, Stage]
 ENDED = {"stop": "finished", "length": "cut off", "context": "context full"}
-CALLS = {"python_start": "[", "python_end": "]", "output_start": " -> [", "output_end": "]"}
+CALLS = {"python_start": "[", "python_end": "]", "output_start": " -> [", "output_end": "] "}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def amount(value: float) -> str:
 
 def accuracy(share: float, problems: int) -> str:
     """In percent, with the binomial standard error, sqrt(p (1 - p) / n), unless p is 0 or 1."""
-    error = f" ± {math.sqrt(share * (1 - share) / problems):.1%}" if 0 < share < 1 else ""
+    error = f" ±\xa0{math.sqrt(share * (1 - share) / problems):.1%}" if 0 < share < 1 else ""
     return f"{share:.1%}{error}"
 
 
@@ -112,8 +112,7 @@ def training(stages: Stages) -> Table:
 
 def prompts(stages: Stages) -> list[str]:
     """What the chats were asked, then what only the base model was given."""
-    latest_first = reversed(stages.values())
-    return list(dict.fromkeys(prompt for stage in latest_first for prompt in stage.answers))
+    return list(dict.fromkeys(p for stage in reversed(stages.values()) for p in stage.answers))
 
 
 def time(stages: Stages) -> Table:
@@ -154,7 +153,7 @@ def _chat_tasks(stage: Stage) -> Table:
     for spec, task in stage.facts["tasks"].items():
         right, n, passes = task["num_correct"], task["num_problems"], task["pass_at_k_unbiased"]
         ended = [f"{count:,} {ENDED.get(end, end)}" for end, count in task["ended"].items()]
-        several = [f"{p:.1%} of {k}" for k, p in enumerate(passes, 1) if k.bit_count() == 1 < k]
+        several = [f"{p:.1%} in {k}" for k, p in enumerate(passes, 1) if k.bit_count() == 1 < k]
         cells = [accuracy(task["accuracy"], n), f"{right:,} of {n:,}", format_secs(task["seconds"])]
         rows.append([score_name(spec), *cells, ended, several])
         examples += task["examples"]

@@ -125,13 +125,14 @@ def test_numbers_by_hand(run):
         "| base | 1h00m | 1m00s | 33% | $24.00 |",  # an hour of 8 x $3
         "| rl | 32s | 0s | 0% | $0.21 |",  # the clock of the last line: 32.25 s
         "| news | 220 | 50 | 4.400 | 4.000 |",
-        "| Arithmetic | 25.0% ± 2.7% | 64 of 256 | 1m01s | 256 finished | 25.0% of 2 |",
+        "| Arithmetic | 25.0% ± 2.7% | 64 of 256 | 1m01s | 256 finished | 25.0% in 2 |",
         "| copa | 80.0% ± 4.0% | 0.6000 | 100 |",
         "| params.wte | 3,000,000 |",
         "| run.seed | 42 (BASE), 42 (MID), 43 (SFT), 42 (RL) |",
         "    python scripts/chat_cli.py --config=configs/d20.py --config.run.name=mine",
     ):
-        assert line in " ".join(text.split("\n")) if line[0].isalpha() else line in text.split("\n")
+        lines = [" ".join(text.split("\n"))] if line[0].isalpha() else text.split("\n")
+        assert any(line in found for found in lines), line
 
 
 def test_the_same_prompt_is_shown_after_each_stage(run):
@@ -251,10 +252,9 @@ def test_standard_error_is_the_spread_of_repeated_evaluations():
     shares = [k / n for k in range(n + 1)]
     chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     spread = math.sqrt(sum(c * (s - p) ** 2 for c, s in zip(chances, shares, strict=True)))
-    assert accuracy(p, n) == f"12.5% ± {spread:.1%}"
+    assert accuracy(p, n) == f"12.5% ±\xa0{spread:.1%}"
 
 
 def test_amounts_and_calls_are_readable():
     assert [amount(n) for n in (0, 999, 560_988_160, 11.2e9)] == ["-", "999", "561M", "11.2B"]
-    assert readable(f" So {CALL}<|python_start|>1+ ") == "So [12+30] -> [42][1+"
-    assert readable(" ") == "(nothing)"
+    assert readable(f" So {CALL}<|python_start|>1+ ") == "So [12+30] -> [42] [1+"
