@@ -54,5 +54,4 @@ def get_config() -> ConfigDict:
     c.eval.val_tokens = 4_096
     c.eval.device_batch_size = 8
     c.eval.sample_tokens = 8
-    c.eval.trigram_tokens = 40_960
     return c

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from nanochat_jax import recipe
@@ -22,7 +21,7 @@ from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
 from nanochat_jax.data import eval_bundle
 from nanochat_jax.data.pipeline import eval_batches
-from nanochat_jax.eval import chat, core, ngram
+from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
 from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.inference.tools import calculator_tool
@@ -41,7 +40,7 @@ from nanochat_jax.train.step import loss_tile, put_batch
 
 
 def run_base_eval(config: Recipe) -> None:
-    """Evaluate the base model: bits per byte on both texts, trigram yardstick, CORE, samples."""
+    """Evaluate the base model: bits per byte on both texts, CORE, samples."""
     run = start(config)
     config, e = run.config, run.config.eval
     found = last_checkpoint(run, "base")
@@ -59,8 +58,6 @@ def run_base_eval(config: Recipe) -> None:
     values: dict[str, Any] = {"step": found.step}
     values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
     values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
-    if e.trigram_tokens:
-        values |= _trigrams(run, tokenizer, train_paths, val_path)
     if score_core:
         values |= score_core(params)
     values["samples"] = make_samples(run, tokenizer)(params)
@@ -304,37 +301,6 @@ def make_samples(run: Run, tokenizer: bpe.Tokenizer) -> Callable[[dict], list[di
         return [{"prompt": p, "text": t} for p, t in zip(e.prompts, texts, strict=True)]
 
     return samples
-
-
-def _trigrams(
-    run: Run, tokenizer: bpe.Tokenizer, train_paths: list[Path], val_path: Path
-) -> dict[str, float]:
-    """Bits per byte on the validation rows of trigram models of the same training text."""
-    e, model = run.config.eval, run.model
-
-    def rows(paths: list[Path], tokens: int, packing: str) -> list[np.ndarray]:
-        batches = eval_batches(
-            paths,
-            tokenizer,
-            packing=packing,
-            seq_len=model.seq_len,
-            batch_rows=e.device_batch_size,
-            num_batches=max(1, tokens // (e.device_batch_size * model.seq_len)),
-        )
-        return [np.concatenate([b["inputs"], b["targets"][:, -1:]], axis=1) for b in batches]
-
-    # Trained on the rows the model trains on, scored on the rows it is scored on.
-    train = rows(train_paths, e.trigram_tokens, run.config.data.packing)
-    val = rows([val_path], e.val_tokens, "best_fit")
-    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    pieces = [p if n else b"" for p, n in zip(pieces, tokenizer.token_bytes(), strict=True)]
-    token_bytes = tokenizer.token_bytes()
-    return {
-        "trigram_val_bpb": ngram.trigram_bpb(
-            train, val, token_bytes=token_bytes, vocab_size=tokenizer.vocab_size
-        ),
-        "byte_trigram_val_bpb": ngram.byte_trigram_bpb(train, val, pieces=pieces),
-    }
 
 
 @contextmanager
