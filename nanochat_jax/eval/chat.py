@@ -23,8 +23,9 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.common import UserError, log
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
-from nanochat_jax.inference.engine import Completion, Engine, Request
-from nanochat_jax.inference.history import PromptTooLong, fit
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.history import PromptTooLong, fit_prompt
+from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import ROWS, num_row_shards
 from nanochat_jax.tasks.base import Conversation, Task
@@ -200,7 +201,7 @@ def generative(
     requests: list[Request] = []
     for index, problem in enumerate(problems):
         try:
-            prompt, _ = fit(tokenizer, problem["messages"], engine.max_len - 1)
+            prompt, _ = fit_prompt(tokenizer, problem["messages"], engine.max_len - 1)
         except PromptTooLong as error:
             log(f"problem {index} counts as wrong: {error}")
             continue

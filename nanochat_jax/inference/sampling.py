@@ -30,26 +30,28 @@ class Settings(NamedTuple):
     top_p: Column  # float32
 
 
-class Plan(NamedTuple):
-    """What the rows of a batch need, known when the program is compiled."""
+class SamplerNeeds(NamedTuple):
+    """What a batch needs of the sampler, known when the program is compiled."""
 
     untruncated: bool  # a row draws from the whole vocabulary
     candidates: int  # the largest truncation of a row; 0: none truncates
 
 
-def sample(logits: jax.Array, settings: Settings, position: Column, plan: Plan) -> jax.Array:
+def sample(
+    logits: jax.Array, settings: Settings, position: Column, needs: SamplerNeeds
+) -> jax.Array:
     """int32 [B] for logits [B, V] in float32; position [B] is where the row stands."""
     seed, temperature, top_k, top_p = settings
     greedy = temperature == 0
     truncated = (top_k > 0) | (top_p < 1)
     token = argmax(logits)
     cold = jnp.where(greedy, 1.0, temperature)[:, None]  # greedy rows are not divided by 0
-    if plan.untruncated:
+    if needs.untruncated:
         ids = jnp.arange(logits.shape[-1])[None]
         drawn = argmax(logits / cold + noise(seed, position, ids))
         token = jnp.where(greedy | truncated, token, drawn)
-    if plan.candidates:
-        values, ids = jax.lax.top_k(logits, plan.candidates)  # [B, C], most likely first
+    if needs.candidates:
+        values, ids = jax.lax.top_k(logits, needs.candidates)  # [B, C], most likely first
         scores = jnp.where(kept(values / cold, top_k, top_p), values / cold, -jnp.inf)
         best = argmax(scores + noise(seed, position, ids))[:, None]
         drawn = jnp.take_along_axis(ids, best, axis=-1)[:, 0]

@@ -24,8 +24,9 @@ from nanochat_jax.data import eval_bundle
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core, ngram
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.engine import Engine, Request
-from nanochat_jax.inference.tools import calculator_tool
+from nanochat_jax.inference.checkpoint import chat_engine
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
 from nanochat_jax.stages.same import ORDER, Parent, same_run
@@ -223,14 +224,7 @@ def _load(run: Run, found: Parent, tokenizer: bpe.Tokenizer) -> dict[str, jax.Ar
 
 def make_engine(run: Run, tokenizer: bpe.Tokenizer, *, slots: int, max_len: int) -> Engine:
     """The engine for chat: it stops where the assistant ends, and calls the calculator."""
-    return Engine(
-        run.model,
-        run.mesh,
-        slots=slots,
-        max_len=max_len,
-        stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
-        tool=calculator_tool(tokenizer),
-    )
+    return chat_engine(run.model, run.mesh, tokenizer, slots=slots, max_len=max_len)
 
 
 def make_core(

@@ -7,8 +7,9 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
-from nanochat_jax.inference.engine import Completion, Engine
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.naive import generate_greedy
+from nanochat_jax.inference.scheduler import Completion
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.tasks.arc import ARC

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference import decode
-from nanochat_jax.inference.engine import Completion, Engine, Request, Tool
+from nanochat_jax.inference.engine import Engine, prompt_batches
 from nanochat_jax.inference.naive import generate_greedy
+from nanochat_jax.inference.scheduler import Completion, Request, Text, Tool
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.case import read_case
 
@@ -147,11 +147,11 @@ def test_a_stream_is_the_answer_in_pieces_and_can_be_left(classic, random_params
     events = list(engine.stream(request))
     assert [len(event.tokens) for event in events] == [1, 8, 8, 8, 5]
     assert sum((event.tokens for event in events), []) == whole.tokens
-    assert [event.finish for event in events] == [None] * 4 + ["length"]
+    assert [event.finish for event in events] == [""] * 4 + ["length"]
     for event in engine.stream(request):
-        engine.cancel(event.id)
+        engine.scheduler.cancel(event.id)
         break
-    assert not engine.busy()
+    assert not engine.scheduler.busy()
     same(engine.generate([request]), [whole])
 
 
@@ -159,12 +159,12 @@ def test_cancelling_leaves_the_others_alone(classic, random_params):
     engine = make_engine(classic, random_params(classic), slots=2, burst=4)
     asked = requests(4, max_new_tokens=12)
     expected = engine.generate(asked)
-    ids = [engine.submit(request) for request in asked]
+    ids = [engine.scheduler.submit(request) for request in asked]
     events = engine.step()
-    engine.cancel(ids[0])  # it has a slot
-    engine.cancel(ids[3])  # it waits
-    engine.cancel(10**6)  # nobody
-    while engine.busy():
+    engine.scheduler.cancel(ids[0])  # it has a slot
+    engine.scheduler.cancel(ids[3])  # it waits
+    engine.scheduler.cancel(10**6)  # nobody
+    while engine.scheduler.busy():
         events += engine.step()
     finish = {event.id: event.finish for event in events if event.finish}
     assert [finish[id] for id in ids] == ["cancelled", "length", "length", "cancelled"]
@@ -181,26 +181,20 @@ def test_answers_are_told_as_they_finish(classic, random_params):
     assert all(answers[i] is answer for i, answer in told)
 
 
-def test_prompts_alike_are_computed_once(classic, random_params, monkeypatch):
-    ran = []
-
-    def counted(config, params, ids):
-        ran.append(ids.shape)
-        return prefill(config, params, ids)
-
-    prefill = decode.prefill
-    monkeypatch.setattr(decode, "prefill", counted)
+def test_prompts_alike_are_computed_once(classic, random_params):
     engine = make_engine(classic, random_params(classic), slots=6)
     asked = [Request([9, 8, 7, 6], 10, temperature=1.0, seed=seed) for seed in range(5)]
     asked.append(Request([5], 10, temperature=1.0))  # a single id needs none
-    together = engine.generate(asked)
-    assert ran == [(1, 32)]
-    same([engine.generate([request])[0] for request in asked], together)
+    texts = {slot: Text(slot, r, list(r.prompt)) for slot, r in enumerate(asked)}
+    [(ids, lengths, rows, slots)] = prompt_batches(texts, (4, 1), 6, MAX_LEN)
+    assert ids.shape == (1, 32) and ids[0, :3].tolist() == [9, 8, 7] and lengths == [3]
+    assert (rows.tolist(), slots.tolist()) == ([0] * 6, [0, 1, 2, 3, 4, 6])
+    same([engine.generate([request])[0] for request in asked], engine.generate(asked))
 
 
 def test_the_cache_is_updated_in_place(modern, random_params):
     engine = make_engine(modern, random_params(modern))
-    engine.submit(Request([1, 2, 3], 20))
+    engine.scheduler.submit(Request([1, 2, 3], 20))
     engine.step()
     before = engine._cache
     engine.step()
@@ -276,29 +270,34 @@ def test_a_tool_cannot_end_the_text_or_call_itself(classic, random_params):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (dict(prompt=[]), "empty prompt"),
-        (dict(prompt=[1, 60]), "id 60 in a prompt, expected ids of the model's vocabulary, 0..59"),
-        (dict(prompt=[-1]), "id -1"),
-        (dict(prompt=[1] * 128), "prompt of 128 tokens, the cache holds 128"),
-        (dict(max_new_tokens=0), "max_new_tokens got 0"),
-        (dict(temperature=-0.1), "temperature got -0.1"),
-        (dict(temperature=float("nan")), "temperature got nan"),
-        (dict(temperature=float("inf")), "temperature got inf"),
-        (dict(top_k=-1), "top_k got -1"),
-        (dict(top_p=0.0), "top_p got 0.0"),
-        (dict(top_p=1.1), "top_p got 1.1"),
+        dict(max_new_tokens=0),
+        dict(temperature=-0.1),
+        dict(temperature=float("nan")),
+        dict(temperature=float("inf")),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(seed=-1),
     ],
-    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+    ids=str,
 )
-def test_a_bad_request_is_refused_before_anything_starts(change, message, classic, random_params):
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(UserError, match=f"^{next(iter(change))} got"):
+        Request([1], **{"max_new_tokens": 5, **change})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "got"),
+    [([], "0 tokens"), ([1, 60], "id 60"), ([-1], "id -1"), ([1] * 128, "128 tokens")],
+    ids=["empty", "too large", "negative", "too long"],
+)
+def test_a_bad_prompt_is_refused_before_anything_starts(prompt, got, classic, random_params):
     engine = make_engine(classic, random_params(classic))
-    good = Request([1, 2], 5)
-    with pytest.raises(UserError, match="got") as error:
-        engine.generate([good, replace(good, **change)])
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert not engine.busy()
+    with pytest.raises(UserError, match=got):
+        engine.generate([Request([1, 2], 5), Request(prompt, 5)])
+    assert not engine.scheduler.busy()
 
 
 def test_logits_that_are_not_finite_are_told(classic, random_params):
