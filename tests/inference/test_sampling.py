@@ -30,12 +30,9 @@ def draw(ways, seeds, positions, needs: SamplerNeeds) -> np.ndarray:
     temperature, top_k, top_p = (np.repeat(column, DRAWS) for column in zip(*ways, strict=True))
     seed = np.zeros((rows, 2), np.uint32)
     seed[:, 1] = np.tile(seeds, len(ways))
-    settings = Settings(
-        jnp.asarray(seed),
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(top_k, jnp.int32),
-        jnp.asarray(top_p, jnp.float32),
-    )
+    kinds = (np.uint32, np.float32, np.int32, np.float32)
+    columns = zip((seed, temperature, top_k, top_p), kinds, strict=True)
+    settings = Settings(*(jnp.asarray(column, kind) for column, kind in columns))
     position = jnp.asarray(np.tile(positions, len(ways)), jnp.int32)
     logits = jnp.broadcast_to(LOGITS, (rows, len(LOGITS)))
     drawn = jax.jit(sample, static_argnums=3)(logits, settings, position, needs)
