@@ -51,9 +51,8 @@ def main() -> int:
     from nanochat_jax.inference import checkpoint, scheduler  # after --help: JAX takes long
     from nanochat_jax.serve import terminal
 
-    settings = scheduler.Request(
-        (), args.max_new_tokens, args.temperature, args.top_k, seed=args.seed
-    )
+    sampling = args.max_new_tokens, args.temperature, args.top_k
+    settings = scheduler.Request((), *sampling, seed=args.seed)
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         opened = checkpoint.open_model(config, args.stage)
@@ -67,7 +66,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     notes = sys.stdout if interactive else sys.stderr
     screen = terminal.Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
-    chat = terminal.Chat(engine, opened.tokenizer, settings, screen, system=args.system, base=base)
+    chat = terminal.Chat(engine, opened.tokenizer, settings, screen, args.system, base)
     if not interactive:
         return 130 if chat.ask(args.question) == "cancelled" else 0
     screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")

@@ -40,8 +40,8 @@ NUM_EXAMPLES = 4  # answers shown in the report
 TOO_LONG = "too_long"  # how a problem ended whose prompt does not fit
 
 # Accuracy of guessing.
-CHANCE = dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25)
-CHANCE |= dict.fromkeys(("gsm8k", "humaneval", "spelling_bee"), 0.0)
+CHANCE = {name: 0.25 for name in ("arc_easy", "arc_challenge", "mmlu")}
+CHANCE |= {name: 0.0 for name in ("gsm8k", "humaneval", "spelling_bee")}
 MEANS = {
     "chatcore": tuple(CHANCE),
     "chatcore_5": tuple(name for name in CHANCE if name != "spelling_bee"),  # upstream's first form

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.inference.sampling import Column, SamplerNeeds, Settings, sample
+from nanochat_jax.inference.sampling import Column, Needs, Settings, sample
 from nanochat_jax.model import kv_cache
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.kv_cache import Cache
@@ -55,7 +55,7 @@ def prefill(config: GPTConfig, params: dict, ids: jax.Array) -> Cache:
 def burst(
     config: GPTConfig,
     pause_ids: tuple[int, ...],
-    needs: SamplerNeeds,
+    needs: Needs,
     params: dict,
     cache: Cache,
     table: SlotTable,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
-from nanochat_jax.inference.sampling import SamplerNeeds, Settings
+from nanochat_jax.inference.sampling import Needs, Settings
 from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Text, Tool
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, insert, resize
@@ -170,13 +170,13 @@ class Engine:
         settings = Settings(seed, temperature, top_k, top_p)
         return decode.SlotTable(token, previous, position, budget, num_forced, forced, settings)
 
-    def _needs(self, texts: dict[int, Text]) -> SamplerNeeds:
+    def _needs(self, texts: dict[int, Text]) -> Needs:
         """What the texts that sample need of the sampler: nothing more is compiled."""
         whole = self.config.vocab_size
         drawn = [text.request for text in texts.values() if text.request.temperature > 0]
         truncated = [r.top_k or whole for r in drawn if r.top_k or r.top_p < 1]
         candidates = _power_of_two(max(truncated), MIN_CANDIDATES) if truncated else 0
-        return SamplerNeeds(len(truncated) < len(drawn), min(candidates, whole))
+        return Needs(len(truncated) < len(drawn), min(candidates, whole))
 
 
 def prompt_batches(

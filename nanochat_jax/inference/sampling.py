@@ -3,10 +3,9 @@
   token = argmax(logits / temperature + Gumbel noise)       (the Gumbel-max trick: a softmax sample)
 
 Noise is a function of (seed, position, id) and of nothing else: a token does not depend on what
-else is in the batch, on how far a row had to wait, or on the settings of other rows, and truncation
-hides ids without changing the noise of those that stay. The function is Threefry-2x32 with 20
-rounds (Salmon et al., SC 2011), the one under jax.random; written out, XLA fuses it with what
-follows, and it can be asked about single ids.
+else is in the batch or how far a row had to wait, and truncation hides ids without changing the
+noise of those that stay. The function is Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the
+one under jax.random; written out, XLA fuses it with what follows, and single ids can be asked.
 
 Truncation: the top_k most likely ids, of these the fewest whose probabilities (at the row's
 temperature, among the top_k) sum to top_p; then one of them in proportion.
@@ -30,16 +29,14 @@ class Settings(NamedTuple):
     top_p: Column  # float32
 
 
-class SamplerNeeds(NamedTuple):
+class Needs(NamedTuple):
     """What a batch needs of the sampler, known when the program is compiled."""
 
     untruncated: bool  # a row draws from the whole vocabulary
     candidates: int  # the largest truncation of a row; 0: none truncates
 
 
-def sample(
-    logits: jax.Array, settings: Settings, position: Column, needs: SamplerNeeds
-) -> jax.Array:
+def sample(logits: jax.Array, settings: Settings, position: Column, needs: Needs) -> jax.Array:
     """int32 [B] for logits [B, V] in float32; position [B] is where the row stands."""
     seed, temperature, top_k, top_p = settings
     greedy = temperature == 0

@@ -109,15 +109,7 @@ def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cac
     return shard_cache(jax.tree.map(put, cache, burst))
 
 
-def attend(
-    q: jax.Array,
-    old: KV,
-    new: KV,
-    *,
-    window: int | None,
-    start: jax.Array,
-    step: jax.Array,
-) -> jax.Array:
+def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:
     """One query a row over the cache and the burst's own keys: q [B, 1, N, H] -> [B, 1, N, H].
 
     old: k, v [B, K, S, H], the cache of a layer, as it was when the burst began;

@@ -73,7 +73,7 @@ def pad(
 ) -> tuple[np.ndarray, np.ndarray]:
     """inputs and targets, int32 [R, T]; T is the bucket of the longest row."""
     rows = [
-        ([*request.prompt, *answer.tokens], [False] * len(request.prompt) + answer.sampled)
+        ([*request.prompt, *answer.tokens], [0] * len(request.prompt) + [*map(int, answer.sampled)])
         for request, answer in zip(requests, answers, strict=True)
     ]
     inputs, targets = pad_batch(rows, pad_id)

@@ -9,13 +9,12 @@ stdout, notes go to stderr; control characters of the model reach no terminal.
 """
 
 import contextlib
-import difflib
 import importlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,35 +84,32 @@ class Screen:
         print(text, end="", file=self.out, flush=True)
 
 
+@dataclass
 class Chat:
-    """One conversation with a model, or with base=True a text to continue at every line.
+    """One conversation with a model, or with base=True a text to continue at every line."""
 
-    settings: how answers are sampled; its prompt is not looked at.
-    """
+    engine: Engine
+    tokenizer: Tokenizer
+    settings: Request  # how answers are sampled; its prompt is not looked at
+    screen: Screen
+    system: str = ""
+    base: bool = False
+    turns: list[dict[str, Any]] = field(default_factory=list)  # user and assistant in turn
+    num_asked: int = 0
+    num_dropped: int = 0  # turns that no longer fit
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, settings: Request, screen: Screen, *,
-        system: str = "", base: bool = False,
-    ):  # fmt: skip
-        if base and system:
+    def __post_init__(self):
+        if self.base and self.system:
             raise UserError("a base model takes no system message; choose another --stage")
-        self.engine, self.tokenizer = engine, tokenizer
-        self.settings, self.screen = settings, screen
-        self.system, self.base = system, base
-        self.turns: list[dict[str, Any]] = []  # user and assistant messages in turn
-        self._num_asked = self._num_dropped = 0
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
     def ask(self, text: str) -> str:
-        """Show the answer to `text` and remember both; returns how it ended (Completion.finish).
-
-        Raises UserError when the text alone is too long; the conversation is then as before.
-        """
+        """Show the answer to `text` and remember both; returns how it ended (Completion.finish)."""
         prompt = self.tokenizer.encode(text, bos=True) if self.base else self._prompt(text)
-        seed = self.settings.seed + self._num_asked  # a question asked again is answered anew
+        seed = self.settings.seed + self.num_asked  # a question asked again is answered anew
         reader, finish = AnswerReader(self.tokenizer), ""
         with first_interrupt() as interrupted:
             for piece in self.engine.stream(replace(self.settings, prompt=prompt, seed=seed)):
@@ -123,7 +119,7 @@ class Chat:
                     self.engine.scheduler.cancel(piece.id)  # the next piece is the last one
         self.screen.show(reader.finish())
         self.screen.end()
-        self._num_asked += 1
+        self.num_asked += 1
         if not self.base and (reader.content or finish != "cancelled"):
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": reader.content})
@@ -141,16 +137,12 @@ class Chat:
         name, _, value = line[1:].strip().partition(" ")
         value = value.strip()
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"unknown command /{name}; the nearest is /{near}, /help lists them, and a blank "
-                "in front makes it a message"
-            )
+            raise UserError(f"no command /{name}; see /help, or begin a message with a blank")
         if self.base and name in CONVERSATIONS_ONLY:
             raise UserError(f"/{name}: a base model continues text and holds no conversation")
         match name:
             case "new":
-                self.turns, self._num_dropped = [], 0
+                self.turns, self.num_dropped = [], 0
                 self.screen.note("a new conversation")
             case "system":
                 self.system = value
@@ -197,16 +189,15 @@ class Chat:
 
     def _prompt(self, text: str) -> list[int]:
         """The conversation with `text`, cut so that an answer of at most half a context fits."""
-        max_len = self.engine.max_len
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked, max_len = [*self.messages, {"role": "user", "content": text}], self.engine.max_len
         room = min(self.settings.max_new_tokens, max_len // 2)
         ids, dropped = fit_prompt(self.tokenizer, asked, max_len - room)
-        if dropped != self._num_dropped:
+        if dropped != self.num_dropped:
             self.screen.note(
                 f"[the context of {max_len:,} tokens is full: the model no longer sees the oldest "
                 f"{dropped} of {len(self.turns) // 2} turns; /new starts over]"
             )
-        self._num_dropped = dropped
+        self.num_dropped = dropped
         return ids
 
     def _save(self, file: str) -> None:
@@ -231,7 +222,7 @@ class Chat:
         if turns[-1]["role"] != "assistant":
             raise UserError(f"{file} ends with a user message, expected the answer to it last")
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
-        self.turns, self._num_dropped = turns, 0
+        self.turns, self.num_dropped = turns, 0
         self.screen.note(f"loaded {len(turns) // 2} turns from {file}")
 
 

@@ -54,7 +54,7 @@ GREEDY = ("--temperature=0", "--max-new-tokens=12")
 @pytest.mark.parametrize(
     "stage, options, frame, stop",
     [
-        ("sft", ["--system=Be kind."], "<|user_start|>~Be kind.\n\n?~<|user_end|>~<|assistant_start|>",
+        ("sft", ["--system=B."], "<|user_start|>~B.\n\n?~<|user_end|>~<|assistant_start|>",
          "<|assistant_end|>"),
         ("base", ["--stage=base", "--tool=calculator"], "?", "<|bos|>"),
     ],

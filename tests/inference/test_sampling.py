@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from nanochat_jax.inference.sampling import SamplerNeeds, Settings, argmax, noise, sample, threefry
+from nanochat_jax.inference.sampling import Needs, Settings, argmax, noise, sample, threefry
 
 LOGITS = np.array([1.2, -0.3, 2.0, 0.1, 1.9, -2.0, 0.6, 1.2], np.float32)
 DRAWS = 4000
@@ -24,7 +24,7 @@ def plain_probs(temperature: float, top_k: int, top_p: float) -> np.ndarray:
     return np.array([kept.get(i, 0.0) for i in range(len(LOGITS))]) / sum(kept.values())
 
 
-def draw(ways, seeds, positions, needs: SamplerNeeds) -> np.ndarray:
+def draw(ways, seeds, positions, needs: Needs) -> np.ndarray:
     """Ids [ways, DRAWS]; all ways stand in one batch."""
     rows = len(ways) * DRAWS
     temperature, top_k, top_p = (np.repeat(column, DRAWS) for column in zip(*ways, strict=True))
@@ -46,7 +46,7 @@ WAYS = [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (0.7, 0, 0.6), (1.5, 5, 0.8
 def test_ids_come_up_as_often_as_they_should(vary):
     count, still = np.arange(DRAWS), np.zeros(DRAWS, int)
     seeds, positions = (count, still) if vary == "seed" else (still, count)
-    drawn = draw(WAYS, seeds, positions, SamplerNeeds(untruncated=True, candidates=8))
+    drawn = draw(WAYS, seeds, positions, Needs(untruncated=True, candidates=8))
     for way, ids in zip(WAYS, drawn, strict=True):
         probs, found = plain_probs(*way), np.bincount(ids, minlength=len(LOGITS))
         assert not found[probs == 0].any(), way
@@ -60,15 +60,13 @@ def test_truncation_and_company_do_not_change_the_noise():
     """A draw that truncation allows is the draw itself; temperature 0 is the largest."""
     seeds, positions = np.arange(DRAWS), np.full(DRAWS, 5)
     ways = [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.0, 3, 0.5), (0.0, 0, 1.0)]
-    free, three, *greedy = draw(ways, seeds, positions, SamplerNeeds(True, 8))
+    free, three, *greedy = draw(ways, seeds, positions, Needs(True, 8))
     allowed = np.isin(free, np.flatnonzero(plain_probs(1.0, 3, 1.0)))
     assert 0.3 < allowed.mean() < 0.9
     np.testing.assert_array_equal(three[allowed], free[allowed])
     assert (np.array(greedy) == LOGITS.argmax()).all()
-    np.testing.assert_array_equal(draw(ways[:1], seeds, positions, SamplerNeeds(True, 0))[0], free)
-    np.testing.assert_array_equal(
-        draw(ways[1:2], seeds, positions, SamplerNeeds(False, 4))[0], three
-    )
+    np.testing.assert_array_equal(draw(ways[:1], seeds, positions, Needs(True, 0))[0], free)
+    np.testing.assert_array_equal(draw(ways[1:2], seeds, positions, Needs(False, 4))[0], three)
 
 
 def test_threefry_is_the_one_under_jax_random():

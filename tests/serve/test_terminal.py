@@ -178,7 +178,7 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
 
     user = {"role": "user", "content": "hi"}
     bad = {
-        "/tempreture 1": "/temperature",
+        "/tempreture 1": "no command /tempreture",
         "/temperature hot": "/temperature got 'hot'",
         "/temperature -1": "temperature got -1.0",
         "/temperature nan": "temperature got nan",
