@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.inference.engine import Completion
 from nanochat_jax.parity.reference import Comparison, Reference, collect
-from nanochat_jax.rl.rollout import pad
 from nanochat_jax.tasks.base import mixture_order
 from nanochat_jax.tasks.gsm8k import extract_answer
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
@@ -72,13 +70,8 @@ def _of_text(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
 
     def sft_collate(content):
         given = text.take("conversations")
-        rendered = [render(given[index]) for index in content["rows"]]
-        rows = [
-            (ids[:1], Completion(ids[1:], sampled=[m == 1 for m in mask[1:]]))
-            for ids, mask in rendered
-        ]
-        longest = max(len(ids) for ids, _ in rendered)
-        inputs, targets = pad(rows, tokenizer.special_id("<|assistant_end|>"), longest - 1)
+        rows = [render(given[index]) for index in content["rows"]]
+        inputs, targets = chat.pad_batch(rows, tokenizer.special_id("<|assistant_end|>"))
         ours = {"inputs": inputs.tolist(), "targets": targets.tolist(), "rows": content["rows"]}
         return ours, content
 

@@ -13,8 +13,10 @@ Whatever else a conversation or a message carries beside these keys is left alon
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tokenizer.bpe import Tokenizer
@@ -67,6 +69,23 @@ def cut_at_turn(
     ends = [i + 1 for i in range(max_tokens) if ids[i] == assistant_end]
     stop = ends[-1] if ends else max_tokens
     return (ids[:stop], mask[:stop]) if any(mask[:stop]) else ([], [])
+
+
+def pad_batch(
+    rows: Sequence[tuple[list[int], list[int]]], pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rendered conversations as (inputs, targets), int32 [R, longest - 1], one row each.
+
+    Target t is the id after input t where that is trained, else IGNORE; `pad_id` fills the right.
+    """
+    width = max(len(ids) for ids, _ in rows) - 1
+    inputs = np.full((len(rows), width), pad_id, np.int32)
+    targets = np.full((len(rows), width), IGNORE, np.int32)
+    for row, (ids, mask) in enumerate(rows):
+        last = len(ids) - 1
+        inputs[row, :last] = ids[:-1]
+        targets[row, :last] = np.where(np.asarray(mask[1:]) == 1, ids[1:], IGNORE)
+    return inputs, targets
 
 
 def _render(tokenizer: Tokenizer, turns: list[tuple[str, Any]]) -> tuple[list[int], list[int]]:
