@@ -26,7 +26,8 @@ return [0] * 10**12""".splitlines()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--humaneval", type=Path, help="a file with a problem in JSON per line")
     parser.add_argument("--workers", type=int, help="programs at a time, by default one per CPU")
     args = parser.parse_args()
