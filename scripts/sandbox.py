@@ -45,7 +45,7 @@ def check(path: Path, workers: int | None) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"--humaneval got {path} ({error}), expected JSON lines") from None
     task = HumanEval(rows, workers=workers)
-    bodies = (["while True: pass"] + WRONG * len(rows))[: len(rows)]
+    bodies = [*WRONG, "while True: pass", *WRONG * len(rows)][: len(rows)]  # one takes its time
     right = task.grade([(i, task[i]["messages"][1]["content"]) for i in range(len(rows))])
     wrong = task.grade([(i, f"{rows[i]['prompt']}    {b}\n") for i, b in enumerate(bodies)])
     log(f"canonical solutions: {sum(right)} of {len(rows)} pass; wrong ones: {sum(wrong)} pass")
