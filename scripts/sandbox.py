@@ -26,7 +26,8 @@ return [0] * 10**12""".splitlines()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--humaneval", type=Path, help="a file with a problem in JSON per line")
     parser.add_argument("--workers", type=int, help="programs at a time, by default one per CPU")
     args = parser.parse_args()
@@ -44,7 +45,7 @@ def check(path: Path, workers: int | None) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"--humaneval got {path} ({error}), expected JSON lines") from None
     task = HumanEval(rows, workers=workers)
-    bodies = (["while True: pass"] + WRONG * len(rows))[: len(rows)]
+    bodies = [*WRONG, "while True: pass", *WRONG * len(rows)][: len(rows)]  # one takes its time
     right = task.grade([(i, task[i]["messages"][1]["content"]) for i in range(len(rows))])
     wrong = task.grade([(i, f"{rows[i]['prompt']}    {b}\n") for i, b in enumerate(bodies)])
     log(f"canonical solutions: {sum(right)} of {len(rows)} pass; wrong ones: {sum(wrong)} pass")

@@ -65,7 +65,7 @@ class Limits:
     wall_secs: float = 5.0
     cpu_secs: int = 5
     memory_bytes: int = 512 << 20  # address space, the interpreter's 30 MB included
-    processes: int = 32  # threads; processes too, where seccomp does not refuse them
+    processes: int = 32  # threads; the user's others too, without bwrap and a user of its own
     output_bytes: int = 1 << 20  # of stdout, and of stderr
     file_bytes: int = 16 << 20  # each file; behind bwrap all of them together
 
@@ -159,7 +159,10 @@ def _run(source: str, limits: Limits, layers: tuple[str, ...]) -> Outcome:
         python = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", CHILD]
         options = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "env": {}, "cwd": folder}
         options |= {"pass_fds": (job["secret"], job["report"]), "start_new_session": True}
-        child = subprocess.Popen([*bwrap, *python, str(Path(__file__).parent)], **options)
+        try:
+            child = subprocess.Popen([*bwrap, *python, str(Path(__file__).parent)], **options)
+        except OSError as error:
+            raise LayerRefusedError("bwrap" if bwrap else "python", str(error)) from None
         child_report.close()
         try:
             said = _listen(report.fileno(), deadline)
@@ -180,7 +183,7 @@ def _run(source: str, limits: Limits, layers: tuple[str, ...]) -> Outcome:
         return Outcome("timeout", out, err)
     if not said.startswith(READY):
         layer, _, why = said.decode().removeprefix("refused ").partition(": ")
-        why = why or err.strip() or f"exit status {code}, nothing said"
+        why = why or err.strip().removeprefix("bwrap: ") or f"exit status {code}, nothing said"
         raise LayerRefusedError(layer or ("bwrap" if bwrap else "python"), why)
     if max(map(len, texts)) > limits.output_bytes:
         return Outcome("output", out, err)
