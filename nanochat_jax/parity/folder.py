@@ -62,15 +62,13 @@ def compare_files(
         except UserError as error:
             return [miss(file, "all", str(error))]
     more = {"data": core_data} if "core.json" in files else {}
-    with (  # full float32 on one device, whatever the process is set to
-        jax.default_matmul_precision("highest"),
-        jax.enable_x64(False),
-        jax.default_device(jax.devices()[0]),
-    ):
-        compare = COMPARISONS[files](folder, *references, **more)
-        rows = list(collect(files[0], "all", compare))
-    broken = any(row.what == "all" for row in rows)
-    return rows + [row for r in references for row in r.leftovers() if not broken]
+    # Full float32 on one device, whatever the process is set to.
+    highest, one = jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[0])
+    with highest, one, jax.enable_x64(False):
+        rows = list(collect(files[0], "all", COMPARISONS[files](folder, *references, **more)))
+    if any(row.what == "all" for row in rows):
+        return rows
+    return rows + [row for reference in references for row in reference.leftovers()]
 
 
 def table(rows: list[Comparison], not_covered: list[str]) -> str:
@@ -83,12 +81,10 @@ def table(rows: list[Comparison], not_covered: list[str]) -> str:
         cells.append((row.file, row.what, *numbers, result, row.note))
     for name in not_covered:
         cells.append((name, NOT_COVERED[name], "", "", "", "not covered yet", ""))
-    misses = sorted({row.file for row in rows if not row.ok})
-    num_misses = sum(not row.ok for row in rows)
-    values = sum(row.compared for row in rows)
-    told = f"{len(rows) - num_misses} of {len(rows)} rows ok ({values:,} values compared)"
+    misses = [row.file for row in rows if not row.ok]
+    told = f"{len(rows) - len(misses)} of {len(rows)} rows ok "
+    told += f"({sum(row.compared for row in rows):,} values compared)"
     told += f", {len(not_covered)} entries not covered yet" if not_covered else ""
-    summary = f"parity: {told}"
-    if misses:
-        summary = f"NO parity: {told}, {num_misses} misses in {', '.join(misses)}"
-    return "\n".join([*aligned(cells, left=(0, 1, 5, 6)), "", summary])
+    told = f"NO parity: {told}, {len(misses)} misses in " if misses else f"parity: {told}"
+    told += ", ".join(sorted(set(misses)))
+    return "\n".join([*aligned(cells, left=(0, 1, 5, 6)), "", told])

@@ -20,14 +20,8 @@ from nanochat_jax.parity.case import RECIPES
 from nanochat_jax.parity.reference import Comparison, Reference, collect, dotted
 
 TOLERANCE = 1e-9
-KEYS = {
-    "depth": "model.depth",
-    "vocab": "tokenizer.vocab_size",
-    "ratio": "base.tokens_per_param",
-}
+KEYS = {"depth": "model.depth", "vocab": "tokenizer.vocab_size", "ratio": "base.tokens_per_param"}
 SIZES = {"classic": "models", "modern": "scaling"}
-# Stages after pretraining are the same schedule with other numbers (optim/schedules.py).
-MID_WARMDOWN, SFT_RL_WARMDOWN = 0.2, 1.0
 SCHEDULE_ROWS = r"(schedules?_(\d+)_iterations\.)rows"
 
 Values = dict[str, Any]  # {column: number} of one row
@@ -110,43 +104,40 @@ def _compare_schedules(reference: Reference, generation: str) -> Iterable[Compar
 def _schedules(
     reference: Reference, prefix: str, num_steps: int, generation: str
 ) -> dict[str, Callable[[int], Any]]:
-    config: Recipe = load(RECIPES[generation])
-
-    def lr(warmup_steps: int = 0, warmdown_frac: float = 0.0, final_frac: float = 0.0):
-        return partial(
-            schedules.lr_multiplier,
-            num_steps=num_steps,
-            warmup_steps=warmup_steps,
-            warmdown_frac=warmdown_frac,
-            final_frac=final_frac,
-        )
-
+    c: Recipe = load(RECIPES[generation])
+    lr = partial(schedules.lr_multiplier, num_steps=num_steps)
     momentum = partial(
         schedules.muon_momentum,
         num_steps=num_steps,
-        warmdown_frac=config.base.warmdown_frac,
-        start=config.optim.momentum_start,
-        peak=config.optim.momentum,
-        end=config.optim.momentum_end,
-        warmup_steps=config.optim.momentum_warmup_steps,
+        warmdown_frac=c.base.warmdown_frac,
+        start=c.optim.momentum_start,
+        peak=c.optim.momentum,
+        end=c.optim.momentum_end,
+        warmup_steps=c.optim.momentum_warmup_steps,
     )
+
+    def given_lr(name: str, warmup_steps: int):
+        warmdown, final = (reference.take(name + k) for k in ("warmdown_ratio", "final_lr_frac"))
+        return partial(lr, warmup_steps=warmup_steps, warmdown_frac=warmdown, final_frac=final)
+
     if generation == "modern":
-        given = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
         return {
-            "lr_multiplier": lr(*(reference.take(prefix + key) for key in given)),
+            "lr_multiplier": given_lr(prefix, reference.take(f"{prefix}warmup_steps")),
             "muon_momentum": momentum,
             "weight_decay_multiplier": partial(schedules.cosine_to_zero, num_steps=num_steps),
         }
 
-    def given_lr(name: str):
-        given = [f"{prefix}{name}.{key}" for key in ("warmdown_ratio", "final_lr_frac")]
-        warmup = reference.take(f"{prefix}{name}.warmup_ratio")
-        return lr(round(warmup * num_steps), *map(reference.take, given))
+    def classic_lr(name: str):
+        warmup_frac = reference.take(f"{prefix}{name}.warmup_ratio")
+        return given_lr(f"{prefix}{name}.", round(warmup_frac * num_steps))
 
     return {
-        "lr_multiplier": given_lr("base"),
-        "lr_multiplier_warm": given_lr("warm"),
+        "lr_multiplier": classic_lr("base"),
+        "lr_multiplier_warm": classic_lr("warm"),
         "muon_momentum": momentum,
-        "mid_lr_multiplier_at_progress": lr(warmdown_frac=MID_WARMDOWN),
-        "sft_rl_lr_multiplier": lr(warmdown_frac=SFT_RL_WARMDOWN),
+        # Stages after pretraining are the same schedule with other numbers (optim/schedules.py).
+        "mid_lr_multiplier_at_progress": partial(
+            lr, warmup_steps=0, warmdown_frac=0.2, final_frac=0.0
+        ),
+        "sft_rl_lr_multiplier": partial(lr, warmup_steps=0, warmdown_frac=1.0, final_frac=0.0),
     }

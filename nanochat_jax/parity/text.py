@@ -24,13 +24,9 @@ Compute = Callable[[Any], tuple[Any, Any]]  # what the file has -> (ours, theirs
 
 
 def compare_text(folder: Path, ranks: Reference, text: Reference) -> Iterable[Comparison]:
-    tokenizer = bpe.Tokenizer.load(folder)
-    for file, computes in (
-        (ranks, _of_tokenizer(tokenizer)),
-        (text, _of_text(tokenizer, text)),
-    ):
-        for key, compute in computes.items():
-            yield from collect(file.file, key, _row(file, key, compute))
+    for key, compute in _computes(bpe.Tokenizer.load(folder), text).items():
+        file = ranks if key in ("pattern", "ranks", "special") else text
+        yield from collect(file.file, key, _row(file, key, compute))
     if "num_docs" in text:
         text.take("num_docs")
         yield Comparison(text.file, "num_docs", 0, 0.0, 0.0, "for information")
@@ -41,24 +37,13 @@ def _row(file: Reference, key: str, compute: Compute) -> Iterable[Comparison]:
     yield file.compare(key, *compute(content))
 
 
-def _of_tokenizer(tokenizer: bpe.Tokenizer) -> dict[str, Compute]:
-    lengths = tokenizer.token_bytes()
+def _computes(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
+    pieces = [tokenizer.decode_bytes([rank]).hex() for rank in range(len(tokenizer.ranks))]
+    merges, lengths = pieces[bpe.NUM_BYTE_TOKENS :], tokenizer.token_bytes()
 
     def ranks(content):
-        ours = [(tokenizer.decode_bytes([rank]).hex(), int(lengths[rank])) for _, rank in content]
-        theirs = [(token, len(token) // 2) for token, _ in content]
-        return list(itertools.chain(*ours)), list(itertools.chain(*theirs))
-
-    return {
-        "pattern": lambda content: (bpe.SPLIT_PATTERN, content),
-        "ranks": ranks,
-        "special": lambda content: (tokenizer.special, content),
-    }
-
-
-def _of_text(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
-    num_ranks = len(tokenizer.ranks)
-    merges = [tokenizer.decode_bytes([r]).hex() for r in range(bpe.NUM_BYTE_TOKENS, num_ranks)]
+        ours = [value for _, rank in content for value in (pieces[rank], int(lengths[rank]))]
+        return ours, [value for token, _ in content for value in (token, len(token) // 2)]
 
     def render(row):
         return chat.render_conversation(tokenizer, row["conversation"], row["max_tokens"])
@@ -79,6 +64,9 @@ def _of_text(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
         return _entries([argument], lambda row: {"out": function(row[argument])})
 
     return {
+        "pattern": lambda content: (bpe.SPLIT_PATTERN, content),
+        "ranks": ranks,
+        "special": lambda content: (tokenizer.special, content),
         "vocab_size": lambda content: (tokenizer.vocab_size, content),
         "special_tokens": lambda content: (tokenizer.special, content),
         "first_100_merges": lambda content: (merges[: len(content)], content),
@@ -98,15 +86,12 @@ def _of_text(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
 def _entries(inputs: Iterable[str], compute: Callable[[dict], dict]) -> Compute:
     """Of a list of entries, every field that is no input, against what `compute` makes of it."""
 
-    def values(content):
-        ours, theirs = {}, {}
-        for index, entry in enumerate(content):
-            ours |= {f"{index} {field}": value for field, value in compute(entry).items()}
-            outputs = {field: value for field, value in entry.items() if field not in inputs}
-            theirs |= {f"{index} {field}": value for field, value in outputs.items()}
-        return ours, theirs
+    def flat(entries: Iterable[dict]) -> dict[str, Any]:
+        return {
+            f"{i} {k}": v for i, e in enumerate(entries) for k, v in e.items() if k not in inputs
+        }
 
-    return values
+    return lambda content: (flat(map(compute, content)), flat(content))
 
 
 def _mixture(content: list[list]) -> tuple[Any, Any]:
