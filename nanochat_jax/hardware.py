@@ -199,6 +199,11 @@ def cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def memory_bytes() -> int:
     """Main memory, or the container's limit where that is less."""
     sizes = [psutil.virtual_memory().total]

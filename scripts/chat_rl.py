@@ -6,7 +6,8 @@ Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits wi
 """
 
 from nanochat_jax.config import run_stage
-from nanochat_jax.stages import chain
+from nanochat_jax.stages.rl import RL
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(chain.run_rl, __doc__)
+    run_stage(train_stage, __doc__, RL)

@@ -7,7 +7,8 @@ Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
 from nanochat_jax.config import run_stage
-from nanochat_jax.stages import chain
+from nanochat_jax.stages.chat import SFT
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(chain.run_sft, __doc__)
+    run_stage(train_stage, __doc__, SFT)

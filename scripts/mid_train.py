@@ -7,7 +7,8 @@ mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits wi
 """
 
 from nanochat_jax.config import run_stage
-from nanochat_jax.stages import chain
+from nanochat_jax.stages.chat import Mid
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(chain.run_mid, __doc__)
+    run_stage(train_stage, __doc__, Mid)

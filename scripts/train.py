@@ -8,7 +8,8 @@ Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves an
 """
 
 from nanochat_jax.config import run_stage
-from nanochat_jax.stages import chain
+from nanochat_jax.stages.base import Base
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(chain.run_base, __doc__)
+    run_stage(train_stage, __doc__, Base)
