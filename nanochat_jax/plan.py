@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
@@ -201,11 +203,10 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     return costs
 
 
-def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
-    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
-    costs = stage_costs(config, platform)
-    later = list(costs)[list(costs).index(stage) + 1 :]
-    return secs_per_token * sum(costs[name] for name in later)
+def later_tokens(config: Recipe, stage: str) -> float:
+    """Tokens that base could train in the time that the parts of a run after `stage` take, about."""
+    costs = stage_costs(config, "cpu" if jax.default_backend() == "cpu" else "gpu")
+    return sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
 
 def _rows(spec: str) -> int:
