@@ -31,7 +31,7 @@ GIB = 2**30
 CHARS_PER_TOKEN = 4.7  # of English with vocabularies of 32k to 65k; scripts/tok_eval.py measures it
 BEST_FIT_KEPT_FRAC = 0.65  # best_fit packing cuts about a third of the text away
 SCALE = (1, 8, 64, 1024)  # GPUs
-# Values of model_dim kept per token and layer: scripts/bench_memory.py, tests/model/test_gpt.py.
+# Values of model_dim kept per token and layer: tests/model/test_gpt.py.
 SAVED = {"none": SAVED_VALUES, "names": 10, "full": 1}
 LOGITS = 3  # float32 values for each logit of a tile of the loss: it, its softmax, its gradient
 

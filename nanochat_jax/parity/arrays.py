@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat_jax.common import UserError
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.naive import generate_greedy
+from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.model import accounting
 from nanochat_jax.model.gpt import bind, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum, token_nll
@@ -144,8 +144,11 @@ def compare_greedy(case: Case) -> Iterable[Row]:
     for match in case.arrays.matching(r"(greedy\w*)_tokens"):
         prompt = case.arrays.take(f"{match[1]}_prompt").tolist()
         reference = case.arrays.take(match[0]).tolist()
-        ours = generate_greedy(case.config, case.params, [prompt], len(reference))[0]
-        yield exact_row(case.arrays.file, match[0], ours, reference)
+        max_len = len(prompt) + len(reference)
+        engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
+        engine.load(case.params)
+        (ours,) = engine.generate([Request(prompt, len(reference))])
+        yield exact_row(case.arrays.file, match[0], ours.tokens, reference)
 
 
 def compare_counts(case: Case) -> Iterable[Row]:

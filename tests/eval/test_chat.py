@@ -8,13 +8,13 @@ from nanochat_jax.common import UserError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
 from nanochat_jax.inference.engine import Completion, Engine
-from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
+from scripts.bench.naive import generate_greedy
 
 CONFIG = GPTConfig(  # contexts shorter than some prompts, windows and all
     vocab_size=384,

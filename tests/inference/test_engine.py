@@ -9,9 +9,9 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import Completion, Engine, Request, Tool
-from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.case import read_case
+from scripts.bench.naive import generate_greedy
 
 ONE = make_mesh(devices=jax.devices()[:1])
 MAX_LEN = 128

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from nanochat_jax import bench
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.train.state import abstract_state
-from nanochat_jax.train.step import make_train_step
+from scripts.bench import common
 
 SEQ_LEN, ROWS, LAYERS = 512, 4, 4
 CLASSIC = GPTConfig(
@@ -30,14 +28,12 @@ def lower(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
 
     def text(config: GPTConfig) -> str:
-        mesh = bench.one_device()
-        recipe = "modern" if config.extras else "classic"
-        tx = bench.optimizer(bench.Shape(config, ROWS, recipe))
-        step = make_train_step(config, tx, mesh, device_batch_size=ROWS // 2, tile_tokens=256)
+        shape = common.load_shape("gpt2" if config.extras else "d20", "gpu")
+        shape = replace(shape, model=config, tile_tokens=256, rows=ROWS // 2, accumulate=2)
+        training = common.Training(shape)
         ids = jax.ShapeDtypeStruct((ROWS, SEQ_LEN), jnp.int32)
-        state = abstract_state(config, tx, mesh)
-        with jax.set_mesh(mesh):
-            traced = step.trace(state, {"inputs": ids, "targets": ids})
+        with jax.set_mesh(training.mesh):
+            traced = training.step.trace(training.state, {"inputs": ids, "targets": ids})
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     return text
