@@ -5,14 +5,12 @@
 
 Nothing is allocated and nothing runs: each step is compiled from shapes alone, on a CPU too. Every
 line differs from the first by one measure. By the compiler's own analysis, of a device: weights,
-optimizer state, gradients and temporaries. A CPU's compiler computes bfloat16 in float32, so that
-all is too high. A CPU has no fused attention; the first line computes the scores of a block of
-queries again in the backward pass, as cuDNN does.
+optimizer state, gradients and temporaries. On a CPU all is too high: its compiler computes bfloat16
+in float32, and without fused attention the scores are kept, in blocks unless all is recomputed.
 """
 
 import os
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -22,8 +20,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import UserError, run_main
-from nanochat_jax.model import fp8, gpt
-from nanochat_jax.model.attention import attention, attention_naive
+from nanochat_jax.model import fp8
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.train import step as step_module
 from scripts.bench import common
@@ -31,9 +28,8 @@ from scripts.bench.common import Row, Shape, Training
 from scripts.bench.train import naive_sum
 
 MEASURES = {  # name: changes of the model, and the options of `measure`
-    "fused attention, tiled loss, bfloat16": ({}, {}),
-    "attention in blocks, kept": ({}, {"attend": "blocked"}),
-    "attention [T, T]": ({}, {"attend": "naive"}),
+    "tiled loss, bfloat16": ({}, {}),
+    "attention [T, T]": ({"attention_backend": "xla"}, {}),
     "all logits at once": ({}, {"naive_loss": True}),
     "state not donated": ({}, {"donated": False}),
     "float32": ({"compute_dtype": "float32"}, {}),
@@ -45,35 +41,16 @@ MEASURES = {  # name: changes of the model, and the options of `measure`
 }
 
 
-def measure(shape: Shape, *, attend="fused", naive_loss=False, donated=True, shared=False) -> int:
+def measure(shape: Shape, *, naive_loss=False, donated=True, shared=False) -> int:
     """Bytes of a device."""
     num_devices = len(jax.devices()) if shared else 1
-    with ExitStack() as replaced:
-        if naive_loss:
-            replaced.enter_context(mock.patch.object(step_module, "cross_entropy_sum", naive_sum))
-        if attend != "fused" or jax.default_backend() == "cpu":
-            replaced.enter_context(mock.patch.object(gpt, "attention", ATTENTION[attend]))
-        mesh = make_mesh(data=num_devices, devices=jax.devices()[:num_devices])
+    mesh = make_mesh(data=num_devices, devices=jax.devices()[:num_devices])
+    loss = naive_sum if naive_loss else step_module.cross_entropy_sum
+    with mock.patch.object(step_module, "cross_entropy_sum", loss):
         training = Training(shape, mesh)
         if not donated:
             training.step = jax.jit(lambda *args, step=training.step: step(*args))
         return training.compile().bytes
-
-
-def blocked(q, k, v, window, backend):
-    return attention(q, k, v, window, "blocked")
-
-
-def naive(q, k, v, window, backend):
-    with jax.numpy_dtype_promotion("standard"):
-        return attention_naive(q, k, v, window).astype(q.dtype)
-
-
-ATTENTION = {
-    "fused": jax.checkpoint(blocked, static_argnums=(3, 4)),
-    "blocked": blocked,
-    "naive": naive,
-}
 
 
 def main() -> None:

@@ -125,15 +125,12 @@ def run(shape: Shape, steps: dict[str, Training | Program], secs: float) -> list
 
 
 def compare(shape: Shape, secs: float, program: Program | None) -> list[Row]:
-    free = common.free_bytes()
-    if program:
-        if program.about["tokens"] != shape.step_tokens:
-            raise UserError(
-                f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
-                f"{shape.step_tokens:,}; expected as many: set --device-batch and --accumulate"
-            )
-        free = min(free, free_gpu_bytes() or free)  # it holds memory of the same GPU
-    ours = common.compile_fitting(shape, free).start()
+    if program and program.about["tokens"] != shape.step_tokens:
+        raise UserError(
+            f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
+            f"{shape.step_tokens:,}; expected as many: set --device-batch and --accumulate"
+        )
+    ours = common.compile_fitting(shape, common.free_bytes()).start()
     steps: dict[str, Training | Program] = {f"{shape.name} ours": ours}
     if program:
         steps[f"{shape.name} {program.about['name']}"] = program
@@ -149,17 +146,6 @@ def naive_sum(x, head, targets, weights, vocab_size: int, tile: int):
     """The same loss by its definition, left to automatic differentiation; its head not in fp8."""
     head = head.kernel if isinstance(head, fp8.Weight) else head
     return (cross_entropy_naive(x, head, targets, vocab_size) * weights).sum()
-
-
-def free_gpu_bytes() -> int | None:
-    """What the driver says is free on the first GPU that we see; None where it does not tell."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    query = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.free", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(told.split()[0]) * 2**20  # "68123 MiB"
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return None
 
 
 def changed(shape: Shape, *, remat: str = "none", in_fp8: bool = False) -> Shape:
@@ -183,7 +169,7 @@ def main() -> None:
         keep_freed_memory()
     if args.fp8 and jax.default_backend() != "cpu":  # a CPU computes the same, slowly
         hardware.check_fp8(jax.devices()[0], "bfloat16")
-    rows, programs, shapes = [], [], []
+    rows, programs = [], []
     for shape in common.chosen_shapes(args):
         shape = changed(shape, remat=args.remat, in_fp8=args.fp8)
         sizes = args.device_batch or shape.rows, args.accumulate or shape.accumulate
@@ -191,9 +177,8 @@ def main() -> None:
         with ExitStack() as stack:
             program = stack.enter_context(beside(args.beside, shape)) if args.beside else None
             rows += compare(shape, args.secs, program)
-        shapes.append(asdict(shape))
         programs += [program.about] if program else []
-    common.finish("train", rows, shapes=shapes, programs=programs)
+    common.finish("train", rows, programs=programs)
 
 
 if __name__ == "__main__":

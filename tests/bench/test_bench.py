@@ -1,20 +1,20 @@
 """Benchmarks measure what the recipes train, time fairly, and tell a program's faults."""
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import config as cfg
 from nanochat_jax.common import UserError
-from nanochat_jax.data.shards import write_shard
+from nanochat_jax.config import CONFIGS
 from nanochat_jax.model.accounting import param_counts
-from scripts.bench import common, data, eval, kernels, memory, train
+from scripts.bench import common, kernels, train
 from scripts.bench.common import Form
 
 
@@ -146,36 +146,30 @@ def test_an_error_of_ours_ends_the_program_at_once(tiny):
     assert program.process.returncode == -9
 
 
-@pytest.mark.slow
-def test_measures_against_memory_save_it(tiny):
-    def peak(changes=None, **options):
-        shape = replace(tiny, model=replace(tiny.model, **(changes or {})), tile_tokens=64)
-        return memory.measure(shape, **options)
-
-    first, scores, logits = 0, 2 * 8 * 2 * 64 * 64 * 4, 512 * 512 * 4
-    first = peak()
-    assert peak({"remat": "full"}) < first < peak(donated=False)
-    assert (
-        peak(attend="naive") - first >= scores / 2 and peak(naive_loss=True) - first >= logits / 2
-    )
-    state = memory.Training(tiny).state
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert first - peak(shared=True) >= num_bytes / 2
+TINY = "--shape=tiny --secs=0"
 
 
 @pytest.mark.slow
-def test_answers_at_once_are_those_of_one_by_one(monkeypatch, capsys):
-    options = ["--shape=tiny", "--problems=6", "--max-new-tokens=6", "--slots=4"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *options])
-    assert eval.main() == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["num_differ"] == 0 and len(result["rows"]) == 2
-
-
-@pytest.mark.slow
-def test_cores_and_gpus_of_the_loader_fit_together(tmp_path):
-    write_shard(tmp_path / "a.parquet", [f"the boats of day {n} " * 20 for n in range(200)])
-    config = cfg.load(cfg.CONFIGS / "tiny.py", {"tokenizer.vocab_size": "300"})
-    rows = {row.what: row.value for row in data.run(config, tmp_path / "a.parquet", 5_000)}
-    assert rows["encoded for them"] >= rows["batches, by a core"] > 0
-    assert rows["batches, by a core"] / rows["fed by a core, d20"] == pytest.approx(184_000)
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("kernels", f"attention loss optimizer matmul {TINY}"),
+        ("train", f"--fp8 {TINY}"),
+        ("eval", "--shape=tiny --problems=4 --max-new-tokens=4 --slots=2"),
+        ("data", "--config=configs/tiny.py --config.tokenizer.vocab_size=300 --tokens=4000"),
+        pytest.param("infer", f"--texts 1 2 {TINY}", marks=pytest.mark.long),
+        pytest.param("memory", "--shape=tiny --devices=2", marks=pytest.mark.long),
+    ],
+)
+def test_every_benchmark_ends_with_a_line_of_json(script, options):
+    command = [sys.executable, f"scripts/bench/{script}.py", *options.split()]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUMPY_DTYPE_PROMOTION"}  # as users do
+    done = subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    values = [row["ms"] or row["bytes"] or row["value"] for row in result["rows"]]
+    assert result["bench"] == script and values and min(values) > 0
+    if script == "memory":
+        bytes_of = {row["what"]: row["bytes"] for row in result["rows"]}
+        assert bytes_of["remat full"] < bytes_of["tiled loss, bfloat16"]
+        assert bytes_of["tiled loss, bfloat16"] < bytes_of["all logits at once"]
