@@ -364,7 +364,7 @@ def main(make_parts=make_parts) -> None:
     parser.add_argument("--out", type=Path, help="folder for what is found")
     parser.add_argument("--parts", nargs="+", help="only those whose names contain one of these")
     args = parser.parse_args()
-    start_runtime(compile_cache=True)
+    log(start_runtime(compile_cache=True))
     found = Found(args.out, began + args.budget)
     log(json.dumps(found.machine))
 

@@ -25,11 +25,10 @@ import numpy as np
 
 from nanochat_jax import hardware
 from nanochat_jax.common import UserError, log
-from nanochat_jax.launch import runtime
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
-from nanochat_jax.train.layout import is_out_of_memory
+from nanochat_jax.train import memory
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
@@ -114,7 +113,7 @@ def one_device():
 
 
 def free_bytes() -> float:
-    return runtime.available_bytes(one_device())
+    return memory.available_bytes(one_device())
 
 
 def optimizer(shape: Shape, paths=None):
@@ -136,10 +135,14 @@ class Training:
     def __init__(self, shape: Shape, mesh=None):
         self.shape, self.mesh, self.tx = shape, mesh or one_device(), optimizer(shape)
         self.owners = Owners(shape.model, self.mesh)
-        self.state: Any = abstract_state(shape.model, self.tx, self.mesh)
-        sizes = dict(device_batch_size=shape.rows, tile_tokens=shape.tile_tokens)
+        self.state: Any = abstract_state(self.owners, self.tx)
         self.step: Any = make_train_step(
-            shape.model, self.tx, self.mesh, **sizes, grad_clip=shape.grad_clip
+            self.owners,
+            self.tx,
+            device_batch_size=shape.rows,
+            tile_tokens=shape.tile_tokens,
+            remat=shape.model.remat,
+            grad_clip=shape.grad_clip,
         )
 
     def compile(self) -> "Training":
@@ -147,13 +150,13 @@ class Training:
         ids = jax.ShapeDtypeStruct((rows, self.shape.model.seq_len), jnp.int32)
         with jax.set_mesh(self.mesh):
             lowered = self.step.lower(self.state, {"inputs": ids, "targets": ids})
-        self.step = runtime.compile_lowered(lowered)
-        self.bytes = runtime.compiled_bytes(self.step)
+        self.step = memory.compile_lowered(lowered)
+        self.bytes = memory.compiled_bytes(self.step)
         return self
 
     def start(self) -> "Training":
         c, rows = self.shape.model, self.shape.rows * self.shape.accumulate
-        self.state = create_state(c, self.tx, self.mesh, seed=0)
+        self.state = create_state(self.owners, self.tx, seed=0)
         self.batch = put_batch(random_batch(0, rows, c.seq_len, c.vocab_size), self.mesh)
         self()
         self.first_loss = float(self.loss)
@@ -176,11 +179,11 @@ def compile_fitting(shape: Shape, free: float) -> Training:
         try:
             training.compile()
         except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
-            if not is_out_of_memory(error):
+            if not memory.is_out_of_memory(error):
                 raise
         if training.bytes <= free:
             return training
-        needed, free_text = map(runtime.format_bytes, (training.bytes, free))
+        needed, free_text = map(memory.format_bytes, (training.bytes, free))
         log(f"{shape.name}: {shape.rows} rows at once need {needed}, free are {free_text}")
         if shape.rows % 2:
             raise UserError(f"{shape.name} does not fit; expected more memory: set --remat=full")
@@ -267,8 +270,8 @@ def measure(forms: dict[str, Form], secs: float) -> list[Row]:
     """Compile all, on threads; run in turn those that fit."""
     lowered = [jax.jit(form.function).lower(*form.args) for form in forms.values()]
     with ThreadPoolExecutor(len(lowered)) as pool:
-        compiled = dict(zip(forms, pool.map(runtime.compile_lowered, lowered), strict=True))
-    needed = {name: runtime.compiled_bytes(program) for name, program in compiled.items()}
+        compiled = dict(zip(forms, pool.map(memory.compile_lowered, lowered), strict=True))
+    needed = {name: memory.compiled_bytes(program) for name, program in compiled.items()}
     fit = {name: form for name, form in forms.items() if needed[name] < free_bytes()}
     calls = {name: functools.partial(compiled[name], *form.args) for name, form in fit.items()}
     rows = {name: Row(name, bytes=needed[name], note="does not fit") for name in forms}

@@ -12,7 +12,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from nanochat_jax.model.gpt import GPTConfig
-from scripts.bench import common
+from nanochat_jax.train.sharded import Owners
+from nanochat_jax.train.state import abstract_state
+from nanochat_jax.train.step import make_train_step
+from tests.train.test_step import one_device, optimizer
 
 SEQ_LEN, ROWS, LAYERS = 512, 4, 4
 CLASSIC = GPTConfig(
@@ -28,12 +31,15 @@ def lower(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
 
     def text(config: GPTConfig) -> str:
-        shape = common.load_shape("gpt2" if config.extras else "d20", "gpu")
-        shape = replace(shape, model=config, tile_tokens=256, rows=ROWS // 2, accumulate=2)
-        training = common.Training(shape)
+        mesh, tx = one_device(), optimizer(config)
+        owners = Owners(replace(config, remat="none"), mesh)
+        step = make_train_step(
+            owners, tx, remat=config.remat, device_batch_size=ROWS // 2, tile_tokens=256
+        )
         ids = jax.ShapeDtypeStruct((ROWS, SEQ_LEN), jnp.int32)
-        with jax.set_mesh(training.mesh):
-            traced = training.step.trace(training.state, {"inputs": ids, "targets": ids})
+        state = abstract_state(owners, tx)
+        with jax.set_mesh(mesh):
+            traced = step.trace(state, {"inputs": ids, "targets": ids})
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     return text
