@@ -164,7 +164,9 @@ def run_parts(parts: list[Part], jobs: dict[str, Callable], found: Found) -> Non
 def checked_shape(name: str) -> Shape:
     """The shape with the attention that passes its self-test."""
     shape = common.load_shape(name)
-    return replace(shape, model=check_attention(shape.model, "auto"))
+    model, line = check_attention(shape.model, "auto")
+    log(line)
+    return replace(shape, model=model)
 
 
 def make_parts(found: Found, secs: float) -> tuple[list[Part], dict[str, Callable]]:
@@ -283,7 +285,7 @@ def check_backends() -> float:
     config = GPTConfig(512, 2, 256, 2, 2, 1024, compute_dtype=compute_dtype())
     for backend in candidates():
         for changes in ({}, {"window_pattern": "S"}, {"num_kv_heads": 1}):
-            check_attention(replace(config, **changes), backend)
+            log(check_attention(replace(config, **changes), backend)[1])
     return 0.0
 
 
