@@ -204,7 +204,7 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
 
 
 def later_tokens(config: Recipe, stage: str) -> float:
-    """Tokens that base could train in the time that the parts of a run after `stage` take, about."""
+    """Tokens that base could train on while the parts of a run after `stage` last, about."""
     costs = stage_costs(config, "cpu" if jax.default_backend() == "cpu" else "gpu")
     return sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
