@@ -83,22 +83,12 @@ class Step:
 
     @property
     def secs(self) -> float:
-        return self.model_secs + self.muon_secs + self.communication_secs
-
-    @property
-    def communication_secs(self) -> float:
-        return self.reduce_secs + self.gather_secs
+        return self.model_secs + self.muon_secs + self.reduce_secs + self.gather_secs
 
     @property
     def efficiency(self) -> float:
-        """Share of the time that goes into the model when nothing overlaps."""
+        """Share of the time that goes into the model; more if communication overlaps with it."""
         return self.model_secs / self.secs
-
-    @property
-    def overlapped_efficiency(self) -> float:
-        """The same when communication hides behind one part's work, as far as that lasts."""
-        part_secs = self.model_secs * self.layout.rows / self.share
-        return self.model_secs / (self.secs - min(self.communication_secs, part_secs))
 
 
 def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, network: str) -> Step:
@@ -326,26 +316,25 @@ def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> Lines:
 
 def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> Lines:
     """The pretraining on other numbers of GPUs, weights and batch divided over all of them."""
-    titles = "rows model Muon reduce gather useful hidden GiB time cost".split()
+    titles = "rows model Muon reduce gather useful GiB time cost".split()
     lines = [("ms of a step, a GPU's", "".join(f"{title:>10}" for title in titles))]
     tensor, rows = config.mesh.tensor, config.base.total_batch_tokens // config.model.seq_len
     for step in (on(n) for n in SCALE if n % tensor == 0):
         secs = _base_secs(config, step)
         terms = (step.model_secs, step.muon_secs, step.reduce_secs, step.gather_secs)
         cells = [f"{step.share}", *(f"{1e3 * term:,.1f}" for term in terms)]
-        cells += [f"{step.efficiency:.0%}", f"{step.overlapped_efficiency:.0%}"]
-        cells += [f"{sum(step.memory.values()) / GIB:.0f}", "too much", "-"]
+        memory = f"{sum(step.memory.values()) / GIB:.0f}"
+        cells += [f"{step.efficiency:.0%}", memory, "too much", "-"]
         if step.fits:
             cells[-2:] = format_secs(secs), _cost(secs, card, step)[:-3]
         note = f"  batch x {step.rows / rows:g}: learns less from a token" * (step.rows > rows)
         lines.append((f"{step.num_gpus:,} GPUs", "".join(f"{cell:>10}" for cell in cells) + note))
     best = most_gpus(config, on)
-    lost = f"{best.communication_secs / best.secs:.0%} communication"
-    efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful, {lost}"
+    efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful"
     return [
         *lines,
         ("assumed", "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided"),
-        ("useful, hidden", "share of the time in the model; the same if communication overlaps"),
+        ("useful", "share of the time in the model; more if communication overlaps with it"),
         ("efficient up to", efficient if best.fits else "none: too much for the memory"),
     ]
 
