@@ -196,7 +196,6 @@ def get_config() -> ConfigDict:
     c.eval.device_batch_size = 32  # rows a device holds at once
     c.eval.prompts = PROMPTS  # continued greedily
     c.eval.sample_tokens = 16  # new tokens a sample
-    c.eval.trigram_tokens = 0  # train a trigram yardstick on so many tokens; 0: none
     c.eval.core = True  # score the base model on CORE's 22 tasks
     c.eval.core_dir = ""  # folder of the CORE bundle; empty: downloaded
     c.eval.core_per_task = 0  # questions a task, more than 10; 0: all

@@ -79,5 +79,4 @@ def get_config() -> ConfigDict:
     c.eval.val_tokens = 262_144
     c.eval.prompts = PROMPTS
     c.eval.sample_tokens = 48
-    c.eval.trigram_tokens = 4_000_000  # more than there is: all of it
     return c

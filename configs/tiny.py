@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.rl.update(questions_per_step=4, samples=4, pass_rows=2, max_new_tokens=8, slots=16)
     c.rl.update(eval_every=2, eval_questions=4, eval_samples=2, save_every=2)
     c.eval.core = False
-    c.eval.update(val_tokens=4_096, device_batch_size=8, sample_tokens=8, trigram_tokens=40_960)
+    c.eval.update(val_tokens=4_096, device_batch_size=8, sample_tokens=8)
     c.eval.update(chat_tasks=("arithmetic test", "simple_spelling test"), chat_problems=8)
     c.eval.update(chat_max_new_tokens=8, chat_slots=8)
     return c

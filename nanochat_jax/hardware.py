@@ -199,9 +199,19 @@ def cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process can keep busy: `cpu_cores`, or the container's quota where less."""
+    for quota_file in ("cpu.max", "cpu/cpu.cfs_quota_us"):
+        try:
+            words = (cgroups / quota_file).read_text().split()
+            if len(words) == 1:  # cgroups version 1 keeps the period in a file of its own
+                words += (cgroups / "cpu/cpu.cfs_period_us").read_text().split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or it reads "max"
+            continue
+        if quota > 0:
+            return max(1, min(cpu_cores(), quota // period))
+    return cpu_cores()
 
 
 def memory_bytes() -> int:

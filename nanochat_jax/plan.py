@@ -19,8 +19,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
@@ -159,7 +157,8 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     same time. A recipe's own numbers of steps count; the rest is assumed (see the constants above).
     Compiling, starting and preparing data are left out."""
     b, e, r = config.base, config.eval, config.rl
-    seq_len, write, read = config.model.seq_len, WRITE_COST[platform], 1 / 3
+    seq_len, read = config.model.seq_len, 1 / 3
+    write = WRITE_COST["cpu" if platform == "cpu" else "gpu"]
 
     def checks(section, steps: float) -> float:  # validations, the one at the end included
         return 1 + (steps // section.eval_every if section.eval_every else 0)
@@ -193,11 +192,10 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     return costs
 
 
-def later_flops(config: Recipe, stage: str) -> float:
-    """FLOPs that base could do in the time that the parts of a run after `stage` take, about."""
-    costs = stage_costs(config, "cpu" if jax.default_backend() == "cpu" else "gpu")
-    later = sum(list(costs.values())[list(costs).index(stage) + 1 :])
-    return later * train_flops_per_token(recipe.gpt_config(config))
+def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
+    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
+    costs = stage_costs(config, platform)
+    return secs_per_token * sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
 
 def _rows(spec: str) -> int:

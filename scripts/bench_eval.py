@@ -19,7 +19,7 @@ from nanochat_jax import bench
 from nanochat_jax.common import UserError, run_main
 from nanochat_jax.eval.chat import generative
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.tools import calculator_tool
+from nanochat_jax.inference.tools import make_tool
 from nanochat_jax.model.gpt import init_params
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tasks.registry import Selection, open_task
@@ -79,7 +79,7 @@ def main() -> int:
             slots=slots,
             max_len=max(lengths) + most,
             stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
-            tool=calculator_tool(tokenizer),
+            tool=make_tool("calculator", tokenizer),
         )
         engine.load(params)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.inference.engine import Completion
+from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.rl.policy import advantages, policy_loss, token_weights
 from nanochat_jax.rl.rollout import pad, practise
 from nanochat_jax.tasks.base import Task
@@ -59,7 +59,7 @@ def test_targets_are_the_sampled_tokens_alone():
         Completion([20, 21, 30, 31, 22, 9], [], [True, True, False, False, True, True], "stop"),
         Completion([23], [], [True], "length"),
     ]
-    inputs, targets = pad(list(zip(prompts, answers, strict=True)), PAD, longest=1000)
+    inputs, targets = pad([Request(prompt, 9) for prompt in prompts], answers, PAD, longest=1000)
     assert inputs.shape == targets.shape == (2, 64) and inputs.dtype == targets.dtype == np.int32
     said = [1, 5, 6, 20, 21, 30, 31, 22]
     assert inputs[0].tolist() == said + [PAD] * (64 - len(said))
@@ -74,8 +74,8 @@ def test_targets_are_the_sampled_tokens_alone():
     ("answer", "longest", "width"), [(63, 999, 64), (64, 999, 128), (64, 70, 70)]
 )
 def test_width_is_a_bucket(answer, longest, width):
-    rows = [([1, 2], Completion([3] * answer, [], [True] * answer, "length"))]
-    inputs, targets = pad(rows, PAD, longest)
+    said = Completion([3] * answer, [], [True] * answer, "length")
+    inputs, targets = pad([Request([1, 2], 99)], [said], PAD, longest)
     assert inputs.shape == (1, width)
     assert (targets != IGNORE).sum() == answer
 
