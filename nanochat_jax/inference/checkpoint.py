@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax import recipe
-from nanochat_jax.common import UserError, log, run_dir
+from nanochat_jax.common import UserError, log, run_dir, sha256_file
 from nanochat_jax.config import Recipe
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.tools import make_tool
@@ -22,7 +22,14 @@ from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.train.checkpoint import damage, list_steps, read_host, restore_params
+from nanochat_jax.train.checkpoint import (
+    CHECKSUMS,
+    damage,
+    list_steps,
+    read_host,
+    restore_params,
+    step_dir,
+)
 
 STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
 # Keys of config.model that may differ from the checkpoint's: they say how to compute, not what.
@@ -35,7 +42,18 @@ class StageCheckpoint(NamedTuple):
     stage: str
     folder: Path  # of all checkpoints of the stage
     step: int
-    host: dict[str, Any]
+
+    @property
+    def host(self) -> dict[str, Any]:
+        return read_host(self.folder, self.step)
+
+    @property
+    def checksum(self) -> str:
+        """Of all its files."""
+        return sha256_file(step_dir(self.folder, self.step) / CHECKSUMS)
+
+    def __str__(self) -> str:
+        return f"{self.stage}, step {self.step}"
 
 
 class Opened(NamedTuple):
@@ -46,7 +64,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
 
 
-def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
+def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
     """The newest checkpoint of `stage` in a run's folder, by default of the latest that has one."""
     steps = {name: list_steps(run / name / "checkpoints") for name in STAGES}
     trained = [name for name in STAGES if steps[name]]
@@ -57,10 +75,18 @@ def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
             "--config.run.name=NAME, or train it first"
         )
     stage = stage or trained[-1]
-    folder, step = run / stage / "checkpoints", steps[stage][-1]
-    if lines := damage(folder, step):
-        raise UserError(f"{lines[0]}; choose another stage, or train {stage} again")
-    return StageCheckpoint(stage, folder, step, read_host(folder, step))
+    return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])
+
+
+def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
+    """The newest checkpoint of `stage`, its files as their checksums say."""
+    found = newest(run, stage)
+    if lines := damage(found.folder, found.step):
+        done = found.folder.parent / "result.json"
+        raise UserError(
+            f"{lines[0]}; choose another stage, or delete {done} and train {found.stage} again"
+        )
+    return found
 
 
 def open_stage(found: StageCheckpoint, model: GPTConfig, mesh: Mesh) -> Opened:
@@ -83,12 +109,13 @@ def open_model(config: Recipe, stage: str | None = None) -> Opened:
     log(f"model: {config.run.name}, stage {found.stage}, step {found.step}")
     start_runtime(compile_cache=config.run.compile_cache)
     recipe.resolve(config, platform=jax.default_backend(), num_devices=jax.device_count())
-    trained = {f"model.{key}": value for key, value in found.host["config"]["model"].items()}
-    trained["tokenizer.vocab_size"] = found.host["config"]["tokenizer"]["vocab_size"]
+    trained_as = found.host["config"]
+    trained = {f"model.{key}": value for key, value in trained_as["model"].items()}
+    trained["tokenizer.vocab_size"] = trained_as["tokenizer"]["vocab_size"]
     may_change = tuple(f"model.{key}" for key in HOW)
     now = recipe.flat_json(config, "model.") | recipe.flat_json(config, "tokenizer.vocab_size")
     recipe.refuse_changes(trained, now, may_change, f"the model in {found.folder}")
-    model = check_attention(recipe.gpt_config(config), config.model.attention)
+    model, _ = check_attention(recipe.gpt_config(config), config.model.attention)
     tensor = config.mesh.tensor
     mesh = make_mesh(data=1, tensor=tensor, devices=jax.devices()[:tensor])
     return open_stage(found, model, mesh)

@@ -12,6 +12,7 @@ from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.inference.scheduler import Completion, Request, Text, Tool
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.case import read_case
+from nanochat_jax.parity.reference import read
 
 ONE = make_mesh(devices=jax.devices()[:1])
 MAX_LEN = 128
@@ -82,7 +83,8 @@ def test_greedy_equals_full_forward_passes(config, random_params):
 
 @pytest.mark.parametrize("generation", ["classic", "modern"])
 def test_greedy_equals_upstream(generation, goldens):
-    case = read_case(goldens, generation)
+    files = (read(goldens / f"{generation}.{ending}") for ending in ("npz", "json"))
+    case = read_case(*files, generation)
     names = [m[1] for m in case.arrays.matching(r"(greedy\w*)_tokens")]
     expected = [case.arrays.take(f"{name}_tokens").tolist() for name in names]
     prompts = [case.arrays.take(f"{name}_prompt").tolist() for name in names]
