@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.identity import PERSONA, Identity, read_persona
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import render_conversation
@@ -132,18 +129,3 @@ def test_no_persona(tmp_path):
         Identity("train", tmp_path / "p.toml")
     with pytest.raises(UserError, match="'val'.*train, test"):
         Identity("val")
-
-
-def test_the_script_writes_what_the_task_says(tmp_path, other):
-    out = tmp_path / "new" / "identity.jsonl"
-    command = [sys.executable, "scripts/identity.py", f"--persona={other}", f"--out={out}"]
-    subprocess.run([*command, "--count=30"], cwd=ROOT, check=True, capture_output=True)
-    assert list(CustomJSON(out)) == Identity("train", other)[:30]
-    failed = subprocess.run([*command, "--count=0"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: --count is 0")
-    command = [sys.executable, "scripts/identity.py", f"--out={tmp_path}"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr == (
-        f"error: --out got {tmp_path} (Is a directory), expected a file to write; choose another\n"
-    )
