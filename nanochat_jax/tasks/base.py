@@ -6,10 +6,12 @@
 
 A conversation is {"messages": [{"role", "content"}, ...]} as in tokenizer/chat.py, plus what the
 verdict needs. A task is a pure function of its index: the same example at every call, on every
-machine. Tasks that are generated deal out their own splits, by the hash of what must not recur.
+machine. Tasks that make their own examples also split them, by the hash of what train and test
+must not share.
 """
 
 import hashlib
+import itertools
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from nanochat_jax.common import UserError
 
 Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
-SPLITS = ("train", "test")  # of the tasks that deal out their own
+SPLITS = ("train", "test")  # of tasks that split their examples themselves
 _TEST_FRAC = 0.1
 
 
@@ -50,6 +52,23 @@ class Task(Sequence[Conversation]):
         return self.example(range(len(self))[index])
 
 
+class RowTask(Task):
+    """A task that makes one conversation of each row of a dataset."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def messages(*contents: Any) -> Conversation:
+    """The conversation in which user and assistant say these in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    said = zip(roles, contents, strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
 def check_split(split: str) -> str:
     if split not in SPLITS:
         raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
@@ -59,8 +78,8 @@ def check_split(split: str) -> str:
 def split_of(content: str) -> str:
     """The split that content belongs to: by its hash, a tenth of all is test.
 
-    The hash is that of data/shards.py, which sets aside at most as much: what pretraining holds out
-    under this key lies in the test split too.
+    The hash is that of data/shards.py, which holds at most as much out of pretraining: what it
+    holds out is in the test split here.
     """
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < _TEST_FRAC * 2**64 else "train"
@@ -71,9 +90,8 @@ def mixture_order(
 ) -> list[tuple[int, int]]:
     """(task, index) pairs of a mixture, given the example indices that each task takes part with.
 
-    Every example of every task is listed once, task by task, and the list is shuffled with a fixed
-    seed: the order depends on the sizes alone. A task that should weigh more is listed more than
-    once. A task of n examples takes part with range(n), a slice of it with range(n)[a:b:c].
+    The pairs are listed task by task and shuffled with a fixed seed, so the order depends on the
+    numbers of indices alone.
     """
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
     random.Random(seed).shuffle(pairs)
