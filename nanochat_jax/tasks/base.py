@@ -85,14 +85,12 @@ def split_of(content: str) -> str:
     return "test" if int.from_bytes(digest, "big") < _TEST_FRAC * 2**64 else "train"
 
 
-def mixture_order(
-    tasks: Sequence[Sequence[int]], seed: int = SHUFFLE_SEED
-) -> list[tuple[int, int]]:
+def mixture_order(tasks: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(task, index) pairs of a mixture, given the example indices that each task takes part with.
 
     The pairs are listed task by task and shuffled with a fixed seed, so the order depends on the
     numbers of indices alone.
     """
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
-    random.Random(seed).shuffle(pairs)
+    random.Random(SHUFFLE_SEED).shuffle(pairs)
     return pairs

@@ -75,9 +75,9 @@ class Selection(Task):
 class Mixture(Task):
     """The examples of several specs, shuffled."""
 
-    def __init__(self, parts: Sequence[Selection], seed: int = SHUFFLE_SEED):
+    def __init__(self, parts: Sequence[Selection]):
         self.parts = parts
-        self.order = mixture_order([part.indices for part in parts], seed)
+        self.order = mixture_order([part.indices for part in parts])
 
     def __len__(self) -> int:
         return len(self.order)
@@ -110,15 +110,13 @@ def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Task:
     return selected.task if whole else selected
 
 
-def mixture(
-    specs: Sequence[str], *, task_dir: str = "", persona: str = "", seed: int = SHUFFLE_SEED
-) -> Mixture:
+def mixture(specs: Sequence[str], *, task_dir: str = "", persona: str = "") -> Mixture:
     """The examples of all specs in one shuffled sequence; errors as `open_task`."""
     if not specs:
         raise UserError(f"got no task for the mixture, {_GRAMMAR}")
     for spec in specs:
         _parse(spec)  # a wrong spec is told before anything is loaded
-    return Mixture([_open(spec, task_dir, persona) for spec in specs], seed)
+    return Mixture([_open(spec, task_dir, persona) for spec in specs])
 
 
 def file_stamps(specs: Sequence[str], persona: str = "") -> list[list]:

@@ -1,26 +1,19 @@
 """The rows that tasks are made of: from the Hugging Face hub, or from a folder.
 
-    load_rows("gsm8k", "test", task_dir="")     the hub, kept in $NANOCHAT_BASE_DIR/data/tasks
+    load_rows("gsm8k", "test", task_dir="")     the hub
     load_rows("gsm8k", "test", task_dir=DIR)    DIR/gsm8k/test.jsonl or .parquet, never the hub
 
-Rows of a folder are checked against the kinds of columns in SOURCES. Rows are shuffled with a fixed
-seed, because several datasets are sorted by subject or origin and `[:500]` should be a sample. The
-permutation is that of `datasets.Dataset.shuffle(seed=42)`, so hub, folder and upstream have the
-same row at the same index if they hold the rows in the same order.
+Either way `datasets` keeps them in $NANOCHAT_BASE_DIR/data/tasks. Rows are shuffled with a fixed
+seed, because several datasets are sorted by subject or origin and `[:500]` should be a sample; hub,
+folder and upstream have the same row at the same index if they hold the rows in the same order.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-
 from nanochat_jax.common import UserError, data_dir
 from nanochat_jax.tasks.base import SHUFFLE_SEED
-
-Row = dict[str, Any]
 
 # Kinds of columns, as errors name them.
 TEXT = "text"
@@ -81,62 +74,40 @@ SOURCES = {
 }
 
 
-class Rows(Sequence[Row]):
-    """Rows in shuffled order, each checked when it is read; `origin` is for errors."""
-
-    def __init__(self, rows: Sequence[Row], columns: Mapping[str, str], origin: str):
-        self._rows, self._columns, self._origin = rows, columns, origin
-        self._order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
-        number = int(self._order[index])
-        row = self._rows[number]
-        for name, kind in self._columns.items():
-            if not _is(kind, row[name]):
-                got = repr(row[name])
-                got = got if len(got) <= 60 else f"{got[:60]}..."
-                raise UserError(
-                    f"{self._origin}, row {number + 1}: {name} got {got}, expected {kind}; "
-                    "correct the row"
-                )
-        return row
-
-
-def load_rows(name: str, split: str, task_dir: str = "") -> Rows:
+def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, Any]]:
     """Rows of a split of SOURCES[name], from the folder `task_dir`, or from the hub for ""."""
-    source = SOURCES[name]
-    if task_dir:
-        paths = _files(source, split, Path(task_dir).expanduser())
-        origin = ", ".join(map(str, paths))
-        if paths[0].suffix == ".jsonl":
-            return Rows(list(_read_rows(paths, source.columns)), source.columns, origin)
-        what, advice = {"path": "parquet", "data_files": [*map(str, paths)]}, "copy it again"
-        split = "train"  # so the library calls files without a split
-    else:
-        origin, split = source.repo_id, source.hub_names.get(split, split)
-        what = {"path": source.repo_id, "name": source.config}
-        advice = "check the network, or put the files into a folder and set config.data.task_dir"
     from datasets import load_dataset  # takes a second
     from datasets.exceptions import DatasetsError
 
+    source = SOURCES[name]
+    if task_dir:
+        files = _files(source, split, Path(task_dir).expanduser())
+        origin, advice = ", ".join(files), "correct it, or copy it again"
+        reader = "parquet" if origin.endswith(".parquet") else "json"
+        what: dict[str, Any] = {"path": reader, "data_files": files, "split": "train"}
+    else:
+        origin = source.repo_id
+        advice = "check the network, or put the files into a folder and set config.data.task_dir"
+        hub_split = source.hub_names.get(split, split)
+        what = {"path": source.repo_id, "name": source.config, "split": hub_split}
     try:
-        dataset = load_dataset(**what, split=split, cache_dir=str(data_dir() / "tasks"))
-    except (OSError, DatasetsError, pa.ArrowException) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        rows = load_dataset(**what, cache_dir=str(data_dir() / "tasks"))
+    except (OSError, ValueError, DatasetsError) as error:
+        # For a malformed file, what the library raised first says where it is malformed.
+        first = error.__cause__ or error.__context__
+        reason = str(first if first and not isinstance(error, OSError) else error)
+        reason = " ".join(reason.split())
         raise UserError(f"{origin} cannot be read ({reason}); {advice}") from None
-    _check_columns(origin, dataset.column_names, source.columns)
-    dataset = dataset.select_columns(list(source.columns))
-    return Rows(dataset, source.columns, origin)  # type: ignore[arg-type]  # rows, on the disk
+    _check(rows, source.columns, origin)
+    rows = rows.select_columns(list(source.columns))
+    return rows.shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
-def _files(source: Source, split: str, folder: Path) -> list[Path]:
+def _files(source: Source, split: str, folder: Path) -> list[str]:
     wanted = [f"{file}{end}" for file in source.files[split] for end in (".jsonl", ".parquet")]
-    found = [paths for pattern in wanted if (paths := sorted(folder.glob(pattern)))]
+    found = [paths for pattern in wanted if (paths := sorted(map(str, folder.glob(pattern))))]
     if len(found) != 1:
-        got = " and ".join(str(path) for paths in found for path in paths) or "no such file"
+        got = " and ".join(path for paths in found for path in paths) or "no such file"
         raise UserError(
             f"got {got}, expected in config.data.task_dir = {folder} one of {', '.join(wanted)}, "
             f"with rows of {source.repo_id}"
@@ -144,21 +115,16 @@ def _files(source: Source, split: str, folder: Path) -> list[Path]:
     return found[0]
 
 
-def _read_rows(paths: list[Path], columns: Mapping[str, str]) -> Iterator[Row]:
-    for path in paths:
-        for where, row in read_jsonl(path):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: got {type(row).__name__}, expected an object")
-            _check_columns(where, row, columns)
-            yield row
-
-
-def _check_columns(where: str, got: Iterable[str], expected: Mapping[str, str]) -> None:
-    if not expected.keys() <= set(got):
-        raise UserError(
-            f"{where}: got {', '.join(got) or 'nothing'}, expected {', '.join(expected)}; "
-            "rename what is there"
-        )
+def _check(rows, columns: Mapping[str, str], origin: str) -> None:
+    """Columns have a type each, so that the first row speaks for all, but for missing values."""
+    if not columns.keys() <= {*rows.column_names} or not len(rows):
+        got = ", ".join(rows.column_names) if len(rows) else "no rows"
+        raise UserError(f"{origin} got {got}, expected rows of {', '.join(columns)}; correct it")
+    for name, kind in columns.items():
+        missing = rows.data.column(name).null_count
+        got = f"{missing:,} rows without a value" if missing else repr(rows[0][name])[:60]
+        if missing or not _is(kind, rows[0][name]):
+            raise UserError(f"{origin}: {name} got {got}, expected {kind}; correct it")
 
 
 def _is(kind: str, value: Any) -> bool:
@@ -169,23 +135,3 @@ def _is(kind: str, value: Any) -> bool:
     if kind == TEXTS:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     return isinstance(value, {TEXT: str, MESSAGES: list}[kind])
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path:line", value) of each line that is not blank."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{path}:{number}: not JSON ({error}), expected one JSON value a line; "
-                        "correct or remove the line"
-                    ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}), expected a .jsonl file; correct the path"
-        ) from None

@@ -1,4 +1,4 @@
-"""Rows from a folder, and from the hub by way of a copy of a repository on this disk."""
+"""Rows from a folder, and from the hub by way of a repository's copy on this disk."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.sources import LABELLED, NUMBER, SOURCES, TEXT, TEXTS, load_rows, read_jsonl
+from nanochat_jax.tasks.sources import LABELLED, NUMBER, SOURCES, TEXT, TEXTS, load_rows
 
 ROOT = Path(__file__).parents[2]
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
@@ -82,15 +82,23 @@ def test_a_folder_needs_one_file_for_a_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"question": "?"}', b"[1]", b'{"question"', b"[" * 100_000, b"\xff"]
+    "line",
+    [
+        b'{"question": "?"}',
+        b'{"question": "?", "answer": 5}',
+        b"[1]",
+        b'{"question"',
+        b"[" * 100_000,
+        b"\xff",
+    ],
 )
-def test_bad_lines_are_told_with_their_number(tmp_path, line):
+def test_bad_lines_are_told(tmp_path, line):
     path = tmp_path / "gsm8k/test.jsonl"
     write(path, GSM8K[:1])
     path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"test\.jsonl") as error:
         load_rows("gsm8k", "test", str(tmp_path))
-    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -106,31 +114,17 @@ def test_bad_lines_are_told_with_their_number(tmp_path, line):
 def test_values_of_the_wrong_kind_are_told(tmp_path, suffix, name, path, column, wrong):
     fitting = {TEXT: "x", TEXTS: ["x"], NUMBER: 0, LABELLED: {"text": ["a"], "label": ["A"]}}
     row = {key: fitting[kind] for key, kind in SOURCES[name].columns.items()} | {column: wrong}
-    file = tmp_path / f"{path}.{suffix}"
-    write(file, [row])
-    with pytest.raises(UserError) as error:
-        load_rows(name, "test", str(tmp_path))[0]
-    assert str(error.value).startswith(f"{file}, row 1: {column} got {wrong!r}, expected ")
-    assert "\n" not in str(error.value)
+    write(tmp_path / f"{path}.{suffix}", [row])
+    with pytest.raises(UserError, match=rf"{path}.{suffix}: {column}"):
+        load_rows(name, "test", str(tmp_path))
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_bad_parquet(tmp_path, broken):
+def test_a_broken_parquet_file(tmp_path):
     path = tmp_path / "gsm8k/test.parquet"
-    write(path, [{"question": "?"}])
-    if broken:
-        path.write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match=r"test\.parquet") as error:
+    write(path, GSM8K)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"test\.parquet cannot be read"):
         load_rows("gsm8k", "test", str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_lines_of_jsonl(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('\ufeff{"a": "é"}\r\n\n  \n[1]'.encode())
-    assert list(read_jsonl(path)) == [(f"{path}:1", {"a": "é"}), (f"{path}:4", [1])]
-    with pytest.raises(UserError, match="none.jsonl cannot be read"):
-        list(read_jsonl(tmp_path / "none.jsonl"))
 
 
 def test_rows_of_a_repository(tmp_path, monkeypatch):
