@@ -15,18 +15,11 @@ from typing import Any, NamedTuple
 from nanochat_jax.common import UserError, data_dir
 from nanochat_jax.tasks.base import SHUFFLE_SEED
 
-# Kinds of columns, as errors name them.
-TEXT = "text"
-NUMBER = "a whole number"
-TEXTS = "a list of texts"
-LABELLED = '{"text": [texts], "label": [texts]}'
-MESSAGES = "a list of messages"  # which tokenizer/chat.py checks
-
 
 class Source(NamedTuple):
     repo_id: str
     config: str | None  # on the hub
-    columns: Mapping[str, str]  # name: kind
+    row: Mapping[str, Any]  # an example of one: its columns and the types of their values
     files: Mapping[str, tuple[str, ...]]  # of each split, in task_dir without suffix: one of them
     hub_names: Mapping[str, str] = {}  # of splits that have another name there
 
@@ -37,7 +30,7 @@ def _arc(config: str, file: str) -> Source:
     return Source(
         "allenai/ai2_arc",
         config,
-        {"question": TEXT, "choices": LABELLED, "answerKey": TEXT},
+        {"question": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""},
         files | {"test": (f"{file}_test",)},
         {"dev": "validation"},
     )
@@ -49,26 +42,26 @@ SOURCES = {
     "mmlu": Source(
         "cais/mmlu",
         "all",
-        {"question": TEXT, "choices": TEXTS, "answer": NUMBER},
+        {"question": "", "choices": [""], "answer": 0},
         {name: (f"mmlu/{name}",) for name in ("test", "dev", "validation")}
         | {"auxiliary_train": ("mmlu/auxiliary_train*",)},
     ),
     "gsm8k": Source(
         "openai/gsm8k",
         "main",
-        {"question": TEXT, "answer": TEXT},
+        {"question": "", "answer": ""},
         {"train": ("gsm8k/train",), "test": ("gsm8k/test",)},
     ),
     "humaneval": Source(
         "openai/openai_humaneval",
         None,
-        dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), TEXT),
+        dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), ""),
         {"test": ("humaneval/HumanEval",)},
     ),
     "smoltalk": Source(
         "HuggingFaceTB/smol-smoltalk",
         None,
-        {"messages": MESSAGES},
+        {"messages": [{"role": "", "content": ""}]},
         {"train": ("chat/mixture/train",), "test": ("chat/mixture/test",)},
     ),
 }
@@ -98,8 +91,8 @@ def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, A
         reason = str(first if first and not isinstance(error, OSError) else error)
         reason = " ".join(reason.split())
         raise UserError(f"{origin} cannot be read ({reason}); {advice}") from None
-    _check(rows, source.columns, origin)
-    rows = rows.select_columns(list(source.columns))
+    _check(rows, source.row, origin)
+    rows = rows.select_columns(list(source.row))
     return rows.shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
@@ -115,23 +108,21 @@ def _files(source: Source, split: str, folder: Path) -> list[str]:
     return found[0]
 
 
-def _check(rows, columns: Mapping[str, str], origin: str) -> None:
+def _check(rows, example: Mapping[str, Any], origin: str) -> None:
     """Columns have a type each, so that the first row speaks for all, but for missing values."""
-    if not columns.keys() <= {*rows.column_names} or not len(rows):
+    if not example.keys() <= {*rows.column_names} or not len(rows):
         got = ", ".join(rows.column_names) if len(rows) else "no rows"
-        raise UserError(f"{origin} got {got}, expected rows of {', '.join(columns)}; correct it")
-    for name, kind in columns.items():
+        raise UserError(f"{origin} got {got}, expected rows of {', '.join(example)}; correct it")
+    for name, like in example.items():
         missing = rows.data.column(name).null_count
-        got = f"{missing:,} rows without a value" if missing else repr(rows[0][name])[:60]
-        if missing or not _is(kind, rows[0][name]):
-            raise UserError(f"{origin}: {name} got {got}, expected {kind}; correct it")
+        if missing or not _has_type_of(rows[0][name], like):
+            got = f"{missing:,} rows without a value" if missing else repr(rows[0][name])[:60]
+            raise UserError(f"{origin}: {name} got {got}, expected the type of {like}; correct it")
 
 
-def _is(kind: str, value: Any) -> bool:
-    if kind == NUMBER:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == LABELLED:
-        return isinstance(value, dict) and all(_is(TEXTS, value.get(k)) for k in ("text", "label"))
-    if kind == TEXTS:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    return isinstance(value, {TEXT: str, MESSAGES: list}[kind])
+def _has_type_of(value: Any, like: Any) -> bool:
+    if isinstance(value, dict) and isinstance(like, dict):
+        return all(_has_type_of(value.get(key), like[key]) for key in like)
+    if isinstance(value, list) and isinstance(like, list):
+        return all(_has_type_of(item, like[0]) for item in value)
+    return type(value) is type(like)

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.sources import LABELLED, NUMBER, SOURCES, TEXT, TEXTS, load_rows
+from nanochat_jax.tasks.registry import open_task
+from nanochat_jax.tasks.sources import SOURCES, load_rows
 
 ROOT = Path(__file__).parents[2]
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
@@ -56,11 +57,10 @@ def test_rows_of_a_folder_in_fixed_order(tmp_path, suffix):
     ],
 )
 def test_layout_of_the_folder(tmp_path, name, split, path):
-    fitting = {TEXT: "x", TEXTS: ["x"], NUMBER: 0, LABELLED: {"text": ["a"], "label": ["A"]}}
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    row = {column: fitting.get(kind, messages) for column, kind in SOURCES[name].columns.items()}
-    write(tmp_path / path, [row])
+    row = dict(SOURCES[name].row)
+    write(tmp_path / path, [row | {"more": 1}])
     assert list(load_rows(name, split, str(tmp_path))) == [row]
+    assert len(open_task(f"{name} {split}", task_dir=str(tmp_path))) == 1
 
 
 def test_several_files_are_joined_in_order_of_their_names(tmp_path):
@@ -112,9 +112,7 @@ def test_bad_lines_are_told(tmp_path, line):
     ],
 )
 def test_values_of_the_wrong_kind_are_told(tmp_path, suffix, name, path, column, wrong):
-    fitting = {TEXT: "x", TEXTS: ["x"], NUMBER: 0, LABELLED: {"text": ["a"], "label": ["A"]}}
-    row = {key: fitting[kind] for key, kind in SOURCES[name].columns.items()} | {column: wrong}
-    write(tmp_path / f"{path}.{suffix}", [row])
+    write(tmp_path / f"{path}.{suffix}", [SOURCES[name].row | {column: wrong}])
     with pytest.raises(UserError, match=rf"{path}.{suffix}: {column}"):
         load_rows(name, "test", str(tmp_path))
 
