@@ -13,11 +13,11 @@ must not share.
 import hashlib
 import itertools
 import random
+import tomllib
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
-
-from nanochat_jax.common import UserError
 
 Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
@@ -62,6 +62,26 @@ class RowTask(Task):
         return len(self.rows)
 
 
+class GeneratedTask(Task):
+    """A task that draws each example with a random generator of its own."""
+
+    name: str  # a generator's seed is this, the split and the index
+    sizes: dict[str, int]  # of the splits
+
+    def __init__(self, split: str):
+        self.split = split
+
+    def __len__(self) -> int:
+        return self.sizes[self.split]
+
+    def example(self, index: int) -> Conversation:
+        return self.draw(random.Random(f"{self.name} {self.split} {index}"))
+
+    @abstractmethod
+    def draw(self, rng: random.Random) -> Conversation:
+        """An example of the task's split."""
+
+
 def messages(*contents: Any) -> Conversation:
     """The conversation in which user and assistant say these in turn."""
     roles = itertools.cycle(("user", "assistant"))
@@ -69,10 +89,9 @@ def messages(*contents: Any) -> Conversation:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
-def check_split(split: str) -> str:
-    if split not in SPLITS:
-        raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
-    return split
+def read_toml(name: str) -> dict[str, Any]:
+    """The words of a generated task, from the file `name` beside this one."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def split_of(content: str) -> str:

@@ -16,17 +16,6 @@ _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 _CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
-class GSM8K(RowTask):
-    kind = "generative"
-
-    def example(self, index: int) -> Conversation:
-        row = self.rows[index]
-        return messages(row["question"], solution_parts(row["answer"]))
-
-    def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
-        return grade_numbers(self, answers)
-
-
 def solution_parts(solution: str) -> list[dict[str, str]]:
     """A solution as message parts: text, and for each << >> the expression and its result."""
     # Splitting by a pattern with two groups: text, expression, result, text, ...
@@ -41,17 +30,27 @@ def extract_answer(text: str) -> str | None:
     return found.group(1).replace(",", "") if found else None
 
 
-def grade_numbers(task: Task, answers: Sequence[tuple[int, str]]) -> list[bool]:
-    """Whether each (index, answer) has the number after `####` that the example has."""
-    return [extract_answer(said) == _right_number(task, index) for index, said in answers]
+class NumberTask(Task):
+    """A task whose examples end in `#### number`; answers with the same number are right."""
+
+    kind = "generative"
+
+    def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
+        return [extract_answer(said) == self._number(index) for index, said in answers]
+
+    def _number(self, index: int) -> str:
+        parts = self.example(index)["messages"][-1]["content"]
+        solution = "".join(part["text"] for part in parts)
+        number = extract_answer(solution)
+        if number is None:  # would make an answer without number right
+            raise UserError(
+                f"got the solution {solution[-60:]!r}, expected it to end in '#### number'; "
+                "correct the row"
+            )
+        return number
 
 
-def _right_number(task: Task, index: int) -> str:
-    solution = "".join(part["text"] for part in task.example(index)["messages"][-1]["content"])
-    number = extract_answer(solution)
-    if number is None:  # would make an answer without number right
-        raise UserError(
-            f"got the solution {solution[-60:]!r} of example {index}, expected it to end in "
-            "'#### number'; correct the row"
-        )
-    return number
+class GSM8K(NumberTask, RowTask):
+    def example(self, index: int) -> Conversation:
+        row = self.rows[index]
+        return messages(row["question"], solution_parts(row["answer"]))
