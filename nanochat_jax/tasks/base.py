@@ -53,13 +53,16 @@ class Task(Sequence[Conversation]):
 
 
 class RowTask(Task):
-    """A task that makes one conversation of each row of a dataset."""
+    """A task of rows: conversations as they are, or what a subclass makes one of."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def example(self, index: int) -> Conversation:
+        return self.rows[index]
 
 
 class GeneratedTask(Task):
@@ -105,10 +108,9 @@ def split_of(content: str) -> str:
 
 
 def mixture_order(tasks: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(task, index) pairs of a mixture, given the example indices that each task takes part with.
+    """(task, index) pairs of a mixture, shuffled, given the indices that each task takes part with.
 
-    The pairs are listed task by task and shuffled with a fixed seed, so the order depends on the
-    numbers of indices alone.
+    The order depends on the numbers of indices alone.
     """
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
     random.Random(SHUFFLE_SEED).shuffle(pairs)

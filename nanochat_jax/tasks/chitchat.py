@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanochat_jax.common import data_dir, locked, read_json, sha256_file, write_json
 from nanochat_jax.data import demo
-from nanochat_jax.tasks.base import Conversation, RowTask, messages, split_of
+from nanochat_jax.tasks.base import RowTask, messages, split_of
 
 MAX_CHARS = 700  # of a piece: with the demo tokenizer nearly all are within its 256 tokens
 _MAX_MESSAGE_CHARS = 400  # longer ones are stories, not small talk
@@ -39,9 +39,6 @@ class ChitChat(RowTask):
 
     def __init__(self, split: str):
         super().__init__([messages(*piece) for key, piece in _pieces() if split_of(key) == split])
-
-    def example(self, index: int) -> Conversation:
-        return self.rows[index]
 
 
 def _pieces() -> list[tuple[str, list[str]]]:

@@ -19,26 +19,31 @@ from pathlib import Path
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.arithmetic import Arithmetic
-from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS, Conversation, Task, mixture_order
+from nanochat_jax.tasks.base import (
+    SHUFFLE_SEED,
+    SPLITS,
+    Conversation,
+    RowTask,
+    Task,
+    mixture_order,
+)
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import PERSONA, Identity
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
-from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tasks.sources import SOURCES, load_rows
 from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee
 
-# Made of rows (those in SOURCES), of a path (json), of a persona (identity) or of nothing but their
-# split.
+# Each is called with rows (those in SOURCES), a path (json), or a split, and a persona (identity).
 TASKS: dict[str, Callable[..., Task]] = {
     "arc_easy": ARC,
     "arc_challenge": ARC,
     "mmlu": MMLU,
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
-    "smoltalk": SmolTalk,
+    "smoltalk": RowTask,  # conversations made with a large model for small ones (arXiv 2502.02737)
     "json": CustomJSON,
     "spelling_bee": SpellingBee,
     "simple_spelling": SimpleSpelling,

@@ -1,16 +1,20 @@
 """The rows that tasks are made of: from the Hugging Face hub, or from a folder.
 
-    load_rows("gsm8k", "test", task_dir="")     the hub
+    load_rows("gsm8k", "test", task_dir="")     the hub, kept in $NANOCHAT_BASE_DIR/data/tasks
     load_rows("gsm8k", "test", task_dir=DIR)    DIR/gsm8k/test.jsonl or .parquet, never the hub
 
-Either way `datasets` keeps them in $NANOCHAT_BASE_DIR/data/tasks. Rows are shuffled with a fixed
-seed, because several datasets are sorted by subject or origin and `[:500]` should be a sample; hub,
-folder and upstream have the same row at the same index if they hold the rows in the same order.
+Rows are shuffled with a fixed seed, because several datasets are sorted by subject or origin and
+`[:500]` should be a sample; hub, folder and upstream have the same row at the same index if they
+hold the rows in the same order.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from nanochat_jax.common import UserError, data_dir
 from nanochat_jax.tasks.base import SHUFFLE_SEED
@@ -61,7 +65,7 @@ SOURCES = {
     "smoltalk": Source(
         "HuggingFaceTB/smol-smoltalk",
         None,
-        {"messages": [{"role": "", "content": ""}]},
+        {"messages": []},
         {"train": ("chat/mixture/train",), "test": ("chat/mixture/test",)},
     ),
 }
@@ -69,38 +73,43 @@ SOURCES = {
 
 def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, Any]]:
     """Rows of a split of SOURCES[name], from the folder `task_dir`, or from the hub for ""."""
+    source = SOURCES[name]
+    if not task_dir:
+        advice = "check the network, or put the files into a folder and set config.data.task_dir"
+        hub_split = source.hub_names.get(split, split)
+        return _load(source, source.repo_id, advice, name=source.config, split=hub_split)
+    files = _files(source, split, Path(task_dir).expanduser())
+    if files[0].suffix == ".parquet":
+        paths = [str(file) for file in files]
+        return _load(source, "parquet", "copy it again", data_files=paths, split="train")
+    rows = [row for file in files for row in _read_rows(file, source.row)]
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))  # Dataset.shuffle's
+    return [rows[i] for i in order]
+
+
+def _load(source: Source, path: str, advice: str, **what: Any) -> Sequence[dict[str, Any]]:
+    """Shuffled rows from the library `datasets`, which reads them from the disk when asked."""
     from datasets import load_dataset  # takes a second
     from datasets.exceptions import DatasetsError
 
-    source = SOURCES[name]
-    if task_dir:
-        files = _files(source, split, Path(task_dir).expanduser())
-        origin, advice = ", ".join(files), "correct it, or copy it again"
-        reader = "parquet" if origin.endswith(".parquet") else "json"
-        what: dict[str, Any] = {"path": reader, "data_files": files, "split": "train"}
-    else:
-        origin = source.repo_id
-        advice = "check the network, or put the files into a folder and set config.data.task_dir"
-        hub_split = source.hub_names.get(split, split)
-        what = {"path": source.repo_id, "name": source.config, "split": hub_split}
+    origin = ", ".join(what.get("data_files", [path]))
     try:
-        rows = load_dataset(**what, cache_dir=str(data_dir() / "tasks"))
-    except (OSError, ValueError, DatasetsError) as error:
-        # For a malformed file, what the library raised first says where it is malformed.
-        first = error.__cause__ or error.__context__
-        reason = str(first if first and not isinstance(error, OSError) else error)
-        reason = " ".join(reason.split())
+        rows = load_dataset(path, **what, cache_dir=str(data_dir() / "tasks"))
+    except (OSError, pa.ArrowException, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{origin} cannot be read ({reason}); {advice}") from None
-    _check(rows, source.row, origin)
-    rows = rows.select_columns(list(source.row))
-    return rows.shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
+    # A column has one type, so the first row speaks for all, but for missing values.
+    _check(origin, rows[0] if len(rows) else None, source.row)
+    if empty := [column for column in source.row if rows.data.column(column).null_count]:
+        raise UserError(f"{origin}: got rows without {', '.join(empty)}, expected all; {advice}")
+    return rows.select_columns(list(source.row)).shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
-def _files(source: Source, split: str, folder: Path) -> list[str]:
+def _files(source: Source, split: str, folder: Path) -> list[Path]:
     wanted = [f"{file}{end}" for file in source.files[split] for end in (".jsonl", ".parquet")]
-    found = [paths for pattern in wanted if (paths := sorted(map(str, folder.glob(pattern))))]
+    found = [paths for pattern in wanted if (paths := sorted(folder.glob(pattern)))]
     if len(found) != 1:
-        got = " and ".join(path for paths in found for path in paths) or "no such file"
+        got = " and ".join(str(path) for paths in found for path in paths) or "no such file"
         raise UserError(
             f"got {got}, expected in config.data.task_dir = {folder} one of {', '.join(wanted)}, "
             f"with rows of {source.repo_id}"
@@ -108,21 +117,45 @@ def _files(source: Source, split: str, folder: Path) -> list[str]:
     return found[0]
 
 
-def _check(rows, example: Mapping[str, Any], origin: str) -> None:
-    """Columns have a type each, so that the first row speaks for all, but for missing values."""
-    if not example.keys() <= {*rows.column_names} or not len(rows):
-        got = ", ".join(rows.column_names) if len(rows) else "no rows"
-        raise UserError(f"{origin} got {got}, expected rows of {', '.join(example)}; correct it")
-    for name, like in example.items():
-        missing = rows.data.column(name).null_count
-        if missing or not _has_type_of(rows[0][name], like):
-            got = f"{missing:,} rows without a value" if missing else repr(rows[0][name])[:60]
-            raise UserError(f"{origin}: {name} got {got}, expected the type of {like}; correct it")
+def _read_rows(file: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for where, row in read_jsonl(file):
+        _check(where, row, example)
+        yield {column: row[column] for column in example}
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path:line", value) of each line that is not blank."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}), expected a .jsonl file; correct the path"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error}), expected one JSON value a line; correct or "
+                "remove the line"
+            ) from None
+        if line.strip():
+            yield f"{path}:{number}", value
+
+
+def _check(where: str, row: Any, example: Mapping[str, Any]) -> None:
+    columns = row if isinstance(row, dict) else {}
+    wrong = [name for name in example if not _has_type_of(columns.get(name), example[name])]
+    if wrong:
+        raise UserError(
+            f"{where}: {', '.join(wrong)} wrong or missing: got {repr(row)[:100]}, expected a row "
+            f"like {dict(example)}; correct it"
+        )
 
 
 def _has_type_of(value: Any, like: Any) -> bool:
     if isinstance(value, dict) and isinstance(like, dict):
         return all(_has_type_of(value.get(key), like[key]) for key in like)
     if isinstance(value, list) and isinstance(like, list):
-        return all(_has_type_of(item, like[0]) for item in value)
+        return all(_has_type_of(item, like[0]) for item in value if like)
     return type(value) is type(like)

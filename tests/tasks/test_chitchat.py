@@ -26,10 +26,7 @@ TEXTS = [text for _, text in TALK]
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    """A package chitchat_dataset with 60 conversations of four turns, in place of the real one.
-
-    Its file; what the task keeps goes into a folder of its own.
-    """
+    """The file of a package chitchat_dataset with 60 conversations, in place of the real one."""
 
     def turn(speaker, text):
         return [{"text": text, "sender": speaker}]

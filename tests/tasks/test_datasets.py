@@ -1,4 +1,4 @@
-"""ARC, MMLU, GSM8K, SmolTalk and your own conversations: what is asked, what is right."""
+"""ARC, MMLU, GSM8K and your own conversations: what is asked, what is right."""
 
 import json
 
@@ -8,23 +8,12 @@ from nanochat_jax.common import UserError
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K, solution_parts
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU, multiple_choice
-from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 
 def arc_row(labels, key):
     choices = {"text": [f"choice {label}" for label in labels], "label": list(labels)}
     return {"question": "Which one?", "choices": choices, "answerKey": key}
-
-
-def test_wording_of_a_multiple_choice_question():
-    conversation = multiple_choice("What do bees make?", ["honey", "silk"], 0)
-    question, answer = conversation["messages"]
-    assert question["content"] == (
-        "Choose the right answer.\n\nWhat do bees make?\n- honey=A\n- silk=B\n\n"
-        "Reply with its letter alone."
-    )
-    assert (answer["content"], conversation["letters"]) == ("A", ("A", "B"))
 
 
 @pytest.mark.parametrize(
@@ -37,21 +26,27 @@ def test_arc_has_as_many_letters_as_choices(labels, key, letter):
     assert answer == letter and f"- choice {key}={letter}\n" in question
 
 
-def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer):
+@pytest.mark.parametrize("labels, key, letter", [("1234", "4", "D"), ("ABC", "B", "B")])
+def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer, labels, key, letter):
     """What the letters' probabilities are read from."""
-    task = ARC([arc_row("1234", "4"), arc_row("ABC", "B")])
-    for index, letter in ((0, "D"), (1, "B")):
-        ids, mask = render_conversation(tiny_tokenizer, task[index])
-        prompt = render_for_completion(tiny_tokenizer, task[index])
-        (token,) = tiny_tokenizer.encode(letter)
-        assert ids == [*prompt, token, tiny_tokenizer.special_id("<|assistant_end|>")]
-        assert mask == [0] * len(prompt) + [1, 1]
+    (conversation,) = ARC([arc_row(labels, key)])
+    prompt = render_for_completion(tiny_tokenizer, conversation)
+    (token,) = tiny_tokenizer.encode(letter)
+    ids, _ = render_conversation(tiny_tokenizer, conversation)
+    assert ids == [*prompt, token, tiny_tokenizer.special_id("<|assistant_end|>")]
 
 
 def test_mmlu():
-    task = MMLU([{"question": "2+2?", "choices": list("3456"), "answer": 1}])
-    assert list(task) == [multiple_choice("2+2?", list("3456"), 1)]
-    assert task[0]["messages"][1]["content"] == "B"
+    (conversation,) = MMLU([{"question": "Bees make?", "choices": ["silk", "honey"], "answer": 1}])
+    assert conversation["messages"] == [
+        {
+            "role": "user",
+            "content": "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
+            "Reply with its letter alone.",
+        },
+        {"role": "assistant", "content": "B"},
+    ]
+    assert conversation["letters"] == ("A", "B")
 
 
 def test_wrong_rows_are_told():
@@ -96,14 +91,6 @@ def test_gsm8k_is_graded_by_the_number_after_the_marks():
     said = [(0, "so #### 1000"), (0, "1000"), (0, "#### 1000.0"), (1, "#### -7"), (1, "#### 7")]
     said += [(0, "#### 1,000 eggs"), (0, "")]
     assert task.grade(said) == [True, False, False, True, False, True, False]
-
-
-def test_smoltalk_keeps_the_system_message(tiny_tokenizer):
-    system = {"role": "system", "content": "Be brief."}
-    answer = {"role": "assistant", "content": "Ho"}
-    (whole,) = SmolTalk([{"messages": [system, {"role": "user", "content": "Hi"}, answer]}])
-    joined = {"messages": [{"role": "user", "content": "Be brief.\n\nHi"}, answer]}
-    assert render_conversation(tiny_tokenizer, whole) == render_conversation(tiny_tokenizer, joined)
 
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
