@@ -36,7 +36,7 @@ _Steps = list[list[str]]  # name of the result, call of the calculator, sentence
 class Arithmetic(NumberTask, GeneratedTask):
     """Each example carries its "level"."""
 
-    name = "arithmetic"
+    seed = "arithmetic"
     sizes = {"train": 100_000, "test": 1_000}
 
     def draw(self, rng: random.Random) -> Conversation:

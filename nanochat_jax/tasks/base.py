@@ -68,7 +68,7 @@ class RowTask(Task):
 class GeneratedTask(Task):
     """A task that draws each example with a random generator of its own."""
 
-    name: str  # a generator's seed is this, the split and the index
+    seed: str  # of the generators, with the split and the index
     sizes: dict[str, int]  # of the splits
 
     def __init__(self, split: str):
@@ -78,7 +78,7 @@ class GeneratedTask(Task):
         return self.sizes[self.split]
 
     def example(self, index: int) -> Conversation:
-        return self.draw(random.Random(f"{self.name} {self.split} {index}"))
+        return self.draw(random.Random(f"{self.seed} {self.split} {index}"))
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Conversation:

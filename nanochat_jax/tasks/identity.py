@@ -29,7 +29,7 @@ _ELSEWHERE_FRAC, _GREETING_FRAC, _THANKS_FRAC, _BEFORE_FRAC = 0.15, 0.2, 0.15, 0
 class Identity(GeneratedTask):
     """`persona`: path of a persona file, "" for configs/persona.toml."""
 
-    name = "identity"
+    seed = "identity"
     sizes = {"train": 1_000, "test": 100}
 
     def __init__(self, split: str, persona: str | Path = ""):

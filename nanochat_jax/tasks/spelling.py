@@ -36,7 +36,7 @@ _CASES = (str.lower, str.lower, str.lower, str.capitalize, str.upper)
 class SpellingBee(NumberTask, GeneratedTask):
     """How many of a letter are in a word; the answer ends in `#### count`."""
 
-    name = "spelling bee"
+    seed = "spelling bee"
     sizes = {"train": 80_000, "test": 1_000}
 
     def draw(self, rng: random.Random) -> Conversation:
@@ -63,7 +63,7 @@ class SimpleSpelling(GeneratedTask):
     """A word in single letters."""
 
     kind = "generative"
-    name = "simple spelling"
+    seed = "simple spelling"
     sizes = {"train": 200_000, "test": 1_000}
 
     def draw(self, rng: random.Random) -> Conversation:
