@@ -6,14 +6,9 @@ Starts from the last checkpoint of train.py, or continues where it was. A recipe
 mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import chain as stages
-
-
-def main() -> int:
-    return stages.run_mid(load_from_argv(__doc__))
-
+from nanochat_jax.config import run_stage
+from nanochat_jax.stages.chat import Mid
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(train_stage, __doc__, Mid)

@@ -7,14 +7,9 @@ Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves an
 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import chain as stages
-
-
-def main() -> int:
-    return stages.run_base(load_from_argv(__doc__))
-
+from nanochat_jax.config import run_stage
+from nanochat_jax.stages.base import Base
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(train_stage, __doc__, Base)

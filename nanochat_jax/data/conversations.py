@@ -290,6 +290,12 @@ class ChatBatches:
             )
         self._iterator.set_state(state["position"])
 
+    def start_prefetch(self) -> None:
+        """Rendered batches are made in no time."""
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         """Nothing is held open."""
 
