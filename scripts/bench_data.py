@@ -53,7 +53,6 @@ def main() -> None:
     parser.add_argument("--packing", choices=sorted(PACKERS), default="best_fit")
     parser.add_argument("--buffer-docs", type=int, default=1_000)
     parser.add_argument("--num-lanes", type=int, default=1)
-    parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--prefetch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="to measure over")
     args = parser.parse_args()
@@ -95,7 +94,6 @@ def measure(args: argparse.Namespace, shard: Path) -> dict[str, Any]:
         packing=args.packing,
         buffer_docs=args.buffer_docs,
         num_lanes=args.num_lanes,
-        num_workers=args.num_workers,
         prefetch=args.prefetch,
     )
     for _ in range(args.prefetch + 2):  # warm-up: buffers filled, imports done, threads running

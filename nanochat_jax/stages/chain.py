@@ -9,7 +9,6 @@ Each takes the whole recipe and hands its parts on as plain arguments. What a st
 $NANOCHAT_BASE_DIR/runs/<config.run.name>/. train.py does what all training stages share.
 """
 
-import os
 import random
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from nanochat_jax.config import Recipe
 from nanochat_jax.data import conversations as conv
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.eval.chat import generative
+from nanochat_jax.hardware import cpu_cores
 from nanochat_jax.launch.runtime import require_memory
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import num_row_shards
@@ -80,7 +80,6 @@ def _base(run: Run) -> Job:
         num_lanes=d.num_lanes,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        num_workers=d.num_workers,
         prefetch=d.prefetch_batches,
     )
     bpb, samples = text_bpb(run, tokenizer, val_path), make_samples(run, tokenizer)
@@ -184,7 +183,7 @@ def chat_batches(
             tokenizer,
             max_tokens=model.seq_len + 1,
             train_on=section.train_on,
-            workers=os.cpu_count() or 1,
+            workers=cpu_cores(),
         )
 
     with locked(folder / "conversations.json"):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
-from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core, ngram
 from nanochat_jax.eval.bpb import make_bpb
@@ -238,7 +238,7 @@ def make_core(
 ) -> Callable[[dict], dict[str, Any]]:
     """params -> CORE and the score of each of its tasks; the data is found now, not later."""
     e, model = run.config.eval, run.model
-    bundle = eval_bundle.ensure(e.core_dir)
+    bundle = hub.eval_bundle(e.core_dir)
 
     def evaluate(params: dict) -> dict[str, Any]:
         with progress_bar("CORE") as progress:

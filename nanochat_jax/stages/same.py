@@ -26,7 +26,7 @@ MAY_CHANGE = (
     "data.local_dir",
     "data.task_dir",
     "data.persona",  # what was rendered with it is compared instead
-    "data.num_workers",
+    "data.num_workers",  # earlier checkpoints have it
     "data.prefetch_batches",
     "model.attention",
     "model.remat",

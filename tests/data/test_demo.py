@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data import demo, prepare
+from nanochat_jax.data import datasets, demo
 
 TALK = [
     "I went to the lake with my sister yesterday and we swam until it was dark.",
@@ -205,7 +205,7 @@ def test_source_files_are_read_without_being_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_real_thing_is_ten_megabytes_of_english(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    train, validation = prepare.ensure("demo", num_shards=1)
+    train, validation = datasets.ensure("demo", num_shards=1)
     texts = {path: pq.read_table(path)["text"].to_pylist() for path in [*train, validation]}
     everything = [text for of_shard in texts.values() for text in of_shard]
     assert sum(len(text.encode()) for text in everything) > 10_000_000
