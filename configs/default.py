@@ -19,6 +19,8 @@ PROMPTS = (  # continued greedily to see what the model knows
     "If 5*x + 3 = 13, then x is",
 )
 
+CHAT_PROMPTS = ("Hi! How are you?", "Who are you?", "What is 12+30?", "Spell the word: apple")
+
 MID_MIXTURE = (
     "smoltalk train",
     "mmlu auxiliary_train",
@@ -220,6 +222,7 @@ def get_config() -> ConfigDict:
     c.eval.core_loop_per_task = 500  # questions a task while the base model trains
     c.eval.chat_stage = "sft"  # whose model chat_eval scores: base | mid | sft | rl
     c.eval.chat_tasks = CHAT_TASKS  # tasks with right answers, in the grammar of a mixture
+    c.eval.chat_prompts = CHAT_PROMPTS  # answered greedily after each stage, for the report
     c.eval.chat_problems = 0  # problems a task; 0: all
     c.eval.chat_max_new_tokens = 512  # tokens an answer
     c.eval.chat_samples = 1  # answers to each generative problem; one right one is enough

@@ -16,14 +16,16 @@ from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
 from nanochat_jax.data import datasets as registry
-from nanochat_jax.launch.runtime import MEMORY_SHARE, compile_lowered, compiled_bytes
+from nanochat_jax.launch.runtime import MEMORY_SHARE
 from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops_per_token
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.model.sharding import ROWS, make_mesh
 from nanochat_jax.optim.build import build_optimizer
 from nanochat_jax.plan_scale import GPUS_PER_NODE, NETWORKS, SAVED_VALUES, most_gpus, step_on
 from nanochat_jax.train.layout import Layout, candidates
+from nanochat_jax.train.memory import compile_lowered, compiled_bytes
 from nanochat_jax.train.metrics import format_secs
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state
 from nanochat_jax.train.step import make_train_step
 
@@ -161,10 +163,11 @@ def _compiled_step_bytes(config: Recipe, layout: Layout, rows: int) -> int:
         momentum=lambda step: 0.95,
         weight_decay=lambda step: 0.0,
     )
+    owners = Owners(model, mesh)
     step = make_train_step(
-        model,
+        owners,
         tx,
-        mesh,
+        remat=layout.remat,
         device_batch_size=layout.rows,
         tile_tokens=config.model.loss_tile_tokens,
         grad_clip=config.optim.grad_clip,
@@ -173,7 +176,7 @@ def _compiled_step_bytes(config: Recipe, layout: Layout, rows: int) -> int:
         (rows, model.seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS)
     )
     with jax.set_mesh(mesh):
-        state = abstract_state(model, tx, mesh)
+        state = abstract_state(owners, tx)
         lowered = step.lower(state, {"inputs": batch, "targets": batch})
         return compiled_bytes(compile_lowered(lowered))
 
@@ -250,3 +253,8 @@ def _scale(config: Recipe, card, mfu: float, network: str) -> Lines:
 
 def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def later_flops(config: Recipe, name: str) -> float:
+    """FLOPs of the stages after `name`."""
+    return 0.0

@@ -7,12 +7,8 @@ Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits wi
 
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import chain as stages
-
-
-def main() -> int:
-    return stages.run_rl(load_from_argv(__doc__))
-
+from nanochat_jax.stages.rl import RL
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train_stage(load_from_argv(__doc__), RL))

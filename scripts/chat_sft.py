@@ -8,12 +8,8 @@ Ctrl-C or SIGTERM saves and exits with status 75.
 
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import chain as stages
-
-
-def main() -> int:
-    return stages.run_sft(load_from_argv(__doc__))
-
+from nanochat_jax.stages.chat import SFT
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train_stage(load_from_argv(__doc__), SFT))

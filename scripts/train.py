@@ -9,12 +9,8 @@ Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves an
 
 from nanochat_jax.common import run_main
 from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import chain as stages
-
-
-def main() -> int:
-    return stages.run_base(load_from_argv(__doc__))
-
+from nanochat_jax.stages.base import Base
+from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train_stage(load_from_argv(__doc__), Base))

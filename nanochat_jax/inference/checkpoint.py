@@ -80,7 +80,7 @@ def open_model(config: Recipe, stage: str | None = None) -> Opened:
             "back"
         )
 
-    model = check_attention(recipe.gpt_config(config), config.model.attention)
+    model, _ = check_attention(recipe.gpt_config(config), config.model.attention)
     tensor = config.mesh.tensor
     if tensor > jax.device_count():
         raise UserError(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import UserError
 from nanochat_jax.model.attention import BACKENDS, attention, attention_naive, candidates
 from nanochat_jax.model.gpt import GPTConfig
 
@@ -29,24 +29,30 @@ LENGTH = {"cpu": 128, "gpu": 512}
 TOLERANCE = {"bfloat16": 2e-2, "float16": 2.5e-3, "float32": 1e-4}
 
 
-def check_attention(model: GPTConfig, backend: str) -> GPTConfig:
-    """The model with the backend it will use, the same one in all processes; prints which and why.
+def check_attention(
+    model: GPTConfig, backend: str, forms: dict[str, Callable] | None = None
+) -> tuple[GPTConfig, str]:
+    """(the model with the backend it will use, the same one in all processes; a line that says
+    which and why).
 
-    backend: one of BACKENDS; auto tries them in order of speed. UserError when none passes.
+    backend: one of BACKENDS; auto tries them in order of speed. forms: other functions of q, k, v
+    and window to be tried instead, under these names. UserError when none passes.
     """
     if backend not in BACKENDS:
         raise UserError(
             f"config.model.attention got {backend!r}, expected one of {', '.join(BACKENDS)}"
         )
+    names = candidates() if backend == "auto" else (backend,)
+    forms = forms or {name: partial(attention, backend=name) for name in names}
     tolerance, failed = _tolerance(model.compute_dtype), []
-    for name in candidates() if backend == "auto" else (backend,):
-        difference, why = _everywhere(*_difference(model, name))
+    for name, form in forms.items():
+        difference, why = _everywhere(*_difference(model, form))
         if difference <= tolerance:
-            log(
+            line = (
                 f"attention: {name}, largest difference from the definition {difference:.1e} "
                 f"({tolerance:.1e} allowed)" + "".join(f"; not {line}" for line in failed)
             )
-            return replace(model, attention_backend=name)
+            return replace(model, attention_backend=name), line
         failed.append(f"{name}: {why or f'difference {difference:.1e}'}")
     raise UserError(
         f"config.model.attention={backend} failed its self-test ({'; '.join(failed)}), expected "
@@ -64,7 +70,7 @@ def _tolerance(dtype: str) -> float:
     return TOLERANCE[dtype]
 
 
-def _difference(model: GPTConfig, backend: str) -> tuple[float, str]:
+def _difference(model: GPTConfig, form: Callable) -> tuple[float, str]:
     """The largest difference in any array, of its largest value; infinite, and why, if it fails."""
     length = LENGTH.get(jax.default_backend(), 512)
     seen = [model.sees(layer) or model.seq_len for layer in range(model.num_layers)]
@@ -78,24 +84,24 @@ def _difference(model: GPTConfig, backend: str) -> tuple[float, str]:
     ]
     try:
         with jax.numpy_dtype_promotion("standard"):  # gradients of jax's own code count on it
-            ours = _values(attention, (backend,), windows, *arrays)
+            ours = _values(form, windows, *arrays)
         ours = [np.asarray(a, np.float32) for a in ours]
     except (RuntimeError, ValueError) as error:  # cuDNN, XLA and jax.nn say no in many ways
         return math.inf, str(error).partition("\n")[0]
     with jax.default_matmul_precision("highest"):
         wide = [a.astype(jnp.float32) for a in arrays]
-        exact = [np.asarray(a) for a in _values(attention_naive, (), windows, *wide)]
+        exact = [np.asarray(a) for a in _values(attention_naive, windows, *wide)]
     pairs = zip(ours, exact, strict=True)
     worst = float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
     return (worst, "") if worst < math.inf else (math.inf, "it is not finite")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _values(form: Callable, options: tuple, windows: tuple, q, k, v, dy) -> list[jax.Array]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _values(form: Callable, windows: tuple, q, k, v, dy) -> list[jax.Array]:
     """The output of `form` and its gradients by q, k and v, for each window."""
     values = []
     for window in windows:
-        y, pull = jax.vjp(lambda *qkv, w=window: form(*qkv, w, *options), q, k, v)
+        y, pull = jax.vjp(lambda *qkv, w=window: form(*qkv, w), q, k, v)
         values += [y, *pull(dy)]
     return values
 

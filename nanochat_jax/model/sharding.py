@@ -7,7 +7,7 @@ Axes (sizes from the recipe's mesh section; a size of 1 means the axis does noth
 
 In evaluation and inference the compiler (GSPMD) derives all communication from the placement of
 inputs, parameters and the row constraint on activations, so the model code never names a device.
-Training says itself what moves over the row axes, once a step (train/owners.py): there data and
+Training says itself what moves over the row axes, once a step (train/sharded.py): there data and
 fsdp are the same, and masters and optimizer state are split over all devices.
 """
 

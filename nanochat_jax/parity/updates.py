@@ -190,8 +190,9 @@ def compare_trajectory(case: Case) -> Iterable[Row]:
     )
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
-    state = Owners(case.config, case.mesh).to_owned(state)
-    step = make_train_step(case.config, tx, case.mesh, device_batch_size=1, tile_tokens=case.tile)
+    owners = Owners(case.config, case.mesh)
+    state = owners.to_owned(state)
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=case.tile)
     batch = {"inputs": case.ids, "targets": case.targets}
     reference = case.arrays.take("trajectory_loss")
     losses = []

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from nanochat_jax import recipe
@@ -22,15 +21,15 @@ from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import eval_batches
-from nanochat_jax.eval import chat, core, ngram
+from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
 from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.inference.tools import calculator_tool
 from nanochat_jax.model.gpt import param_shapes
-from nanochat_jax.model.sharding import num_row_shards, param_shardings
-from nanochat_jax.stages.same import ORDER, Parent, same_run
+from nanochat_jax.model.sharding import param_shardings
+from nanochat_jax.stages.run import ORDER, Parent, Run, has_stage, intact_parent, start
+from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer
-from nanochat_jax.stages.train import Run, has_stage, last_checkpoint, start
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer import bpe
@@ -39,12 +38,14 @@ from nanochat_jax.tools.sandbox import protections
 from nanochat_jax.train.checkpoint import read_host, restore_params
 from nanochat_jax.train.step import loss_tile, put_batch
 
+ANSWER_TOKENS = 128  # at most, of an answer that the report shows
+
 
 def run_base_eval(config: Recipe) -> None:
-    """Evaluate the base model: bits per byte on both texts, trigram yardstick, CORE, samples."""
+    """Evaluate the base model: bits per byte on both texts, CORE, samples."""
     run = start(config)
     config, e = run.config, run.config.eval
-    found = last_checkpoint(run, "base")
+    found = intact_parent(run, "base")
     keys = {k: v for k, v in recipe.flat_json(config, "eval.").items() if "eval.chat_" not in k}
     out, settings = run.dir / "eval" / "base.json", {"checkpoint": found.checksum, **keys}
     if _is_done(out, settings):
@@ -59,32 +60,35 @@ def run_base_eval(config: Recipe) -> None:
     values: dict[str, Any] = {"step": found.step}
     values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
     values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
-    if e.trigram_tokens:
-        values |= _trigrams(run, tokenizer, train_paths, val_path)
     if score_core:
         values |= score_core(params)
-    values["samples"] = make_samples(run, tokenizer)(params)
+    values["samples"] = make_samples(run, tokenizer, e.prompts, e.sample_tokens)(params)
+    if e.chat_prompts:
+        values["answers"] = make_samples(run, tokenizer, e.chat_prompts, ANSWER_TOKENS)(params)
     for name, value in values.items():
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
-    for sample in values["samples"]:
+    for sample in [*values["samples"], *values.get("answers", ())]:
         log(f"  {sample['prompt']!r} -> {sample['text']!r}")
     values |= {"eval_secs": time.monotonic() - began, "settings": settings}
     _write(run, out, values)
 
 
-def run_chat_eval(config: Recipe) -> None:
-    """Score the model of eval.chat_stage at every task of eval.chat_tasks, and ChatCORE."""
-    name = config.eval.chat_stage
+def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
+    """Score the model of eval.chat_stage at every task of eval.chat_tasks, and ChatCORE; let it
+    answer eval.chat_prompts.
+
+    score(run, tokenizer, params, spec, task) -> Score of one task; by default the model's own.
+    """
+    name, score = config.eval.chat_stage, score or task_score
     if name not in ORDER:
         raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(ORDER)}")
     if not has_stage(config, name):
-        log(f"chat_eval: this recipe has no stage {name}")
         return
+    _refuse_same_names(config.eval.chat_tasks)
     run = start(config)
-    config = run.config
-    specs = _of_different_names(config.eval.chat_tasks)
-    found = last_checkpoint(run, name)
+    config, specs = run.config, config.eval.chat_tasks
+    found = intact_parent(run, name)
     keys = {k: v for k, v in recipe.flat_json(config, "eval.chat_").items() if k[10:] != "tasks"}
     made_of = {"persona": config.data.persona, "task_dir": config.data.task_dir}
     settings = {"checkpoint": found.checksum, **made_of, **keys}
@@ -101,28 +105,33 @@ def run_chat_eval(config: Recipe) -> None:
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
     tokenizer = run_tokenizer(config)
     params = _load(run, found, tokenizer)
+    if "answers" not in values:
+        values["answers"] = chat_answers(run, tokenizer, params)
+        for answer in values["answers"]:
+            log(f"  {answer['prompt']!r} -> {answer['text']!r}")
     for spec, task in tasks.items():
-        values["tasks"][spec] = score = _chat_score(run, tokenizer, params, spec, task)
-        values["eval_secs"] += score["seconds"]
+        values["tasks"][spec] = found_score = score(run, tokenizer, params, spec, task).to_json()
+        values["eval_secs"] += found_score["seconds"]
         # After each task: a long evaluation can be interrupted.
         _write(run, out, _with_means(values, specs))
-    log(chat.table({_metric(spec): _as_score(values["tasks"][spec]) for spec in specs}))
+    scores = {spec: dict(values["tasks"][spec]) for spec in specs}
+    for saved in scores.values():
+        saved.pop("accuracy")
+    log(chat.table({_metric(spec): chat.Score(**saved) for spec, saved in scores.items()}))
 
 
-def _of_different_names(specs: Sequence[str]) -> Sequence[str]:
-    """`specs`, of which there are some and no two report their score under the same name."""
+def _refuse_same_names(specs: Sequence[str]) -> None:
+    """There are some `specs`, and no two report their score under the same name."""
     if not specs:
         raise UserError("config.eval.chat_tasks got no task, expected some, as in 'gsm8k test'")
     of_name: dict[str, str] = {}
     for spec in specs:
-        name = _metric(spec)
-        if name in of_name:
+        if (name := _metric(spec)) in of_name:
             raise UserError(
                 f"config.eval.chat_tasks got {of_name[name]!r} and {spec!r}, expected one of them: "
                 f"both are reported as {name}"
             )
         of_name[name] = spec
-    return specs
 
 
 def _with_verdict(config: Recipe, spec: str) -> Task:
@@ -136,18 +145,20 @@ def _with_verdict(config: Recipe, spec: str) -> Task:
 
 def _with_means(values: dict[str, Any], specs: Sequence[str]) -> dict[str, Any]:
     """A result with the named scores of `specs`, as far as they are there, and their means."""
-    tasks = values["tasks"]
+    tasks, own = values["tasks"], ("step", "tasks", "answers", "eval_secs", "settings")
     named = {_metric(spec): tasks[spec]["accuracy"] for spec in specs if spec in tasks}
     means = chat.chatcore({name: named[name] for name in chat.CHANCE if name in named})
-    kept = {key: values[key] for key in ("step", "tasks", "eval_secs", "settings")}
+    kept = {key: values[key] for key in own if key in values}
     return kept | named | {"chatcore_missing": means.pop("missing"), **means}
 
 
-def _chat_score(
+def task_score(
     run: Run, tokenizer: bpe.Tokenizer, params: dict, spec: str, task: Task
-) -> dict[str, Any]:
+) -> chat.Score:
+    """The score of a model at one task."""
     e = run.config.eval
-    log(f"chat_eval: {spec}, {min(e.chat_problems or len(task), len(task)):,} problems")
+    count = min(e.chat_problems or len(task), len(task))
+    log(f"chat_eval: {spec}, {count:,} problems")
     if spec.split()[0] == "humaneval":
         for protection in protections():  # those who run programs should know
             state = "enforced" if protection.enforced else "NOT ENFORCED"
@@ -160,16 +171,14 @@ def _chat_score(
                 params,
                 tokenizer,
                 task,
-                batch_rows=e.device_batch_size * num_row_shards(run.mesh),
+                batch_rows=e.device_batch_size * run.row_shards,
                 max_problems=e.chat_problems,
                 progress=progress,
             )
         else:
-            problems = range(min(e.chat_problems or len(task), len(task)))
-            longest = max(len(render_for_completion(tokenizer, task[i])) for i in problems)
-            engine = make_engine(
-                run, tokenizer, slots=e.chat_slots, max_len=longest + e.chat_max_new_tokens
-            )
+            longest = longest_prompt(tokenizer, task, range(count))
+            max_len = longest + e.chat_max_new_tokens
+            engine = make_engine(run, tokenizer, slots=e.chat_slots, max_len=max_len)
             engine.load(params)
             score = chat.generative(
                 engine,
@@ -184,17 +193,33 @@ def _chat_score(
                 progress=progress,
             )
     log(f"chat_eval: {spec} {score.accuracy:.2%} ({score.seconds:.1f}s)")
-    return score.to_json()
+    return score
+
+
+def chat_answers(run: Run, tokenizer: bpe.Tokenizer, params: dict) -> list[dict[str, str]]:
+    """What the model answers to eval.chat_prompts, greedily: the report shows it stage by stage."""
+    e = run.config.eval
+    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in e.chat_prompts]
+    ids = [render_for_completion(tokenizer, user) for user in users]
+    if not ids:
+        return []
+    new_tokens = min(e.chat_max_new_tokens, ANSWER_TOKENS)
+    max_len = max(map(len, ids)) + new_tokens
+    engine = make_engine(run, tokenizer, slots=len(ids), max_len=max_len)
+    engine.load(params)
+    answers = engine.generate([Request(prompt, new_tokens) for prompt in ids])
+    texts = [chat.answer_text(tokenizer, answer) for answer in answers]
+    return [{"prompt": p, "text": t} for p, t in zip(e.chat_prompts, texts, strict=True)]
+
+
+def longest_prompt(tokenizer: bpe.Tokenizer, task: Task, problems) -> int:
+    return max(len(render_for_completion(tokenizer, task[problem])) for problem in problems)
 
 
 def _metric(spec: str) -> str:
     """The name of a task's score: the task's, unless another split than test was asked."""
     name, _, split = spec.strip().partition(" ")
     return name if split.lstrip().startswith("test") else spec
-
-
-def _as_score(saved: dict[str, Any]) -> chat.Score:
-    return chat.Score(**{k: v for k, v in saved.items() if k != "accuracy"})
 
 
 def _is_done(out: Path, settings: dict[str, Any]) -> bool:
@@ -263,14 +288,13 @@ def make_core(
 
 def text_bpb(run: Run, tokenizer: bpe.Tokenizer, path: Path) -> Callable[[dict], float]:
     """params -> bits per byte over the first eval.val_tokens of the shard at `path`."""
-    e, model = run.config.eval, run.model
-    rows = e.device_batch_size * num_row_shards(run.mesh)
+    e, rows = run.config.eval, run.config.eval.device_batch_size * run.row_shards
     batches = eval_batches(
         path,
         tokenizer,
-        seq_len=model.seq_len,
+        seq_len=run.model.seq_len,
         batch_rows=rows,
-        num_batches=max(1, e.val_tokens // (rows * model.seq_len)),
+        num_batches=max(1, e.val_tokens // (rows * run.model.seq_len)),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -287,54 +311,27 @@ def validation_bpb(
     return lambda params: bpb(params, (put_batch(batch, run.mesh) for batch in batches))
 
 
-def make_samples(run: Run, tokenizer: bpe.Tokenizer) -> Callable[[dict], list[dict[str, str]]]:
-    """params -> the recipe's prompts with their greedy continuations."""
-    e = run.config.eval
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in e.prompts]
-    longest = max(map(len, ids)) + e.sample_tokens
-    requests = [Request(prompt, e.sample_tokens) for prompt in ids]
+def make_samples(
+    run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int
+) -> Callable[[dict], list[dict[str, str]]]:
+    """params -> the prompts with their greedy continuations."""
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    requests = [Request(prompt, new_tokens) for prompt in ids]
     engine = Engine(
-        run.model, run.mesh, slots=len(ids), max_len=longest, stop_ids=(tokenizer.bos_id,)
+        run.model,
+        run.mesh,
+        slots=len(ids),
+        max_len=max(map(len, ids)) + new_tokens,
+        stop_ids=(tokenizer.bos_id,),
     )
 
     def samples(params: dict) -> list[dict[str, str]]:
         engine.load(params)
         texts = [chat.answer_text(tokenizer, answer) for answer in engine.generate(requests)]
         engine.unload()
-        return [{"prompt": p, "text": t} for p, t in zip(e.prompts, texts, strict=True)]
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
     return samples
-
-
-def _trigrams(
-    run: Run, tokenizer: bpe.Tokenizer, train_paths: list[Path], val_path: Path
-) -> dict[str, float]:
-    """Bits per byte on the validation rows of trigram models of the same training text."""
-    e, model = run.config.eval, run.model
-
-    def rows(paths: list[Path], tokens: int, packing: str) -> list[np.ndarray]:
-        batches = eval_batches(
-            paths,
-            tokenizer,
-            packing=packing,
-            seq_len=model.seq_len,
-            batch_rows=e.device_batch_size,
-            num_batches=max(1, tokens // (e.device_batch_size * model.seq_len)),
-        )
-        return [np.concatenate([b["inputs"], b["targets"][:, -1:]], axis=1) for b in batches]
-
-    # Trained on the rows the model trains on, scored on the rows it is scored on.
-    train = rows(train_paths, e.trigram_tokens, run.config.data.packing)
-    val = rows([val_path], e.val_tokens, "best_fit")
-    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    pieces = [p if n else b"" for p, n in zip(pieces, tokenizer.token_bytes(), strict=True)]
-    token_bytes = tokenizer.token_bytes()
-    return {
-        "trigram_val_bpb": ngram.trigram_bpb(
-            train, val, token_bytes=token_bytes, vocab_size=tokenizer.vocab_size
-        ),
-        "byte_trigram_val_bpb": ngram.byte_trigram_bpb(train, val, pieces=pieces),
-    }
 
 
 @contextmanager

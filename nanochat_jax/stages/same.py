@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax import recipe
-from nanochat_jax.common import UserError, read_json, sha256_file
+from nanochat_jax.common import UserError, read_json
 from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.stages.run import ORDER, Parent, Run, before
 from nanochat_jax.tasks.registry import file_stamps
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.train.checkpoint import CHECKSUMS, step_dir
-
-ORDER = ("base", "mid", "sft", "rl")
+from nanochat_jax.train.checkpoint import list_steps
 
 # What may differ when a run is continued: it decides where and how often, never what is learned.
 MAY_CHANGE = (
@@ -26,7 +25,7 @@ MAY_CHANGE = (
     "data.local_dir",
     "data.task_dir",
     "data.persona",  # what was rendered with it is compared instead
-    "data.num_workers",  # earlier checkpoints have it
+    "data.num_workers",  # of checkpoints from before this key went
     "data.prefetch_batches",
     "model.attention",
     "model.remat",
@@ -42,14 +41,6 @@ MAY_CHANGE = (
     *(f"{s}.save_every" for s in ORDER),
     *(f"{s}.keep_checkpoints" for s in ORDER),
 )
-
-
-class Parent:
-    """A finished stage that the next one starts from."""
-
-    def __init__(self, name: str, folder: Path, step: int):
-        self.name, self.folder, self.step = name, folder, step
-        self.checksum = sha256_file(step_dir(folder, step) / CHECKSUMS)
 
 
 def same_recipe(config: Recipe, saved: dict[str, Any], stage: Path, name: str) -> None:
@@ -85,16 +76,25 @@ def same_parent(saved: str | None, parent: Parent | None, stage: Path) -> None:
         )
 
 
-def same_files(config: Recipe, stage: Path, name: str) -> None:
-    """What a complete stage was made from is what the recipe names now; unknown once its rendered
-    conversations are deleted."""
+def same_result(run: Run, name: str) -> bool:
+    """Whether stage `name` is complete; UserError if it was made from anything but what is there
+    now."""
+    stage = run.dir / name
+    if not (stage / "result.json").exists():
+        return False
+    cure = f"delete {stage} to start over"
+    same_recipe(run.config, read_json(stage / "config.json", cure), stage, name)
+    earlier = before(run.config, name)
+    if earlier and list_steps(run.dir / earlier / "checkpoints"):  # may be deleted to save space
+        result = read_json(stage / "result.json", cure)
+        same_parent(result.get("parent"), Parent(run, earlier), stage)
     rendered = stage / "train_conversations" / "conversations.json"
-    if not rendered.exists():
-        return
-    was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]
-    files = file_stamps(config[name].mixture, config.data.persona)
-    if (was["files"], was["task_dir"]) != (files, config.data.task_dir):
-        raise UserError(
-            f"{stage} was made from other files (of config.{name}.mixture, config.data.persona or "
-            f"config.data.task_dir) than those there now; delete {stage} to train it again"
-        )
+    if name in ("mid", "sft") and rendered.exists():
+        was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]
+        files = file_stamps(run.config[name].mixture, run.config.data.persona)
+        if (was["files"], was["task_dir"]) != (files, run.config.data.task_dir):
+            raise UserError(
+                f"{stage} was made from other files (of config.{name}.mixture, config.data.persona "
+                f"or config.data.task_dir) than those there now; delete {stage} to train it again"
+            )
+    return True

@@ -18,6 +18,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,9 @@ def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.
     handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
     with ocp.Checkpointer(handler) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata["params"]
+        shardings = shardings or dict.fromkeys(saved, first)
         target = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=shardings[name] if shardings else first
-            )
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in saved.items()
         }
         restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
@@ -105,11 +105,20 @@ def digest(params: dict[str, jax.Array]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one stage, written in the background."""
+    """The checkpoints of one stage, written in the background.
 
-    def __init__(self, directory: Path, keep: int):
+    host_info: saved as it is in the host.json of each. on_save: called once a save has begun.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        host_info: dict[str, Any] | None = None,
+        on_save: Callable[[], None] = lambda: None,
+    ):
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.host_info, self.on_save = keep, host_info or {}, on_save
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -136,12 +145,13 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"data_{jax.process_index()}.json", data_state)
             if jax.process_index() == 0:
-                write_json(folder / "host.json", host)
+                write_json(folder / "host.json", host | self.host_info)
             self._orbax.save(folder / "arrays", args=items, force=True)
         except OSError as error:
             raise self._disk_error(folder, error) from error
         self._finisher = threading.Thread(target=self._finish, args=(folder,), daemon=True)
         self._finisher.start()
+        self.on_save()
 
     def wait(self) -> None:
         """Return when the last save is on disk, or raise what went wrong with it."""
@@ -168,23 +178,18 @@ class Checkpoints:
 
         Damaged ones are set aside (renamed), so that their steps can be saved again.
         """
-        step = self._latest_intact() if jax.process_index() == 0 else None
-        if jax.process_count() > 1:
-            known = np.int32(-1 if step is None else step)
-            step = int(multihost_utils.broadcast_one_to_all(known))
-            step = None if step < 0 else step
-        return step
-
-    def _latest_intact(self) -> int | None:
-        for step in reversed(list_steps(self.directory)):
-            lines = damage(self.directory, step)
-            if not lines:
-                return step
+        newest = -1
+        for step in list_steps(self.directory)[::-1] if jax.process_index() == 0 else ():
+            if not (lines := damage(self.directory, step)):
+                newest = step
+                break
             folder = step_dir(self.directory, step)
             aside = folder.with_name(f"damaged_{folder.name}_{time.time_ns()}")
             folder.rename(aside)
             log(f"checkpoint at step {step} is damaged ({lines[0]}); it is now {aside}")
-        return None
+        if jax.process_count() > 1:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
 
     def record_score(self, step: int, bpb: float) -> None:
         """Remember the validation bpb of a saved step."""
@@ -192,22 +197,15 @@ class Checkpoints:
             self.wait()
             known = scores(self.directory) | {step: bpb}
             kept = set(list_steps(self.directory))
-            write_json(
-                self.directory / "scores.json", {s: v for s, v in known.items() if s in kept}
-            )
+            known = {s: v for s, v in known.items() if s in kept}
+            write_json(self.directory / "scores.json", known)
 
     def _finish(self, folder: Path) -> None:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 files = sorted(p for p in folder.rglob("*") if p.is_file())
-                sums = {
-                    str(p.relative_to(folder)): {
-                        "sha256": sha256_file(p),
-                        "bytes": p.stat().st_size,
-                    }
-                    for p in files
-                }
+                sums = {str(p.relative_to(folder)): _checksum(p) for p in files}
                 write_json(folder / CHECKSUMS, sums)
                 prune(self.directory, self.keep)
         except BaseException as error:  # handed to the main thread by wait()
@@ -239,6 +237,10 @@ def scores(directory: Path) -> dict[int, float]:
         return {}
     kept = set(list_steps(directory))
     return {int(s): v for s, v in json.loads(path.read_text()).items() if int(s) in kept}
+
+
+def _checksum(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
 def _flat(tree) -> dict[str, Any]:

@@ -3,14 +3,15 @@
   candidates()   every layout a stage may take, the fastest first; all give the same result, up to
                  rounding, because the batch stays whole and only its parts change
   LayoutRecord   layout.json in the stage's folder: the layout taken, those that ran out of memory
+  choose()       the first that fits by the compiler's count of bytes
 
 The layout is written down because another one rounds otherwise: a continued run takes the same one
 again and repeats the uninterrupted run to the last bit. What ran out of memory is written down with
 the bytes the compiler had counted: from then on a layout must not need more than that.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax.common import UserError, read_json, write_json
+from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.model.gpt import REMAT
+from nanochat_jax.train.memory import ADVICE, format_bytes, is_out_of_memory, too_little_memory
 
 MIN_TOKENS = 8_192  # of a part: with fewer, kernels and launches cost more than recomputing
 
@@ -30,27 +32,6 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.rows} row{'s'[: self.rows - 1]} at once, remat {self.remat}"
-
-
-class OutOfMemory(Exception):
-    """A training step ran out of memory; its text is what the runtime said."""
-
-
-@contextmanager
-def in_the_step() -> Iterator[None]:
-    """Out of memory in here is the fault of the layout: OutOfMemory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(str(error).splitlines()[0]) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a jax.errors.JaxRuntimeError says so, in XLA's words, CUDA's or NCCL's."""
-    said = str(error).lower()
-    return any(words in said for words in ("resource_exhausted", "out_of_memory", "out of memory"))
 
 
 def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Layout]:
@@ -83,15 +64,12 @@ class LayoutRecord:
             saved = _read(path)
             if saved["made_for"] == self.made_for:
                 for entry in saved["too_large"]:
-                    too_large[self._index(entry)] = entry["bytes"]
-                taken = np.int32(self._index(saved["taken"]) if saved["taken"] else -1)
+                    too_large[layouts.index(_of(entry))] = entry["bytes"]
+                taken = np.int32(layouts.index(_of(saved["taken"])) if saved["taken"] else -1)
         if jax.process_count() > 1:
             too_large, taken = multihost_utils.broadcast_one_to_all((too_large, taken))
-        self.too_large = {
-            layout: int(size)
-            for layout, size in zip(layouts, too_large.tolist(), strict=True)
-            if size
-        }
+        sizes = zip(layouts, too_large.tolist(), strict=True)
+        self.too_large = {layout: int(size) for layout, size in sizes if size}
         self.taken = layouts[int(taken)] if taken >= 0 else None
 
     def left(self) -> list[Layout]:
@@ -110,9 +88,6 @@ class LayoutRecord:
             record = {"made_for": self.made_for, "taken": taken, "too_large": too_large}
             write_json(self.path, record)
 
-    def _index(self, entry: dict[str, Any]) -> int:
-        return self.layouts.index(Layout(entry["rows"], entry["remat"]))
-
 
 def note_too_large(path: Path) -> Layout:
     """Write down that the layout taken ran out of memory; returns it. Any process may do so."""
@@ -122,6 +97,67 @@ def note_too_large(path: Path) -> Layout:
         entry = record["too_large"][-1]
     else:
         write_json(path, record | {"taken": None, "too_large": [*record["too_large"], entry]})
+    return _of(entry)
+
+
+def choose(
+    record: LayoutRecord,
+    compile: Callable[[Layout], int],
+    held_bytes: int,
+    available_bytes: Callable[[], float],
+) -> Layout:
+    """The first layout left that fits, which the record takes.
+
+    compile: compiles the step in a layout, returns the bytes it needs. held_bytes: weights,
+    gradients and optimizer state. UserError when no layout fits.
+
+    Layouts that cannot fit are not compiled. Bytes grow with the rows, from more than held_bytes
+    (parts are added up in gradients of their own): so a line from there to a layout with more rows
+    and the same remat lies below the truth.
+    """
+    left = record.left()
+    # What ran out of memory before shows that there is less than the device says.
+    limit = min(record.too_large.values(), default=math.inf)
+    known: dict[str, tuple[int, float]] = {}  # remat: (rows, bytes) of the one compiled last
+    needed = available = 0.0
+    for layout in left:
+        if layout.remat in known and layout != left[-1]:
+            more_rows, more_bytes = known[layout.remat]
+            if held_bytes + (more_bytes - held_bytes) * layout.rows / more_rows > available:
+                continue
+        try:
+            needed = compile(layout)
+        except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
+            if not is_out_of_memory(error):
+                raise
+            needed = math.inf
+        needed, available = _agreed(needed, min(limit, available_bytes()))
+        size = f"{format_bytes(needed)} of {format_bytes(available)} per device"
+        if needed <= available and math.isfinite(needed):
+            log(f"layout: {layout}; a step needs {size}")
+            if record.taken not in (None, layout):
+                log(f"layout: was {record.taken}; from here on losses agree up to rounding only")
+            record.take(layout, int(needed))
+            return layout
+        log(f"layout: {layout}; a step needs {size}, too much")
+        if math.isfinite(needed):
+            known[layout.remat] = layout.rows, needed
+    if not left:
+        raise UserError(
+            f"{record.path} says that every layout ran out of memory; {ADVICE}, or delete it"
+        )
+    raise too_little_memory(f"with {left[-1]} a step needs", needed, available)
+
+
+def _agreed(needed: float, available: float) -> tuple[float, float]:
+    """The most that any process needs, the least that any has: all must choose the same."""
+    if jax.process_count() == 1:
+        return needed, available
+    values = multihost_utils.process_allgather(np.array([needed, available], np.float32))
+    return float(values[:, 0].max()), float(values[:, 1].min())
+
+
+def _of(entry: dict[str, Any]) -> Layout:
     return Layout(entry["rows"], entry["remat"])
 
 

@@ -6,9 +6,6 @@
     batch -> train_step                     (dispatched; the device works while the host goes on)
     report the step before                  (its numbers have arrived by now: the loop never waits)
 
-Between steps it watches itself: the time the devices waited for a batch is in metrics.jsonl, and a
-step that is compiled again, though its batch has a shape seen before, is told at once.
-
 Everything that must survive is in one place, LoopState, and goes into each checkpoint with the
 model state and the loader's state. A resumed run repeats the uninterrupted one to the last bit.
 """
@@ -18,31 +15,60 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
 from nanochat_jax.train.checkpoint import Checkpoints, list_steps
-from nanochat_jax.train.layout import in_the_step
-from nanochat_jax.train.metrics import EMA_DECAY, Console, MetricsLog, Stopwatch, format_secs
+from nanochat_jax.train.memory import in_the_step
+from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
-from nanochat_jax.train.watch import STEP, IdleTime, Trace, compilations
+from nanochat_jax.train.step import put_batch
+from nanochat_jax.train.watch import STEP, Watch
+
+EMA_DECAY = 0.9
 
 
 class Evaluation(NamedTuple):
-    """`run(weights)` returns what goes into metrics.jsonl; always run after the last step too."""
+    """`run(params)` returns what goes into metrics.jsonl; always run after the last step too."""
 
     name: str
     every_steps: int  # 0: only after the last step
     run: Callable[[dict[str, jax.Array]], dict[str, Any]]
     at_start: bool = False  # before the first step too
+
+
+class Batches(Protocol):
+    """Where batches come from, and the place in it."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def start_prefetch(self) -> None: ...
+    def counts(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+
+class Trained:
+    """What fit() asks of a stage."""
+
+    num_steps: int
+    save_every: int
+    lr_multiplier: Callable[[int], Any]
+    batches: Batches
+    evaluations: list[Evaluation]
+    on_policy = False  # batches are made with the current parameters, on the devices
+
+    def next_batch(self, params: dict[str, jax.Array]) -> dict[str, Any]:
+        """The batch that follows, with inputs, targets, doc_ids, epoch and perhaps metrics, numbers
+        to be logged. params: the current ones by path if on_policy, else {}."""
+        return next(self.batches)
 
 
 @dataclass
@@ -54,135 +80,114 @@ class LoopState:
     wait_secs: float = 0.0  # of these, with idle devices because the next batch was not there
 
 
-@dataclass
-class FitResult:
-    finished: bool  # False: stopped by a signal, saved, to be resumed
-    step: int
-    state: TrainState
-
-
 def fit(
-    *,
+    stage: Trained,
     state: TrainState,
-    owners: Owners,
     loop_state: LoopState,
     train_step: Callable,
-    batches,
-    next_batch: Callable[[Callable[[], dict[str, jax.Array]]], dict[str, Any]],
-    put: Callable[[dict], Any],
-    num_steps: int,
-    lr_multiplier: Callable[[int], Any],
-    evaluations: list[Evaluation],
-    save_every: int,
+    owners: Owners,
     checkpoints: Checkpoints,
-    host_info: dict[str, Any],
-    on_save: Callable[[], None],
     metrics: MetricsLog,
     console: Console,
-    trace: Trace,
-) -> FitResult:
-    """Train from state.step to num_steps; every argument is of the kind its name says.
+    watch: Watch,
+) -> tuple[int, bool]:
+    """Train from state.step to stage.num_steps: (step reached, whether that is the end).
 
-    batches: has get_state(), the place in the data.
-    next_batch(weights): the batch that follows, with inputs, targets, doc_ids, epoch and perhaps
-    metrics, numbers to be logged; weights() gives the current weights by path (RL needs them).
-    put: host batch -> device batch. host_info: saved as it is beside each checkpoint.
-    Raises UserError when a loss or gradient is not finite, OutOfMemory when a step runs out of it;
-    the state before it stays on disk.
+    Not the end: a signal stopped it, the state is saved. Raises UserError when a loss or gradient
+    is not finite, OutOfMemory when a step runs out of it; the state before it stays on disk.
     """
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
-    watch, processes = Stopwatch(), jax.process_count()
-    idle, shapes = IdleTime(), set()  # shapes of the batches so far
+    lap = time.perf_counter()
 
     def report() -> None:
-        nonlocal pending
+        nonlocal pending, lap
         if pending is None:
             return
         done_step, values, batch, waited = pending
         pending = None
         with in_the_step():
             values = {name: value.item() for name, value in jax.device_get(values).items()}
-        secs = watch.lap()
+        lap, secs = (now := time.perf_counter()), now - lap
         if not values.pop("finite"):
             _stop_not_finite(done_step, values, batch["doc_ids"], checkpoints)
         loop_state.loss_ema = EMA_DECAY * loop_state.loss_ema + (1 - EMA_DECAY) * values["loss"]
         loop_state.elapsed_secs += secs
+        loop_state.wait_secs += waited
         ema = loop_state.loss_ema / (1 - EMA_DECAY ** (done_step + 1))
-        lr = float(lr_multiplier(done_step))
+        lr = float(stage.lr_multiplier(done_step))
         timing = {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-        if waited is not None:
-            loop_state.wait_secs += waited
+        if not stage.on_policy:
             timing["wait_secs"] = waited
-        own, epoch = batch.get("metrics", {}), batch["epoch"]
-        values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": epoch}
+        own = batch.get("metrics", {})
+        values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": batch["epoch"]}
         metrics.write("train", done_step, **values, **timing)
         shown = {"loss": ema, "lr": lr} | {k: v for k, v in own.items() if "_frac" not in k}
-        console.step(done_step, shown, tokens=batch["inputs"].size * processes, secs=secs)
+        tokens = batch["inputs"].size * jax.process_count()
+        console.step(done_step, shown, tokens=tokens, secs=secs)
 
     def save() -> None:
         metrics.sync()
-        host = {"step": step, "loop": asdict(loop_state), **host_info}
-        checkpoints.save(owners.to_paths(state), host, batches.get_state())
-        on_save()
+        host = {"step": step, "loop": asdict(loop_state)}
+        checkpoints.save(owners.to_paths(state), host, stage.batches.get_state())
 
-    with (
-        stop_requests() as asked_to_stop,
-        closing(idle),
-        closing(trace),
-        finished_saves(checkpoints),
-        compilations() as compiled,
-    ):
+    def evaluate(due: list[Evaluation]) -> None:
+        params = owners.by_path(state.params) if due else {}
+        for evaluation in due:
+            began = time.perf_counter()
+            values = evaluation.run(params)
+            secs = time.perf_counter() - began
+            timing = {"eval_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
+            metrics.write("eval", step, name=evaluation.name, **values, **timing)
+            numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
+            console.line(f"step {step:05d} {evaluation.name}: {' '.join(numbers)} ({secs:.1f}s)")
+            for sample in values.get("samples", []):
+                console.line(f"  {sample['prompt']!r} -> {sample['text']!r}")
+            if "val_bpb" in values:
+                checkpoints.record_score(step, values["val_bpb"])
+
+    with stop_requests() as asked_to_stop, finished_saves(checkpoints):
         while True:
-            if trace.turns_at(step):
+            if watch.turns_at(step):
                 report()
-                trace.turn(state)
-                watch.lap()  # writing a trace is not the next step's time
-            last, first = step == num_steps, step == 0
-            due = [e for e in evaluations if last or _is_due(step, e.every_steps)]
+                watch.turn(state)
+                lap = time.perf_counter()  # writing a trace is not the next step's time
+            last, first = step == stage.num_steps, step == 0
+            due = [e for e in stage.evaluations if last or _is_due(step, e.every_steps)]
             if first and not last:
-                due = [e for e in evaluations if e.at_start]
+                due = [e for e in stage.evaluations if e.at_start]
             stop = asked_to_stop(step)
-            if due or stop or last or (not first and _is_due(step, save_every)):
+            if due or stop or last or (not first and _is_due(step, stage.save_every)):
                 report()
                 if stop or step > start:  # what was resumed from is already there
                     save()
                 if stop and not last:
-                    return FitResult(False, step, state)
-                weights = owners.weights(state.params) if due else {}
-                for evaluation in due:
-                    _evaluate(evaluation, weights, step, metrics, console, checkpoints, loop_state)
-                del weights
-                watch.lap()  # evaluations and saves are not the next step's time
+                    return step, False
+                evaluate(due)
+                lap = time.perf_counter()  # evaluations and saves are not the next step's time
             if last:
                 break
             with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
                 asked = time.perf_counter()
-                batch = next_batch(partial(owners.weights, state.params))
-                compiled.clear()  # evaluations, saves and sampling compile what they need
-                # Made with these very parameters, on the devices: that is no waiting, and there is
-                # nothing to overlap.
-                on_policy = "metrics" in batch
+                batch = stage.next_batch(owners.by_path(state.params) if stage.on_policy else {})
                 with in_the_step():
-                    on_device = put(batch)
-                    waited = None if on_policy else idle.secs(since=asked)
+                    on_device = put_batch(batch, owners.mesh)
+                    # An on-policy batch was made on the devices: they have not waited for it.
+                    waited = watch.idle_secs(since=asked) * (not stage.on_policy)
                     dispatched = train_step(state, on_device)
-                idle.dispatched(dispatched[1])
-                if compiled and batch["inputs"].shape in shapes:
-                    console.line(_compiled_again(step, compiled))
-                shapes.add(batch["inputs"].shape)
+                watch.dispatched(step, batch["inputs"].shape, dispatched[1])
                 report()
                 state, values = dispatched
                 pending = (step, values, batch, waited)
                 step += 1
-                if on_policy:
+                if stage.on_policy:  # nothing to overlap: the next batch needs this step's result
                     report()
     if loop_state.wait_secs:
         console.line(
             f"the devices waited {format_secs(loop_state.wait_secs)} for batches, "
             f"{loop_state.wait_secs / loop_state.elapsed_secs:.1%} of the time in steps"
         )
-    return FitResult(True, step, state)
+    return step, True
 
 
 @contextmanager
@@ -225,39 +230,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(signum, handler)
 
 
-def _compiled_again(step: int, compiled: list[tuple[str, float]]) -> str:
-    names = ", ".join(dict.fromkeys(name for name, _ in compiled))
-    return (
-        f"warning: step {step + 1:05d} compiled {names} again, {sum(s for _, s in compiled):.1f}s, "
-        "though its batch has a shape seen before: a shape, type or Python value that the step "
-        "depends on has changed; JAX_EXPLAIN_CACHE_MISSES=1 says which"
-    )
-
-
 def _is_due(step: int, every_steps: int) -> bool:
     return bool(every_steps) and step % every_steps == 0
-
-
-def _evaluate(
-    evaluation: Evaluation,
-    weights: dict[str, jax.Array],
-    step: int,
-    metrics: MetricsLog,
-    console: Console,
-    checkpoints: Checkpoints,
-    loop_state: LoopState,
-) -> None:
-    began = time.perf_counter()
-    values = evaluation.run(weights)
-    secs = time.perf_counter() - began
-    timing = {"eval_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-    metrics.write("eval", step, name=evaluation.name, **values, **timing)
-    numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
-    console.line(f"step {step:05d} {evaluation.name}: {' '.join(numbers)} ({secs:.1f}s)")
-    for sample in values.get("samples", []):
-        console.line(f"  {sample['prompt']!r} -> {sample['text']!r}")
-    if "val_bpb" in values:
-        checkpoints.record_score(step, values["val_bpb"])
 
 
 def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkpoints) -> None:
@@ -265,11 +239,10 @@ def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkp
     steps = list_steps(checkpoints.directory)
     good = Path(checkpoints.directory) / f"step_{steps[-1]:06d}" if steps else "none yet"
     documents = sorted({name for row in doc_ids for name in row})
-    shown = ", ".join(documents[:8]) + (
-        f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-    )
+    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
     raise UserError(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, update norm "
-        f"{values['update_norm']}, expected finite numbers; its batch held the documents {shown}; "
-        f"the last good checkpoint is {good}; lower the learning rates or look at these documents"
+        f"{values['update_norm']}, expected finite numbers; its batch held the documents "
+        f"{', '.join(documents[:8])}{more}; the last good checkpoint is {good}; lower the learning "
+        "rates or look at these documents"
     )

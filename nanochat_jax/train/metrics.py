@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, a line a step for people, a tracker if asked.
+"""What a stage tells: metrics.jsonl for programs, lines for people, a tracker if asked.
 
 metrics.jsonl: one object a line with `kind` ("train" or "eval"), `step` (updates done before it)
 and unrounded values; anything that depends on the clock is in a key ending in `_secs`, so two runs
@@ -17,21 +17,20 @@ from tqdm import tqdm
 
 from nanochat_jax.common import UserError, atomic_write, log
 
-EMA_DECAY = 0.9
+SECS_BETWEEN_LINES = 10  # where the output is no terminal
 
 
 class MetricsLog:
     """Appends to metrics.jsonl and mirrors numbers to wandb or trackio."""
 
     def __init__(self, path: Path, start_step: int, tracker: str, run_name: str, is_main: bool):
-        self.path = Path(path)
         self.is_main = is_main
         self._tracker = _open_tracker(tracker, run_name) if is_main else None
         if is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_metrics(self.path) if line["step"] < start_step]
-            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._file = open(self.path, "a", buffering=1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_metrics(path) if line["step"] < start_step]
+            atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = open(path, "a", buffering=1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         if not self.is_main:
@@ -63,15 +62,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Console:
-    """A line per step and, on a terminal, a progress bar below it."""
+    """On a terminal a line per step and a progress bar, elsewhere a line every ten seconds.
+
+    Times, rates and MFU are means since the line before. The ETA counts all that happens between
+    steps too, evaluations and saves; behind it is that of the whole run, whose later stages need
+    later_flops more at this stage's rate.
+    """
 
     def __init__(
-        self, num_steps: int, start_step: int, flops_per_token: float, peak_flops: float | None
+        self,
+        num_steps: int,
+        start_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        later_flops: float = 0.0,
     ):
-        self.num_steps = num_steps
-        self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
-        self._recent: list[float] = []
+        self.num_steps, self.later_flops = num_steps, later_flops
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._steps, self._tokens, self._secs = 0, 0, 0.0  # since the last line
+        self._first: tuple[int, float] | None = None  # (step, time) that the ETA counts from
+        self._line_at = -float("inf")
         visible = sys.stderr.isatty() and os.environ.get("NANOCHAT_PROCESS_INDEX", "0") == "0"
         self._bar = tqdm(
             total=num_steps, initial=start_step, unit="step", disable=not visible, leave=False
@@ -79,20 +89,30 @@ class Console:
 
     def step(self, step: int, values: dict[str, float], *, tokens: int, secs: float) -> None:
         """values: what to show, in order; tokens: time steps worked on, of all rows."""
-        done = step + 1
-        self._recent = [*self._recent[-19:], secs]
-        typical = sorted(self._recent)[len(self._recent) // 2]
-        rate = tokens / secs
-        mfu = (
-            "n/a" if not self.peak_flops else f"{rate * self.flops_per_token / self.peak_flops:.1%}"
-        )
-        left = format_secs(typical * (self.num_steps - done))
-        shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.line(
-            f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
-            f"dt {secs * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {mfu} | eta {left}"
+        now, done = time.monotonic(), step + 1
+        self._steps, self._tokens, self._secs = (
+            self._steps + 1,
+            self._tokens + tokens,
+            self._secs + secs,
         )
         self._bar.update(1)
+        self._first = self._first or (done, now)  # the first step has to warm up
+        if self._bar.disable and now < self._line_at + SECS_BETWEEN_LINES and done < self.num_steps:
+            return
+        rate, since = self._tokens / self._secs, self._first
+        flops = rate * self.flops_per_token
+        mean = (now - since[1]) / (done - since[0]) if done > since[0] else secs
+        left = mean * (self.num_steps - done)
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
+        eta = f"eta {format_secs(left)}"
+        if self.later_flops:
+            eta += f", of the run about {format_secs(left + self.later_flops / flops)}"
+        self.line(
+            f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
+            f"dt {self._secs / self._steps * 1e3:.0f} ms | {rate:,.0f} tok/s | "
+            f"mfu {f'{flops / self.peak_flops:.1%}' if self.peak_flops else 'n/a'} | {eta}"
+        )
+        self._steps, self._tokens, self._secs, self._line_at = 0, 0, 0.0, now
 
     def line(self, text: str) -> None:
         if self._bar.disable:
@@ -111,18 +131,6 @@ def format_secs(secs: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
-
-
-class Stopwatch:
-    """Seconds between laps."""
-
-    def __init__(self):
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed
 
 
 def _open_tracker(name: str, run_name: str):

@@ -37,12 +37,12 @@ class Owners:
     A "tree" is any pytree, a TrainState say: each dict in it that is keyed by parameters changes
     its form, the rest stays. The on-disk form is by path, split by rows where rows divide.
 
-    weights(params): masters by path, placed for evaluation and inference
+    by_path(params): masters by path, placed for evaluation and inference
     to_paths(tree), to_owned(tree): to and from the on-disk form; nothing is gathered in between
     """
 
     def __init__(self, config: GPTConfig, mesh: Mesh):
-        self.mesh, self.alone = mesh, num_row_shards(mesh) == 1
+        self.config, self.mesh, self.alone = config, mesh, num_row_shards(mesh) == 1
         shapes = param_shapes(config)
         placed = param_shardings(mesh, shapes)
         self.rows = {path: leaf.shape[0] for path, leaf in shapes.items()}
@@ -51,7 +51,7 @@ class Owners:
             members.setdefault(_owned_name(path, leaf.shape), []).append(path)
         self.members = members
         self.everywhere = {n for n in members if not _is_stack(n) and param_spec(n) == P()}
-        self.weights = jax.jit(lambda params: _place(self.split(self._turn(params)), placed))
+        self.by_path = jax.jit(lambda params: _place(self.split(self._turn(params)), placed))
         self.to_paths = jax.jit(lambda tree: self._by_rows(self._split_tree(self._turn(tree))))
 
     def to_owned(self, tree):

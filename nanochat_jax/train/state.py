@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from nanochat_jax.model.gpt import GPTConfig, init_params
+from nanochat_jax.model.gpt import init_params
 from nanochat_jax.train.sharded import Owners
 
 
@@ -15,7 +14,7 @@ class TrainState(NamedTuple):
     """Leaves are arrays, or their shapes or shardings where a function says so.
 
     A step works on the owned form of params and opt_state, checkpoints hold the form by path
-    (train/owners.py).
+    (train/sharded.py).
     """
 
     step: Any  # [] int32, updates done
@@ -24,10 +23,9 @@ class TrainState(NamedTuple):
     key: Any  # [2] uint32, raw key for stages that sample
 
 
-def abstract_state(config: GPTConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(owners: Owners, tx: optax.GradientTransformation) -> TrainState:
     """The owned state as shapes with shardings: what ahead-of-time compiling needs."""
-    owners = Owners(config, mesh)
-    shapes = jax.eval_shape(lambda: _create(config, tx, owners, 0))
+    shapes = jax.eval_shape(lambda: _create(owners, tx, 0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -35,19 +33,14 @@ def abstract_state(config: GPTConfig, tx: optax.GradientTransformation, mesh: Me
     )
 
 
-def create_state(
-    config: GPTConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def create_state(owners: Owners, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """Initialise on the mesh, owned: no device ever holds more than its share."""
-    owners = Owners(config, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, tx, mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(lambda: _create(config, tx, owners, seed), out_shardings=places)()
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(owners, tx))
+    with jax.set_mesh(owners.mesh):
+        return jax.jit(lambda: _create(owners, tx, seed), out_shardings=places)()
 
 
-def _create(
-    config: GPTConfig, tx: optax.GradientTransformation, owners: Owners, seed: int
-) -> TrainState:
+def _create(owners: Owners, tx: optax.GradientTransformation, seed: int) -> TrainState:
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = owners.owned(init_params(config, init_key))
+    params = owners.owned(init_params(owners.config, init_key))
     return TrainState(jnp.int32(0), params, tx.init(params), jax.random.key_data(run_key))

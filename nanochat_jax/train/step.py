@@ -11,12 +11,14 @@ compiler), and nothing but a few norms after it.
 
 The loss is weighted by trained tokens over the global batch, so no split into microbatches or
 devices changes it, and a row without targets is harmless. A batch may bring weights of its own
-instead: the advantages of RL. When a loss, gradient or update is not
-finite the state stays as it was and metrics["finite"] says so: the loop stops with nothing lost,
-without a check per step.
+for its tokens instead: the advantages of RL. When a loss, gradient or update is not finite the
+state stays as it was and metrics["finite"] says so: the loop stops with nothing lost, without a
+check per step.
 """
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.common import log
 from nanochat_jax.model import fp8
-from nanochat_jax.model.gpt import GPTConfig, bind
+from nanochat_jax.model.gpt import bind
 from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import ROW_AXES, ROWS
+from nanochat_jax.train.layout import Layout, LayoutRecord, choose
+from nanochat_jax.train.memory import (
+    available_bytes,
+    compile_lowered,
+    compiled_bytes,
+    held_bytes,
+)
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState, abstract_state
 
@@ -36,20 +46,21 @@ Batch = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: GPTConfig,
+    owners: Owners,
     tx: optax.GradientTransformation,
-    mesh: Mesh,
     *,
     device_batch_size: int,
     tile_tokens: int,
+    remat: str = "none",
     grad_clip: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted (state, batch) -> (state, metrics); the state given is consumed (donated).
 
     device_batch_size: rows one row shard works on at once; the rest of a batch is accumulated.
+    remat: how much of a block is recomputed, one of model.gpt.REMAT.
     metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
-    owners = Owners(config, mesh)
+    config, mesh = replace(owners.config, remat=remat), owners.mesh
     dtype = jnp.dtype(config.compute_dtype)
 
     def loss_fn(params, in_fp8, micro: Batch, scale: jax.Array) -> jax.Array:
@@ -62,12 +73,12 @@ def make_train_step(
 
     def sum_gradients(shares, batch: Batch, scale: jax.Array):
         """On one row shard, with its rows: (loss of all, its share of the gradient of all)."""
-        weights = owners.gather(shares, dtype)
-        in_fp8 = fp8.quantise_weights(weights, config.fp8_layers)
+        whole = owners.gather(shares, dtype)
+        in_fp8 = fp8.quantise_weights(whole, config.fp8_layers)
 
         def gradient(micro: Batch):
             # The model casts them back, which compiles to nothing; gradients come out in float32.
-            params = {path: weight.astype(jnp.float32) for path, weight in weights.items()}
+            params = {path: w.astype(jnp.float32) for path, w in whole.items()}
             return jax.value_and_grad(loss_fn)(params, in_fp8, micro, scale)
 
         rows = len(batch["targets"])
@@ -76,7 +87,7 @@ def make_train_step(
             loss, grads = gradient(batch)
         else:
             micros = jax.tree.map(lambda a: a.reshape(num_micro, -1, a.shape[1]), batch)
-            zero = (jnp.zeros(()), {path: jnp.zeros(w.shape) for path, w in weights.items()})
+            zero = (jnp.zeros(()), {path: jnp.zeros(w.shape) for path, w in whole.items()})
 
             def accumulate(total, micro):
                 return jax.tree.map(jnp.add, total, gradient(micro)), None
@@ -112,13 +123,72 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "update_norm": update_norm}
         return state, metrics | {"tokens": tokens, "finite": finite}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, tx, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(owners, tx))
     return jax.jit(
         train_step,
         in_shardings=(shardings, NamedSharding(mesh, ROWS)),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
+
+
+def step_for_widths(
+    owners: Owners,
+    tx: optax.GradientTransformation,
+    record: LayoutRecord,
+    state: TrainState,
+    *,
+    rows: int,
+    widest: int,
+    has_token_weights: bool,
+    tile_tokens: int,
+    grad_clip: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step in the first layout that fits, compiled for every width that comes.
+
+    The layout is chosen by the widest; narrower ones need less, and what is free when they come no
+    longer counts the state. state: shapes with shardings (abstract_state). UserError when no layout
+    fits.
+    """
+    kinds = {"inputs": jnp.int32, "targets": jnp.int32}
+    kinds |= {"weights": jnp.float32} if has_token_weights else {}
+    sharding = NamedSharding(owners.mesh, ROWS)
+    compiled = {}
+
+    def compile(layout: Layout, width: int):
+        step = make_train_step(
+            owners,
+            tx,
+            device_batch_size=layout.rows,
+            remat=layout.remat,
+            tile_tokens=tile_tokens,
+            grad_clip=grad_clip,
+        )
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, width), dtype, sharding=sharding)
+            for name, dtype in kinds.items()
+        }
+        log(f"compiling train_step for {rows} x {width} tokens, {layout} ...")
+        began = time.monotonic()
+        with jax.set_mesh(owners.mesh):
+            compiled[width] = compile_lowered(step.lower(state, batch))
+        log(f"compiled train_step in {time.monotonic() - began:.1f}s")
+        return compiled_bytes(compiled[width])
+
+    layout = choose(
+        record,
+        lambda layout: compile(layout, widest),
+        held_bytes(state),
+        lambda: available_bytes(owners.mesh),
+    )
+
+    def step(state_now: TrainState, batch: Batch):
+        width = batch["inputs"].shape[1]
+        if width not in compiled:
+            compile(layout, width)
+        return compiled[width](state_now, batch)
+
+    return step
 
 
 def loss_tile(tile_tokens: int, device_batch_size: int, seq_len: int) -> int:

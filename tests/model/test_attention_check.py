@@ -1,11 +1,13 @@
 """The self-test takes the first backend that is right, and says why a faster one is not."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
 from nanochat_jax.model import attention_check
@@ -61,31 +63,21 @@ def wide(function):
     )
 
 
-@pytest.fixture
-def broken(monkeypatch):
-    """Make cudnn, the fastest of three, the given function; the others are themselves."""
-
-    def use(function):
-        def patched(q, k, v, window, backend):
-            if backend == "cudnn":
-                return function(q, k, v, window)
-            return attention(q, k, v, window, backend)
-
-        monkeypatch.setattr(attention_check, "attention", patched)
-        monkeypatch.setattr(attention_check, "candidates", lambda: ("cudnn", "xla", "blocked"))
-
-    return use
+def tried(model: GPTConfig, function) -> tuple[str, str]:
+    """(backend taken, line) where the function stands for cudnn, the fastest, and xla follows."""
+    forms = {"cudnn": function, "xla": partial(attention, backend="xla")}
+    checked, line = check_attention(model, "auto", forms)
+    return checked.attention_backend, line
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "function", [one_key_too_many, sees_the_future, swapped_heads, no_gradient, nan_in_a_gradient]
 )
-def test_a_wrong_backend_is_passed_over_aloud(broken, capsys, function, dtype):
-    broken(wide(function))
+def test_a_wrong_backend_is_passed_over_aloud(function, dtype):
     model = GPTConfig(**SHAPE, window_pattern="S", compute_dtype=dtype)
-    assert check_attention(model, "auto").attention_backend == "xla"
-    (line,) = capsys.readouterr().out.splitlines()
+    backend, line = tried(model, wide(function))
+    assert backend == "xla"
     if function is nan_in_a_gradient:
         assert line.endswith("; not cudnn: it is not finite")
     else:
@@ -95,56 +87,50 @@ def test_a_wrong_backend_is_passed_over_aloud(broken, capsys, function, dtype):
         assert taken < allowed / 2 and passed_over > 5 * allowed
 
 
-def test_a_backend_that_does_not_run_is_passed_over_aloud(broken, capsys):
-    broken(raises)
-    assert check_attention(PLAIN, "auto").attention_backend == "xla"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("attention: xla, largest difference from the definition ")
-    assert line.endswith("; not cudnn: cuDNN is not detected.")
+def test_a_backend_that_does_not_run_is_passed_over_aloud():
+    backend, line = tried(PLAIN, raises)
+    assert backend == "xla" and line.endswith("; not cudnn: cuDNN is not detected.")
 
 
-def test_a_window_of_the_model_is_tried_and_no_other(broken, capsys):
+def test_a_window_of_the_model_is_tried_and_no_other():
     """Wrong with windows only: harmless to a model that has none."""
-    broken(one_key_too_many)
-    assert check_attention(PLAIN, "auto").attention_backend == "cudnn"
-    assert check_attention(WINDOWED, "auto").attention_backend == "xla"
+    assert tried(PLAIN, one_key_too_many)[0] == "cudnn"
+    assert tried(WINDOWED, one_key_too_many)[0] == "xla"
 
 
-def test_on_this_machine_the_fast_form_passes(capsys):
-    assert check_attention(WINDOWED, "auto").attention_backend == "blocked"
-    assert capsys.readouterr().out.count("\n") == 1
-    for backend in set(BACKENDS) - {"auto", "cudnn"}:
-        assert check_attention(WINDOWED, backend).attention_backend == backend
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"cudnn"}))
+def test_on_this_machine_the_fast_form_passes(backend):
+    taken = check_attention(WINDOWED, backend)[0].attention_backend
+    assert taken == ("blocked" if backend == "auto" else backend)
 
 
-def test_a_backend_asked_for_by_name_must_pass(broken):
-    with pytest.raises(UserError, match=r"=cudnn failed its self-test \(cudnn: .*needs an NVIDIA"):
-        check_attention(PLAIN, "cudnn")
-    with pytest.raises(UserError, match="config.model.attention got 'flash', expected one of auto"):
-        check_attention(PLAIN, "flash")
-    with pytest.raises(UserError, match="compute_dtype got 'bf16', expected one of bfloat16"):
-        check_attention(GPTConfig(**SHAPE, compute_dtype="bf16"), "auto")
-    broken(sees_the_future)
-    with pytest.raises(UserError, match=r"failed its self-test \(cudnn: difference .*take auto"):
-        check_attention(PLAIN, "cudnn")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "named"),
+    [
+        ("cudnn", "float32", "config.model.attention=cudnn failed"),
+        ("flash", "float32", "config.model.attention got 'flash'"),
+        ("auto", "bf16", "config.model.compute_dtype got 'bf16'"),
+    ],
+)
+def test_a_backend_asked_for_by_name_must_pass(backend, dtype, named):
+    with pytest.raises(UserError, match=named):
+        check_attention(GPTConfig(**SHAPE, compute_dtype=dtype), backend)
 
 
-def test_no_backend_at_all_is_an_error(broken, monkeypatch):
-    broken(raises)
-    monkeypatch.setattr(attention_check, "candidates", lambda: ("cudnn",))
-    with pytest.raises(UserError, match="auto failed its self-test .*look at the driver"):
-        check_attention(PLAIN, "auto")
+def test_no_backend_at_all_is_an_error():
+    with pytest.raises(UserError, match="config.model.attention=auto failed its self-test"):
+        check_attention(PLAIN, "auto", {"cudnn": raises})
 
 
-def test_one_process_that_cannot_decides_for_all(monkeypatch, capsys):
+def test_one_process_that_cannot_decides_for_all(monkeypatch):
     gathered = []
 
     def gather(own):
         gathered.append(float(own))
         return np.array([own, np.inf if len(gathered) == 1 else 1e-7], np.float32)
 
-    monkeypatch.setattr(attention_check.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert check_attention(PLAIN, "auto").attention_backend == "xla"
-    assert len(gathered) == 2 and max(gathered) < 1e-5
-    assert capsys.readouterr().out.endswith("; not blocked: difference inf in process 1\n")
+    model, line = check_attention(PLAIN, "auto")
+    assert model.attention_backend == "xla" and len(gathered) == 2 and max(gathered) < 1e-5
+    assert line.endswith("; not blocked: difference inf in process 1")

@@ -18,7 +18,10 @@ from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.stages import train as stages_train
+from nanochat_jax.stages.base import Base
+from nanochat_jax.stages.run import start
+from nanochat_jax.stages.train import train_stage
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
 
@@ -186,17 +189,16 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1])
 
 
-def make_step(config, mesh, device_batch_size=ROWS):
-    return make_train_step(
-        config, TX, mesh, device_batch_size=device_batch_size, tile_tokens=8 * device_batch_size
-    )
+def make_step(owners, device_batch_size=ROWS):
+    tile = 8 * device_batch_size
+    return make_train_step(owners, TX, device_batch_size=device_batch_size, tile_tokens=tile)
 
 
 def lower(config, device_batch_size=ROWS, mesh=None):
     mesh, ids = mesh or one_device(), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
     with jax.set_mesh(mesh):
-        step = make_step(config, mesh, device_batch_size)
-        return step.trace(abstract_state(config, TX, mesh), {"inputs": ids, "targets": ids})
+        step = make_step(owners := Owners(config, mesh), device_batch_size)
+        return step.trace(abstract_state(owners, TX), {"inputs": ids, "targets": ids})
 
 
 def fp8_kernels(config=FP8) -> list[tuple[int, int]]:
@@ -276,8 +278,8 @@ def test_evaluation_and_inference_are_in_bfloat16():
 
 def losses(config, mesh, num_steps, device_batch_size=ROWS):
     """Of text that can be learnt: each id is followed by the next, now and then by one more."""
-    rng, state = np.random.default_rng(0), create_state(config, TX, mesh, seed=0)
-    step, found = make_step(config, mesh, device_batch_size), []
+    rng, owners, found = np.random.default_rng(0), Owners(config, mesh), []
+    state, step = create_state(owners, TX, seed=0), make_step(owners, device_batch_size)
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
             skips = 1 + (rng.integers(5, size=(ROWS, 17)) == 0)
@@ -312,7 +314,8 @@ def test_only_training_is_refused_without_the_hardware(tmp_path, monkeypatch):
     """Before any work, with one line; whoever evaluates, or has nothing to train, may go on."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     keys = {"run.name": "fp8", "model.fp8_layers": '("attn", "mlp")'}
-    run = stages_train.start(config.load(config.CONFIGS / "tiny.py", keys))
-    assert run.model.fp8_layers == ("attn", "mlp")
+    recipe = config.load(config.CONFIGS / "tiny.py", keys)
     with pytest.raises(UserError, match="fp8_layers got cpu .* float32, expected an NVIDIA GPU"):
-        stages_train.train_once(run, "base", lambda run: pytest.fail("began to work"))
+        train_stage(recipe, Base)
+    assert not (tmp_path / "data").exists()
+    assert start(recipe).model.fp8_layers == ("attn", "mlp")

@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, onto any layout, and never half."""
 
+import hashlib
 import json
+import os
 import shutil
 import threading
 
@@ -32,8 +34,8 @@ def tx():
 
 @pytest.fixture
 def state(tx):
-    mesh = one_device()
-    return Owners(CONFIG, mesh).to_paths(create_state(CONFIG, tx, mesh, seed=0))
+    owners = Owners(CONFIG, one_device())
+    return owners.to_paths(create_state(owners, tx, seed=0))
 
 
 def one_device() -> Mesh:
@@ -55,7 +57,7 @@ def test_a_restored_state_is_the_saved_one_on_any_layout(tmp_path, tx, state):
     layouts = [one_device(), make_mesh(data=2, fsdp=2, tensor=2), make_mesh(fsdp=8)]
     for mesh in layouts:
         owners = Owners(CONFIG, mesh)
-        target = abstract_state(CONFIG, tx, mesh)
+        target = abstract_state(owners, tx)
         restored = checkpoints.restore(owners.on_disk(target), 7)
         owned = owners.to_owned(restored)
         jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b)), owned, target)
@@ -127,12 +129,12 @@ def test_a_save_that_fails_is_told_and_loses_nothing(tmp_path, state, monkeypatc
     checkpoints = ck.Checkpoints(tmp_path, keep=3)
     save(checkpoints, at(state, 1))
 
-    def full_disk(path, value):
+    def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ck, "write_json", full_disk)
-        with pytest.raises(UserError, match="No space left on device.*is the disk full"):
+        patch.setattr(os, "replace", full_disk)  # the last thing that writing a file does
+        with pytest.raises(UserError, match="No space left on device"):
             save(checkpoints, at(state, 2))
     assert checkpoints.latest_intact() == 1
     save(checkpoints, at(state, 2))  # once there is room again
@@ -140,14 +142,13 @@ def test_a_save_that_fails_is_told_and_loses_nothing(tmp_path, state, monkeypatc
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path, state, monkeypatch):
-    release = threading.Event()
-    checksum = ck.sha256_file
+    release, checksum = threading.Event(), hashlib.file_digest
 
-    def slow(path):
+    def slow(file, digest):
         release.wait(10)
-        return checksum(path)
+        return checksum(file, digest)
 
-    monkeypatch.setattr(ck, "sha256_file", slow)
+    monkeypatch.setattr(hashlib, "file_digest", slow)
     checkpoints = ck.Checkpoints(tmp_path, keep=3)
     checkpoints.save(at(state, 1), {"step": 1}, {})
     assert ck.list_steps(tmp_path) == []  # save() came back, the disk has not

@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, read_metrics
 from nanochat_jax.train.state import TrainState
-from nanochat_jax.train.watch import Trace, parse_steps
+from nanochat_jax.train.watch import Watch, parse_steps
 
 STEPS = 6
+MESH = make_mesh(devices=jax.devices()[:1])
+EVERYWHERE = NamedSharding(MESH, PartitionSpec())
 
 
 def tiny_step():
@@ -31,45 +35,59 @@ def tiny_step():
     return tiny
 
 
+class Stage:
+    """Six steps of whatever next_batch makes."""
+
+    num_steps, save_every, on_policy = STEPS, 2, False
+
+    def __init__(self, next_batch, evaluations):
+        self.make, self.evaluations = next_batch or batch_of, list(evaluations)
+        self.batches, self.lr_multiplier = SimpleNamespace(get_state=dict), lambda step: 1.0
+
+    def next_batch(self, params):
+        return self.make()
+
+
 @pytest.fixture
 def run(tmp_path):
     """fit() over a step of one number: (lines of metrics.jsonl, loop state)."""
 
-    def run(train_step=None, next_batch=None, evaluations=(), profile="", save=None, start=0):
+    def run(train_step=None, next_batch=None, evaluations=(), profile="", save=int, start=0, **own):
         tiny, one = tiny_step(), jnp.float32(1)
         console = Console(STEPS, start, 1.0, None)
         metrics = MetricsLog(tmp_path / "metrics.jsonl", start, "none", "run", is_main=True)
-        params = {"w": jnp.float32(0)}
-        loop_state, coming = LoopState(), range(start, STEPS)
-        with closing(metrics), closing(console):
+        steps, folder = parse_steps(profile), tmp_path / "profile"
+        watch = Watch(steps, folder, range(start, STEPS), console.line)
+        params, loop_state = {"w": jnp.float32(0)}, LoopState()
+        stage = Stage(next_batch, evaluations)
+        vars(stage).update(own)
+        with closing(metrics), closing(console), closing(watch):
             fit(
-                state=TrainState(jnp.int32(start), params, {}, jnp.zeros(2, jnp.uint32)),
-                owners=SimpleNamespace(weights=lambda params: params, to_paths=lambda state: state),
-                loop_state=loop_state,
-                train_step=train_step or (lambda state, batch: tiny(state, batch, one)),
-                batches=SimpleNamespace(get_state=dict),
-                next_batch=next_batch or batch_of,
-                put=lambda batch: {"inputs": jnp.asarray(batch["inputs"])},
-                num_steps=STEPS,
-                lr_multiplier=lambda step: 1.0,
-                evaluations=list(evaluations),
-                save_every=2,
-                checkpoints=SimpleNamespace(
-                    save=lambda *_: (save or int)(), wait=int, directory=""
+                stage,
+                jax.device_put(TrainState(jnp.int32(start), params, {}, {}), EVERYWHERE),
+                loop_state,
+                train_step or (lambda state, batch: tiny(state, batch, one)),
+                SimpleNamespace(
+                    mesh=MESH, by_path=lambda params: params, to_paths=lambda state: state
                 ),
-                host_info={},
-                on_save=int,
-                metrics=metrics,
-                console=console,
-                trace=Trace(parse_steps(profile), tmp_path / "profile", coming, console.line),
+                SimpleNamespace(save=lambda *_: save(), wait=int, directory=""),
+                metrics,
+                console,
+                watch,
             )
         return read_metrics(tmp_path / "metrics.jsonl"), loop_state
 
     return run
 
 
-def batch_of(weights=None, width=4, **more):
-    return {"inputs": np.ones((2, width), np.float32), "doc_ids": [[]], "epoch": 0, **more}
+def batch_of(width=4, **more):
+    return {
+        "inputs": np.ones((2, width), np.float32),
+        "targets": np.zeros((2, width), np.int32),
+        "doc_ids": [[]],
+        "epoch": 0,
+        **more,
+    }
 
 
 def compile_something():
@@ -96,11 +114,11 @@ def test_what_is_meant_to_compile_is_not(run, capsys):
     """Evaluations, saves, sampling, another thread, and the first batch of another width."""
     widths = iter([4, 4, 8, 4, 8, 4])
 
-    def next_batch(weights):
+    def next_batch():
         compile_something()
         return batch_of(width=next(widths))
 
-    evaluation = Evaluation("loss", 2, lambda weights: {"loss": compile_something()})
+    evaluation = Evaluation("loss", 2, lambda params: {"loss": compile_something()})
     run(next_batch=next_batch, evaluations=[evaluation], save=compile_something)
     assert "warning" not in capsys.readouterr().out
     compile_something()  # nobody listens any more
@@ -110,7 +128,7 @@ def test_what_is_meant_to_compile_is_not(run, capsys):
 def test_waiting_for_batches_is_measured(run, capsys):
     numbers = iter(range(STEPS))
 
-    def next_batch(weights):
+    def next_batch():
         time.sleep(0.1 if next(numbers) % 2 else 0)
         return batch_of()
 
@@ -141,7 +159,7 @@ def test_no_wait_where_the_device_is_busy(run):
         state, values = tiny(state, batch, one)
         return state, values | {"slow": Slow(values)}
 
-    def next_batch(weights):
+    def next_batch():
         time.sleep(0.02)
         return batch_of()
 
@@ -157,7 +175,7 @@ def test_no_wait_where_the_device_is_busy(run):
     # Before the first step, and after saves, which wait for the device.
     idle = [line["step"] for line in lines if line["wait_secs"] > 0]
     assert idle == [0, 2, 4]
-    lines, loop_state = run(next_batch=lambda weights: batch_of(metrics={"reward": 1.0}))
+    lines, loop_state = run(next_batch=lambda: batch_of(metrics={"reward": 1.0}), on_policy=True)
     assert not any("wait_secs" in line for line in lines) and loop_state.wait_secs == 0
 
 
@@ -180,7 +198,7 @@ def test_a_trace_holds_the_steps_asked_for(run, tmp_path, capsys):
 def test_a_run_that_ends_among_the_steps_keeps_both(run, tmp_path):
     numbers = iter(range(STEPS))
 
-    def next_batch(weights):
+    def next_batch():
         if next(numbers) == 4:
             raise RuntimeError("power cut")
         return batch_of()

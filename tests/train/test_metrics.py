@@ -1,6 +1,7 @@
 """metrics.jsonl, the console line and the trackers."""
 
 import sys
+import time
 import types
 
 import pytest
@@ -51,16 +52,25 @@ def test_a_tracker_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
         open_log(tmp_path / "b.jsonl", tracker="tensorboard")
 
 
-def test_the_line_of_a_step(capsys):
-    console = Console(200, 0, flops_per_token=2e6, peak_flops=1e12)
-    console.step(9, {"loss": 5.1234, "reward": 0.5}, tokens=50_000, secs=0.25)
-    assert capsys.readouterr().out == (
-        "step 00010/00200 (5.0%) | loss 5.1234 | reward 0.5000 | dt 250 ms | 200,000 tok/s | "
-        "mfu 40.0% | eta 48s\n"
-    )
-    unknown = Console(200, 0, flops_per_token=2e6, peak_flops=None)
-    unknown.step(9, {"loss": 5.0}, tokens=50_000, secs=0.25)
-    assert "mfu n/a" in capsys.readouterr().out
+def test_lines_are_means_and_thinned_where_no_terminal_is(capsys):
+    console = Console(40, 0, flops_per_token=2e6, peak_flops=1e12, later_flops=4e11 * 90)
+    for step in range(40):
+        console.step(step, {"loss": 5.0}, tokens=50_000, secs=0.2 + 0.1 * (step % 2))
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 00001/00040") and "dt 200 ms | 250,000 tok/s" in first
+    # 39 steps of 50,000 tokens in 9.9 s: 0.39 TFLOP/s, and 36 TFLOP to come
+    assert "dt 251 ms" in last and "mfu 39.8%" in last and "eta 0s" in last and "1m30s" in last
+
+
+def test_the_eta_counts_what_happens_between_steps():
+    """Two steps of no time with a pause between them: the next one will have its pause too."""
+    lines, console = [], Console(3, 0, flops_per_token=1.0, peak_flops=None)
+    console.line = lines.append
+    console.step(0, {}, tokens=1, secs=1e-3)
+    time.sleep(1.1)
+    console._line_at = 0
+    console.step(1, {}, tokens=1, secs=1e-3)
+    assert "eta 1s" in lines[-1] and "mfu n/a" in lines[-1]
 
 
 @pytest.mark.parametrize(("secs", "text"), [(0.4, "0s"), (95, "1m35s"), (7260, "2h01m")])

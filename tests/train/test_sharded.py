@@ -35,12 +35,12 @@ def test_there_and_back_is_the_identity(layout):
     mesh, params = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices), random_params()
     owners = Owners(CONFIG, mesh)
     owned = owners.to_owned(params)
-    for again in (owners.to_paths(owned), owners.weights(owned)):
+    for again in (owners.to_paths(owned), owners.by_path(owned)):
         assert list(again) == list(params)
         for path, value in params.items():
             np.testing.assert_array_equal(again[path], value, err_msg=path)
     for path, sharding in param_shardings(mesh, param_shapes(CONFIG)).items():
-        assert owners.weights(owned)[path].sharding.is_equivalent_to(sharding, params[path].ndim)
+        assert owners.by_path(owned)[path].sharding.is_equivalent_to(sharding, params[path].ndim)
 
     # A matrix lies whole on one device, a table's rows are dealt out, scalars are everywhere.
     squares = [v for p, v in params.items() if p.startswith("blocks.") and v.shape == (24, 24)]

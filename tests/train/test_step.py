@@ -43,6 +43,7 @@ def optimizer(config: GPTConfig):
         matrix_lr=0.02,
         scalar_lr=0.05,
         smear_lr=0.02,
+        ns_dtype=config.compute_dtype,
     )
     return build_optimizer(
         param_shapes(config),
@@ -88,15 +89,10 @@ def generic(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def train(config: GPTConfig, mesh: Mesh, data, *, device_batch_size: int = ROWS, grad_clip=1.0):
     tx = optimizer(config)
     owners = Owners(config, mesh)
-    state = owners.to_paths(create_state(config, tx, mesh, seed=0))
+    state = owners.to_paths(create_state(owners, tx, seed=0))
     state = owners.to_owned(state._replace(params=generic(state.params)))
     step = make_train_step(
-        config,
-        tx,
-        mesh,
-        device_batch_size=device_batch_size,
-        tile_tokens=64,
-        grad_clip=grad_clip,
+        owners, tx, device_batch_size=device_batch_size, tile_tokens=64, grad_clip=grad_clip
     )
     losses = []
     with jax.set_mesh(mesh):
@@ -155,12 +151,13 @@ def sent(hlo: str) -> dict[str, list[tuple[int, ...]]]:
 )
 def test_a_step_gathers_once_and_scatters_once(config, layout):
     mesh, tx = make_mesh(data=layout[0], fsdp=layout[1]), optimizer(config)
-    step = make_train_step(config, tx, mesh, device_batch_size=1, tile_tokens=8, grad_clip=1.0)
-    state, ids = abstract_state(config, tx, mesh), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
+    owners = Owners(config, mesh)
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=8, grad_clip=1.0)
+    state, ids = abstract_state(owners, tx), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
     with jax.set_mesh(mesh):
         hlo = step.lower(state, {"inputs": ids, "targets": ids}).compile().as_text()
     assert len(re.findall(r" while\(", hlo)) >= 2  # over microbatches, over tiles of the loss
-    found, small = sent(hlo), Owners(config, mesh).everywhere
+    found, small = sent(hlo), owners.everywhere
     whole = [leaf for name, leaf in state.params.items() if name not in small]
     assert found.pop("all-gather") == sorted(leaf.shape for leaf in whole)
     assert found.pop("reduce-scatter") == sorted(
@@ -175,9 +172,10 @@ def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32():
     """Asked of the program before compiling: XLA for CPUs widens every bfloat16 collective."""
     config, mesh = replace(CLASSIC, compute_dtype="bfloat16"), make_mesh(data=8)
     tx, ids = optimizer(config), jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
-    step = make_train_step(config, tx, mesh, device_batch_size=1, tile_tokens=8)
+    owners = Owners(config, mesh)
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=8)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, tx, mesh)
+        state = abstract_state(owners, tx)
         program = step.lower(state, {"inputs": ids, "targets": ids}).as_text()
     gathered = re.findall(r"stablehlo.all_gather.*-> tensor<[\dx]+x(\w+)>", program)
     scattered = re.findall(r"reduce_scatter\".*?-> tensor<[\dx]+x(\w+)>", program, re.DOTALL)
@@ -188,7 +186,7 @@ def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32():
 def test_muon_divides_its_work_among_the_devices():
     """Per device the matmuls of the matrices it owns, by the closed form, and nothing sent."""
     mesh, tx = make_mesh(data=2, fsdp=4), optimizer(CLASSIC)
-    state = abstract_state(CLASSIC, tx, mesh)
+    state = abstract_state(Owners(CLASSIC, mesh), tx)
     update = jax.jit(lambda grads, state: tx.update(grads, state.opt_state, state.params))
     with jax.numpy_dtype_promotion("standard"):
         compiled = update.lower(state.params, state).compile()
@@ -238,8 +236,8 @@ def test_width_and_filling_do_not_matter():
     }
     wide, _, _ = train(CLASSIC, one_device(), [batch, batch])
     padded, _, _ = train(CLASSIC, make_mesh(data=8), [filled, filled], device_batch_size=2)
-    state = create_state(CLASSIC, optimizer(CLASSIC), one_device(), seed=0)
-    params = generic(Owners(CLASSIC, one_device()).weights(state.params))
+    owners = Owners(CLASSIC, one_device())
+    params = generic(owners.by_path(create_state(owners, optimizer(CLASSIC), seed=0).params))
     model = bind(CLASSIC, params)
     logits = jax.jit(lambda ids: model.logits(model.hidden(ids)))(narrow["inputs"])
     log_probs, targets = jax.nn.log_softmax(logits), narrow["targets"]
@@ -283,9 +281,9 @@ def test_gradient_clipping_bounds_what_the_optimizer_sees():
 
 def test_a_not_finite_step_leaves_the_state_as_it_was():
     mesh, (batch,) = one_device(), batches(CLASSIC, 1)
-    tx = optimizer(CLASSIC)
-    step = make_train_step(CLASSIC, tx, mesh, device_batch_size=ROWS, tile_tokens=64)
-    state = create_state(CLASSIC, tx, mesh, seed=0)
+    tx, owners = optimizer(CLASSIC), Owners(CLASSIC, mesh)
+    step = make_train_step(owners, tx, device_batch_size=ROWS, tile_tokens=64)
+    state = create_state(owners, tx, seed=0)
     broken = state.params["blocks.256x64"].at[1, 0, 0].set(jnp.nan)
     state = state._replace(params=state.params | {"blocks.256x64": broken})
     before = jax.tree.map(np.array, state)
@@ -303,8 +301,9 @@ def test_the_step_compiles_once():
 def test_initial_parameters_do_not_depend_on_the_layout():
     tx = optimizer(MODERN)
     one, many = (
-        Owners(MODERN, mesh).to_paths(create_state(MODERN, tx, mesh, seed=3)).params
+        owners.to_paths(create_state(owners, tx, seed=3)).params
         for mesh in (one_device(), make_mesh(data=2, fsdp=2, tensor=2))
+        for owners in [Owners(MODERN, mesh)]
     )
     for name, value in one.items():
         np.testing.assert_array_equal(value, many[name], err_msg=name)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from nanochat_jax import bench
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state
 from nanochat_jax.train.step import make_train_step
+from tests.train.test_step import one_device, optimizer
 
 SEQ_LEN, ROWS, LAYERS = 512, 4, 4
 CLASSIC = GPTConfig(
@@ -30,12 +31,13 @@ def lower(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
 
     def text(config: GPTConfig) -> str:
-        mesh = bench.one_device()
-        recipe = "modern" if config.extras else "classic"
-        tx = bench.optimizer(bench.Shape(config, ROWS, recipe))
-        step = make_train_step(config, tx, mesh, device_batch_size=ROWS // 2, tile_tokens=256)
+        mesh, tx = one_device(), optimizer(config)
+        owners = Owners(replace(config, remat="none"), mesh)
+        step = make_train_step(
+            owners, tx, remat=config.remat, device_batch_size=ROWS // 2, tile_tokens=256
+        )
         ids = jax.ShapeDtypeStruct((ROWS, SEQ_LEN), jnp.int32)
-        state = abstract_state(config, tx, mesh)
+        state = abstract_state(owners, tx)
         with jax.set_mesh(mesh):
             traced = step.trace(state, {"inputs": ids, "targets": ids})
         return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,12 +1,13 @@
 """Steps to trace, by name; and the clock of idle devices."""
 
 import time
+from contextlib import closing
 
 import jax
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.train.watch import IdleTime, Trace, parse_steps
+from nanochat_jax.train.watch import Watch, parse_steps
 
 
 def test_steps_by_name():
@@ -20,7 +21,8 @@ def test_steps_by_name():
 def test_each_process_has_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert Trace(range(0), tmp_path, range(9), print).folder == tmp_path / "process_1"
+    with closing(Watch(range(0), tmp_path, range(9), print)) as watch:
+        assert watch.folder == tmp_path / "process_1"
 
 
 class Busy:
@@ -32,18 +34,18 @@ class Busy:
         return self
 
 
-def test_idle_time_runs_from_the_end_of_a_step():
-    idle = IdleTime()
+def test_idle_time_runs_from_the_end_of_a_step(tmp_path):
+    idle = Watch(range(0), tmp_path, range(9), print)
     began = time.perf_counter()
     time.sleep(0.05)
-    assert 0.05 <= idle.secs(began) <= time.perf_counter() - began  # no step yet
+    assert 0.05 <= idle.idle_secs(began) <= time.perf_counter() - began  # no step yet
     began = time.perf_counter()
-    idle.dispatched(Busy(0.2))
-    assert idle.secs(began) == 0
+    idle.dispatched(0, (1,), Busy(0.2))
+    assert idle.idle_secs(began) == 0
     time.sleep(0.4)
-    waited, elapsed = idle.secs(began), time.perf_counter() - began
+    waited, elapsed = idle.idle_secs(began), time.perf_counter() - began
     assert 0.1 < waited <= elapsed - 0.2
     since = time.perf_counter()
     time.sleep(0.05)
-    assert 0.05 <= idle.secs(since) < waited  # not what lay before the batch was asked for
+    assert 0.05 <= idle.idle_secs(since) < waited  # not what lay before the batch was asked for
     idle.close()

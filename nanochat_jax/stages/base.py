@@ -1,0 +1,52 @@
+"""Pretraining: the base model learns from text."""
+
+import jax
+
+from nanochat_jax import recipe
+from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.stages.evals import make_core, make_samples, text_bpb
+from nanochat_jax.stages.run import Run
+from nanochat_jax.stages.text import run_data, run_tokenizer
+from nanochat_jax.stages.train import Stage
+from nanochat_jax.train.loop import Evaluation
+from nanochat_jax.train.memory import require_memory
+from nanochat_jax.train.state import TrainState, abstract_state, create_state
+
+
+class Base(Stage):
+    name = "base"
+
+    def __init__(self, run: Run):
+        config, b, d = run.config, run.config.base, run.config.data
+        super().__init__(run)
+        self.use_rows(recipe.rows_per_step(config, run.row_shards)[0])
+        self.widest = run.model.seq_len
+        self.use_optimizer(b.num_steps)
+        # Before the download that would be for nothing.
+        require_memory(abstract_state(self.owners, self.tx), run.mesh)
+        self.tokenizer = run_tokenizer(config)
+        train_paths, val_path = run_data(config)
+        self.batches = train_batches(
+            train_paths,
+            self.tokenizer,
+            seq_len=run.model.seq_len,
+            batch_rows=self.rows,
+            packing=d.packing,
+            buffer_docs=d.buffer_docs,
+            num_lanes=d.num_lanes,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            prefetch=d.prefetch_batches,
+        )
+        bpb = text_bpb(run, self.tokenizer, val_path)
+        samples = make_samples(run, self.tokenizer, config.eval.prompts, config.eval.sample_tokens)
+        self.evaluations = [
+            Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
+            Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
+        ]
+        if config.eval.core and b.core_every:
+            core = make_core(run, self.tokenizer, config.eval.core_loop_per_task)
+            self.evaluations.append(Evaluation("core", b.core_every, core))
+
+    def init(self, target: TrainState) -> TrainState:
+        return create_state(self.owners, self.tx, self.run.config.run.seed)

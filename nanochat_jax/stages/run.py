@@ -1,0 +1,137 @@
+"""A run: its recipe, devices, model and folder; which stages it has and what they start from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from nanochat_jax import recipe
+from nanochat_jax.common import UserError, atomic_write, log, run_dir, sha256_file
+from nanochat_jax.config import Recipe
+from nanochat_jax.launch import cluster
+from nanochat_jax.launch.runtime import start_runtime
+from nanochat_jax.model.attention_check import check_attention
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.sharding import make_mesh, num_row_shards
+from nanochat_jax.train.checkpoint import CHECKSUMS, damage, list_steps, step_dir
+from nanochat_jax.train.watch import parse_steps
+
+# Stages that train, in order: the key without which a recipe does not have it, and the script.
+TASKS = {"base": "base.num_steps", "mid": "mid.mixture", "sft": "sft.mixture", "rl": "rl.task"}
+SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
+ORDER = tuple(TASKS)
+
+
+@dataclass
+class Run:
+    """What every stage on devices starts from."""
+
+    config: Recipe  # resolved
+    mesh: Mesh
+    model: GPTConfig
+    dir: Path
+
+    @property
+    def is_main(self) -> bool:
+        return jax.process_index() == 0
+
+    @property
+    def row_shards(self) -> int:
+        return num_row_shards(self.mesh)
+
+
+def start(config: Recipe) -> Run:
+    """Devices, mesh and the resolved recipe; says what was derived and how, once in a run."""
+    m = config.mesh
+    parse_steps(config.run.profile)  # a mistake in it is told now
+    launch = cluster.find(
+        os.environ,
+        launcher=m.launcher,
+        coordinator=m.coordinator,
+        num_processes=m.num_processes,
+        process_id=m.process_id,
+        local_device_ids=m.local_device_ids,
+    )
+    lines = [start_runtime(compile_cache=config.run.compile_cache, launch=launch)]
+    platform, num_devices = jax.default_backend(), jax.device_count()
+    for key, value, formula in recipe.resolve(config, platform=platform, num_devices=num_devices):
+        lines.append(f"  {key} = {value:,}" if isinstance(value, int) else f"  {key} = {value}")
+        lines[-1] += f"  ({formula})"
+    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+    run = Run(config, mesh, recipe.gpt_config(config), run_dir(config.run.name))
+    if run.row_shards % jax.process_count():
+        raise UserError(
+            f"config.mesh got data x fsdp = {run.row_shards} row shards for "
+            f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
+        )
+    run.model, line = check_attention(run.model, config.model.attention)
+    _tell_once(run, "\n".join([*lines, line]))
+    return run
+
+
+def _tell_once(run: Run, text: str) -> None:
+    """Print what was derived, unless an earlier stage of the run has said the same."""
+    told = run.dir / "derived.txt"
+    if told.exists() and told.read_text() == text:
+        log(f"{text.splitlines()[0]}; derived numbers and attention as before: {told}")
+    else:
+        log(text)
+        if run.is_main:
+            atomic_write(told, text)
+
+
+def has_stage(config: Recipe, name: str) -> bool:
+    """Whether the recipe has this stage at all; says so if not."""
+    section, key = TASKS[name].split(".")
+    if name == "base" or config[section][key]:
+        return True
+    log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
+    return False
+
+
+def before(config: Recipe, name: str) -> str | None:
+    """The stage that `name` starts from: the nearest earlier one that the recipe has."""
+    tasks = {s: config[key.split(".")[0]][key.split(".")[1]] for s, key in TASKS.items()}
+    earlier = [s for s in ORDER[: ORDER.index(name)] if s == "base" or tasks[s]]
+    return earlier[-1] if earlier else None
+
+
+class Parent:
+    """The last checkpoint of a stage that another one starts from."""
+
+    def __init__(self, run: Run, name: str):
+        self.name, self.folder = name, run.dir / name / "checkpoints"
+        steps = list_steps(self.folder)
+        if not steps:
+            raise UserError(
+                f"no checkpoint in {self.folder}; run scripts/{SCRIPTS[name]} with this recipe "
+                "first"
+            )
+        self.step = steps[-1]
+        self.checksum = sha256_file(step_dir(self.folder, self.step) / CHECKSUMS)
+
+    def __str__(self) -> str:
+        return f"{self.name}, step {self.step}"
+
+
+def intact_parent(run: Run, name: str) -> Parent:
+    """The last checkpoint of stage `name`, its files checked."""
+    parent = Parent(run, name)
+    if lines := damage(parent.folder, parent.step):
+        done = run.dir / name / "result.json"
+        raise UserError(f"{lines[0]}; delete {done} and run scripts/{SCRIPTS[name]} again")
+    return parent
+
+
+def finished_parent(run: Run, name: str) -> Parent:
+    """The last checkpoint of the stage that `name` starts from, which must be complete."""
+    earlier = before(run.config, name)
+    assert earlier
+    if not (run.dir / earlier / "result.json").exists():
+        raise UserError(
+            f"{name} starts from stage {earlier}, which is not complete in {run.dir / earlier}; "
+            f"run scripts/{SCRIPTS[earlier]} with this recipe first"
+        )
+    return intact_parent(run, earlier)

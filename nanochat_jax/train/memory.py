@@ -1,0 +1,135 @@
+"""Memory of the devices: what there is, what a program needs, and what is said when it runs out."""
+
+import ctypes
+import gc
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import psutil
+from jax.sharding import Mesh
+
+from nanochat_jax import hardware
+from nanochat_jax.common import UserError
+from nanochat_jax.train.state import TrainState
+
+GIB, MIB = 2**30, 2**20
+# XLA's CPU compiler drops the barriers of jax.checkpoint early and then merges what is recomputed
+# with what was there before, so that nothing is saved. Without that pass it keeps them.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+ADVICE = (
+    "leave --config.model.remat=auto, split the model with --config.mesh.tensor, or choose a "
+    "smaller --config.model.depth or --config.model.seq_len"
+)
+
+
+class OutOfMemory(Exception):
+    """A training step ran out of memory; its text is what the runtime said."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a jax.errors.JaxRuntimeError says so, in XLA's words, CUDA's or NCCL's."""
+    said = str(error).lower()
+    return any(words in said for words in ("resource_exhausted", "out_of_memory", "out of memory"))
+
+
+@contextmanager
+def in_the_step() -> Iterator[None]:
+    """Out of memory in here is the fault of the layout: OutOfMemory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error).splitlines()[0]) from error
+
+
+@contextmanager
+def outside_the_step(stage: str) -> Iterator[None]:
+    """Out of memory in here is not the fault of the layout: a UserError says what to lower."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "rl.slots" if stage == "rl" else "eval.device_batch_size"
+        raise UserError(
+            f"{stage}: out of memory outside the training step ({str(error).splitlines()[0]}); "
+            f"lower --config.{key} or, if nothing was being evaluated, split the model with "
+            "--config.mesh.tensor; the same command continues from the last checkpoint"
+        ) from error
+
+
+def compile_lowered(lowered):
+    """Compile so that what is to be recomputed is recomputed, on every kind of device."""
+    on_cpu = jax.default_backend() == "cpu"
+    return lowered.compile(compiler_options=KEEP_BARRIERS if on_cpu else None)
+
+
+def compiled_bytes(compiled) -> int:
+    """Peak bytes per device of a compiled function: arguments, results and temporaries; 0 where
+    the compiler does not tell."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return 0
+    arguments = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return int(arguments + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
+
+
+def available_bytes(mesh: Mesh) -> float:
+    """Bytes each device of this process can still take, infinite where it does not tell; CPU
+    devices share the machine's memory."""
+    devices = mesh.local_mesh.devices.flat
+    if devices[0].platform == "cpu":
+        free = psutil.virtual_memory().available
+        limit = hardware.memory_bytes()  # a container's, where there is one
+        if limit:
+            free = min(free, limit - psutil.Process().memory_info().rss)
+        return free // mesh.local_mesh.size
+    stats = [device.memory_stats() for device in devices]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=math.inf)
+
+
+def held_bytes(state: TrainState) -> int:
+    """Per device: its share of the state, plus gradients of all parameters (those of its rows).
+
+    state: shapes with shardings (train.state.abstract_state).
+    """
+
+    def num_bytes(leaf, shape) -> int:
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    held = sum(num_bytes(a, a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state))
+    tensor = next(iter(state.params.values())).sharding.mesh.shape["tensor"]
+    return held + sum(num_bytes(a, a.shape) for a in state.params.values()) // tensor
+
+
+def require_memory(state: TrainState, mesh: Mesh) -> None:
+    """UserError when weights, gradients and optimizer state alone do not fit; costs nothing."""
+    needed, available = held_bytes(state), available_bytes(mesh)
+    if needed > available:
+        what = "weights, gradients and optimizer state alone need"
+        raise too_little_memory(what, needed, available)
+
+
+def too_little_memory(what: str, needed: float, available: float) -> UserError:
+    return UserError(
+        f"{what} {format_bytes(needed)} per device, there are {format_bytes(available)}, "
+        f"{format_bytes(needed - available)} too few; {ADVICE}"
+    )
+
+
+def format_bytes(count: float) -> str:
+    if not 0 < count < math.inf:
+        return "unknown"
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what glibc keeps, so that it counts as free again."""
+    gc.collect()  # arrays may hang in a cycle of frames and exceptions
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
