@@ -98,9 +98,11 @@ def download(
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
     with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
         try:
-            fetched = pool.imap(partial(patiently, fetch), missing)
-            for name, facts in zip(missing, fetched, strict=True):
-                manifest["shards"][name] = facts
+            jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
+            for name, job in jobs:
+                while not job.ready():
+                    job.wait(1)  # Ctrl-C is seen also when another thread received the signal
+                manifest["shards"][name] = job.get()
                 write_json(directory / MANIFEST, manifest)
         finally:
             stop.set()
