@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -121,11 +120,14 @@ def _read_documents(files: list[Path], num_bytes: int, counts: Counter[str]) -> 
     """Non-empty documents of all files, in order; what was skipped is counted."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="packing", disable=None) as bar:
         for path in files:
-            for text, repaired in _READERS[path.suffix.lower()](path):
-                empty = not text.strip()
-                counts.update(documents=1, empty_documents=empty, repaired_documents=repaired)
-                if not empty:
-                    yield text
+            try:
+                for text, repaired in _READERS[path.suffix.lower()](path):
+                    empty = not text.strip()
+                    counts.update(documents=1, empty_documents=empty, repaired_documents=repaired)
+                    if not empty:
+                        yield text
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; correct or remove it") from None
             bar.update(path.stat().st_size)
 
 
@@ -137,7 +139,7 @@ def _read_parquet(path: Path) -> Texts:
 
 
 def _read_jsonl(path: Path) -> Texts:
-    with _open(path) as file:
+    with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line, bad_bytes = decode(raw)
             if not line.strip():
@@ -158,21 +160,13 @@ def _read_jsonl(path: Path) -> Texts:
 
 
 def _read_text(path: Path) -> Texts:
-    with _open(path) as file:
-        text, repaired = decode(file.read())
+    text, repaired = decode(path.read_bytes())
     for piece in split_text(text.removeprefix("\ufeff").replace("\r\n", "\n"), MAX_FILE_CHARS):
         yield piece, repaired
         repaired = False  # once a file
 
 
 _READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text}
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct or remove it") from None
 
 
 def split_text(text: str, max_chars: int) -> list[str]:

@@ -227,15 +227,6 @@ def test_what_stays_wrong_is_one_line_and_no_file(server, tmp_path, bad_day):
     assert not list(tmp_path.glob("shards/*.parquet")) and not (data_dir() / "eval_bundle").exists()
 
 
-def test_a_server_without_ranges_sends_it_all_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(Handler, "content", lambda self, data: Handler.content_of(self, data))
-    monkeypatch.setattr(
-        Handler, "content_of", lambda self, data: self.answer(200, {}, data), raising=False
-    )
-    get(server, tmp_path / "shards", NAMES[:1])
-    assert_whole(tmp_path / "shards", NAMES[:1])
-
-
 def test_shards_put_there_by_hand_are_verified(server, tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
