@@ -17,7 +17,5 @@ def get_config() -> ConfigDict:
     c.run.name = "d20"
     c.model.depth = 20
     c.data.packing = "stream"  # as upstream then; best_fit would need 325 shards for one epoch
-    c.data.num_shards = (
-        240  # 11.2B tokens * 4.8 characters = 54B characters; 250M a shard, some spare
-    )
+    c.data.num_shards = 240  # 11.2B tokens * 4.8 characters = 54B; 250M a shard, some spare
     return c

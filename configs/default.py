@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from nanochat_jax.config import derived
 
+SECTIONS = ("run", "mesh", "tokenizer", "data", "model", "optim", "base", "eval")
 PROMPTS = (  # continued greedily to see what the model knows
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -49,10 +50,42 @@ CHAT_TASKS = (
 )
 
 
+def training_keys(**own) -> ConfigDict:
+    """The keys that mid, sft and rl share, with mid's values; `own`: those that differ."""
+    s = ConfigDict()
+    s.num_steps = 0  # stop after so many; 0: all of the mixture or of the questions, once
+    s.device_batch_size = 32  # rows a device holds at once, at most; the rest is accumulated
+    s.lr_frac = 1.0  # of optim's learning rates
+    s.embed_lr = 0.2  # instead of optim.embed_lr
+    s.unembed_lr = 0.004  # instead of optim.unembed_lr
+    s.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
+    s.weight_decay = 0.0  # Muon's
+    s.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
+    s.momentum_warmup_steps = 300  # steps of that rise
+    s.warmdown_frac = 0.2  # of the steps, at the end, linear to final_lr_frac
+    s.final_lr_frac = 0.0  # of the learning rate, at the end
+    s.eval_every = 150  # steps between validations, in rl by pass@k; 0: only at the end
+    s.save_every = 150  # steps between checkpoints; 0: only at the end
+    s.keep_checkpoints = 2  # newest ones kept, besides the best
+    s.update(own)
+    return s
+
+
+def conversation_keys(**own) -> ConfigDict:
+    """What mid and sft share besides, with mid's values."""
+    s = training_keys()
+    s.mixture = ()  # tasks to train on; empty: no such stage
+    s.val_mixture = ()  # tasks for bits per byte; empty: no validation
+    s.packing = "stream"  # stream | best_fit: whole chats, then padding | rows: one each
+    s.train_on = "all"  # all tokens | assistant: what the assistant says
+    s.batch_rows = 0  # rows a step; 0: as many as in base
+    s.warm_start = False  # go on with the optimizer's moments of the stage before
+    s.update(own)
+    return s
+
+
 def get_config() -> ConfigDict:
-    c = ConfigDict(
-        {s: ConfigDict() for s in ("run", "mesh", "tokenizer", "data", "model", "optim")}
-    )
+    c = ConfigDict({name: ConfigDict() for name in SECTIONS})
 
     c.run.name = "default"  # results go to $NANOCHAT_BASE_DIR/runs/<name>/
     c.run.seed = 42  # of the initial weights
@@ -121,7 +154,6 @@ def get_config() -> ConfigDict:
     c.optim.grad_clip = 1.0  # global norm, in base; 0: off
     c.optim.scale_by_batch = False  # modern: LRs by sqrt(batch/2^19), decay by that and by horizon
 
-    c.base = ConfigDict()
     c.base.num_steps = derived(int)  # horizon tokens / total_batch_tokens
     c.base.horizon_params = "all"  # parameters the horizon counts: all | matrices_and_head
     c.base.tokens_per_param = 20.0  # horizon: tokens per parameter
@@ -138,55 +170,17 @@ def get_config() -> ConfigDict:
 
     # Stages after pretraining. A mixture names its tasks: "name split[first:last] xtimes"
     # (nanochat_jax/tasks/registry.py). Without tasks a stage is left out.
-    c.mid = ConfigDict()
-    c.mid.mixture = MID_MIXTURE  # tasks to train on; empty: no such stage
-    c.mid.val_mixture = MID_VAL_MIXTURE  # tasks for bits per byte; empty: no validation
-    c.mid.packing = "stream"  # stream | best_fit: whole chats, then padding | rows: one each
-    c.mid.train_on = "all"  # all tokens | assistant: what the assistant says
-    c.mid.num_steps = 0  # stop after so many; 0: all of the mixture, once
-    c.mid.batch_rows = 0  # rows a step; 0: as many as in base
-    c.mid.device_batch_size = 32  # rows a device holds at once, at most; the rest is accumulated
-    c.mid.lr_frac = 1.0  # of optim's learning rates
-    c.mid.embed_lr = 0.2  # instead of optim.embed_lr
-    c.mid.unembed_lr = 0.004  # instead of optim.unembed_lr
-    c.mid.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
-    c.mid.weight_decay = 0.0  # Muon's
-    c.mid.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
-    c.mid.momentum_warmup_steps = 300  # steps of that rise
-    c.mid.warmdown_frac = 0.2  # of the steps, at the end, linear to final_lr_frac
-    c.mid.final_lr_frac = 0.0  # of the learning rate, at the end
-    c.mid.warm_start = False  # go on with the optimizer's moments of the stage before
-    c.mid.eval_every = 150  # steps between validations; 0: only at the end
-    c.mid.save_every = 150  # steps between checkpoints; 0: only at the end
-    c.mid.keep_checkpoints = 2  # newest ones kept, besides the best
+    c.mid = conversation_keys(mixture=MID_MIXTURE, val_mixture=MID_VAL_MIXTURE)
+    c.sft = conversation_keys(mixture=SFT_MIXTURE, val_mixture=("smoltalk test[:3200]",))
+    c.sft.update(packing="rows", train_on="assistant", batch_rows=32, device_batch_size=4)
+    c.sft.update(lr_frac=0.02, momentum_warmup_steps=0, warmdown_frac=1.0)
+    c.sft.update(eval_every=100, save_every=200)
 
-    c.sft = ConfigDict()
-    c.sft.mixture = SFT_MIXTURE  # tasks to train on; empty: no such stage
-    c.sft.val_mixture = ("smoltalk test[:3200]",)  # tasks for bits per byte; empty: no validation
-    c.sft.packing = "rows"  # stream | best_fit: whole chats, then padding | rows: one each
-    c.sft.train_on = "assistant"  # all tokens | assistant: what the assistant says
-    c.sft.num_steps = 0  # stop after so many; 0: all of the mixture, once
-    c.sft.batch_rows = 32  # rows a step; 0: as many as in base
-    c.sft.device_batch_size = 4  # rows a device holds at once, at most; the rest is accumulated
-    c.sft.lr_frac = 0.02  # of optim's learning rates
-    c.sft.embed_lr = 0.2  # instead of optim.embed_lr
-    c.sft.unembed_lr = 0.004  # instead of optim.unembed_lr
-    c.sft.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
-    c.sft.weight_decay = 0.0  # Muon's
-    c.sft.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
-    c.sft.momentum_warmup_steps = 0  # steps of that rise
-    c.sft.warmdown_frac = 1.0  # of the steps, at the end, linear to final_lr_frac
-    c.sft.final_lr_frac = 0.0  # of the learning rate, at the end
-    c.sft.warm_start = False  # go on with the optimizer's moments of the stage before
-    c.sft.eval_every = 100  # steps between validations; 0: only at the end
-    c.sft.save_every = 200  # steps between checkpoints; 0: only at the end
-    c.sft.keep_checkpoints = 2  # newest ones kept, besides the best
-
-    c.rl = ConfigDict()
+    c.rl = training_keys(device_batch_size=8, eval_every=60, save_every=60)
+    c.rl.update(lr_frac=0.05, momentum_warmup_steps=0, warmdown_frac=1.0)
     c.rl.task = "gsm8k train"  # questions to practise on; empty: no such stage
     c.rl.val_task = "gsm8k test"  # questions of pass@k
     c.rl.seed = 0  # of the order of the questions and of the answers
-    c.rl.num_steps = 0  # stop after so many; 0: all questions, once
     c.rl.questions_per_step = 16  # each answered samples times
     c.rl.samples = 16  # answers to each question
     c.rl.pass_rows = 8  # answers whose tokens are averaged together; divides samples
@@ -194,28 +188,13 @@ def get_config() -> ConfigDict:
     c.rl.temperature = 1.0  # of the sampled answers; more than 0
     c.rl.top_k = 50  # most likely tokens to sample from; 0: all
     c.rl.slots = 256  # answers written at once, on all devices together
-    c.rl.device_batch_size = 8  # rows a device trains on at once, at most
-    c.rl.lr_frac = 0.05  # of optim's learning rates
-    c.rl.embed_lr = 0.2  # instead of optim.embed_lr
-    c.rl.unembed_lr = 0.004  # instead of optim.unembed_lr
-    c.rl.scalar_frac = 1.0  # of lr_frac, for scalars and smear; 0: they stay
-    c.rl.weight_decay = 0.0  # Muon's
-    c.rl.momentum = 0.95  # Muon's, after a rise from optim.momentum_start
-    c.rl.momentum_warmup_steps = 0  # steps of that rise
-    c.rl.warmdown_frac = 1.0  # of the steps, at the end, linear to final_lr_frac
-    c.rl.final_lr_frac = 0.0  # of the learning rate, at the end
-    c.rl.eval_every = 60  # steps between rounds of pass@k; 0: only at the end
     c.rl.eval_questions = 400  # of val_task
     c.rl.eval_samples = 8  # answers to each; pass@k for k up to it
-    c.rl.save_every = 60  # steps between checkpoints; 0: only at the end
-    c.rl.keep_checkpoints = 2  # newest ones kept
 
-    c.eval = ConfigDict()
     c.eval.val_tokens = 20 * 524_288  # tokens of validation (and training) text for bits per byte
     c.eval.device_batch_size = 32  # rows a device holds at once
     c.eval.prompts = PROMPTS  # continued greedily
     c.eval.sample_tokens = 16  # new tokens a sample
-    c.eval.trigram_tokens = 0  # train a trigram yardstick on so many tokens; 0: none
     c.eval.core = True  # score the base model on CORE's 22 tasks
     c.eval.core_dir = ""  # folder of the CORE bundle; empty: downloaded
     c.eval.core_per_task = 0  # questions a task, more than 10; 0: all

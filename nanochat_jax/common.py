@@ -1,23 +1,18 @@
-"""Small things everything else needs: where files lie, how they are written, how errors are told.
-
-Imports nothing of this package and no JAX, so data workers and `--help` start fast.
-"""
+"""Where files lie, how they are written, how errors are told. No JAX, so that `--help` is fast."""
 
 import hashlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-# Exit status of a run that saved its state after SIGTERM/SIGINT: sysexits' EX_TEMPFAIL, "try
-# again".
-EXIT_RESUME_ME = 75
+EXIT_RESUME_ME = 75  # of a run that saved its state when interrupted; sysexits' EX_TEMPFAIL
 
 
 class UserError(ValueError):
@@ -25,8 +20,7 @@ class UserError(ValueError):
 
 
 def base_dir() -> Path:
-    """`$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat_jax`: everything we write lies below
-    it."""
+    """Everything we write lies below it: `$NANOCHAT_BASE_DIR` or `~/.cache/nanochat_jax`."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat_jax")
 
 
@@ -44,15 +38,26 @@ def log(message: str = "") -> None:
         print(message, flush=True)
 
 
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """The rows of a table as lines: columns `left` begin, all others end at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a whole file or none of it: a reader never sees half, a crash never leaves half."""
-    path = Path(path)
-    raw = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(raw)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -69,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what_to_do: str) -> Any:
     """Parse a JSON file; `what_to_do` completes the error when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {what_to_do}") from None
     except (ValueError, RecursionError) as error:
@@ -81,12 +86,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> AbstractContextManager:
     """Hold `path`.lock, so that two processes never build the same artefact at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        yield
+    return filelock.FileLock(f"{path}.lock")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

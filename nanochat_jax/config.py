@@ -1,65 +1,70 @@
-"""Recipes: load one, apply `--config.section.key=value`, refuse what is not a key.
-
-  configs/default.py (every key) -> configs/<recipe>.py (its differences) -> command line ->
-  recipe.resolve
+"""Recipes: configs/default.py (every key) -> configs/<recipe>.py (its differences) -> command line.
 
 A recipe is a Python file with `get_config() -> ConfigDict`. Keys are locked and typed: an unknown
 key or a value of another type is an error that names the nearest key. `None` means "derived": the
-key keeps its type (a placeholder) and `recipe.resolve` fills it and prints the formula.
+key keeps its type (a placeholder) and `recipe.resolve` fills it.
 """
 
 import ast
 import difflib
-import importlib.util
 import re
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
 from ml_collections import config_dict
 
-from nanochat_jax.common import UserError
+from nanochat_jax.common import UserError, run_main
 
 # A ConfigDict: its keys are checked when it is loaded, a type checker cannot know them.
 Recipe: TypeAlias = Any
 CONFIGS = Path(__file__).parents[1] / "configs"
+REMOVED = {  # keys that older recipes may have, and what takes their place
+    "data.num_workers": "batches are always made in a thread, which is enough for eight GPUs",
+    "eval.trigram_tokens": "the trigram yardstick is gone",
+}
 
 
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
-    """Read the recipe at `path` and apply `overrides` ({"section.key": text}), checked and
-    typed."""
+    """Read the recipe at `path` and apply `overrides` ({"section.key": text})."""
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.py")))
-        raise UserError(
-            f"no recipe at {path}; expected a file like configs/d20.py (there: {known})"
-        )
+        raise UserError(f"no recipe at {path}; expected one like configs/d20.py (there: {known})")
+    if str(CONFIGS.parent) not in sys.path:  # for `from configs import default` in recipes
+        sys.path.insert(0, str(CONFIGS.parent))
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path} has no get_config(); a recipe returns its ConfigDict from there")
     try:
-        config = _import(path).get_config()
+        config = get_config()
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: {error}; expected keys of configs/default.py, typed as there"
-        ) from error
+        removed = ", ".join(REMOVED)
+        what = f"expected keys of configs/default.py, typed as there (removed keys: {removed})"
+        raise UserError(f"{path}: {error}; {what}") from error
     for name, text in (overrides or {}).items():
         _override(config, name, text)
     return config.lock()
 
 
+def run_stage(stage: Callable[[Recipe], int | None], doc: str | None) -> None:
+    """A stage script: run `stage` with the recipe of the command line; `doc` is for --help."""
+    run_main(lambda: stage(load_from_argv(doc)))
+
+
 def load_from_argv(doc: str | None, argv: list[str] | None = None) -> Recipe:
-    """What every stage script starts with: `--config=FILE [--config.section.key=value ...]`."""
+    """The recipe of a command line `--config=FILE [--config.section.key=value ...]`."""
     path, overrides, rest = parse_argv(sys.argv[1:] if argv is None else argv, doc)
     if rest:
-        raise UserError(
-            f"unknown argument {rest[0]!r}; expected --config=FILE and --config.section.key=value "
-            "(--help lists the keys)"
-        )
+        what = "expected --config=FILE and --config.section.key=value (--help lists the keys)"
+        raise UserError(f"unknown argument {rest[0]!r}; {what}")
     return load(path, overrides)
 
 
 def parse_argv(argv: list[str], doc: str | None) -> tuple[Path, dict[str, str], list[str]]:
-    """Split a command line into (recipe path, overrides, everything else); `--help` prints and
-    exits."""
+    """(recipe path, overrides, other words) of a command line; `--help` prints and exits."""
     path, overrides, rest = CONFIGS / "default.py", {}, []
     words = iter(argv)
     for word in words:
@@ -70,10 +75,9 @@ def parse_argv(argv: list[str], doc: str | None) -> tuple[Path, dict[str, str], 
         if name != "--config" and not name.startswith("--config."):
             rest.append(word)
             continue
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise UserError(f"{name} needs a value; write {name}=VALUE")
+        value = value if equals else next(words, None)
+        if value is None:
+            raise UserError(f"{name} needs a value; write {name}=VALUE")
         if name == "--config":
             path = Path(value)
         else:
@@ -84,16 +88,19 @@ def parse_argv(argv: list[str], doc: str | None) -> tuple[Path, dict[str, str], 
 def help_text(doc: str) -> str:
     """The script's own docstring, then every key of configs/default.py with default and comment."""
     lines = [doc.strip(), "", "Keys (--config.section.key=value), with their defaults:"]
-    section = ""
-    for line in (CONFIGS / "default.py").read_text().splitlines():
-        match = re.match(r"\s*c\.(\w+)\.(\w+) = (.*?)(?:\s+# (.*))?$", line)
-        if not match:
-            continue
-        if match[1] != section:
-            section = match[1]
-            lines += ["", f"  {section}"]
-        default = re.sub(r"derived\(\w+\)", "derived", match[3])
-        lines.append(f"    {match[2]:<24} {default:<18} {match[4] or ''}".rstrip())
+    default, source = load(CONFIGS / "default.py"), (CONFIGS / "default.py").read_text()
+    # Lines like `c.run.seed = 42  # of the weights`; keys that sections share are written to `s`.
+    written = re.findall(r"^    (?:c\.)?(\w+)\.(\w+) = .*?  # (.+)$", source, re.MULTILINE)
+    for section in dict.fromkeys(re.findall(r"^    c\.(\w+)", source, re.MULTILINE)):
+        lines += ["", f"  {section}"]
+        own, shared = (
+            {key: comment for owner, key, comment in written if owner == name}
+            for name in (section, "s")
+        )
+        for key, comment in (own | shared | own).items():
+            if key in default[section]:
+                value = "derived" if default[section][key] is None else repr(default[section][key])
+                lines.append(f"    {key:<24} {value:<18} {comment}")
     return "\n".join(lines)
 
 
@@ -107,24 +114,11 @@ def derived(kind: type) -> Any:
     return config_dict.placeholder(kind)
 
 
-def _import(path: Path) -> ModuleType:
-    # Recipes import one another as `from configs import default`; that is the folder beside the
-    # package, wherever the program is started from.
-    root = str(CONFIGS.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no get_config(); a recipe returns its ConfigDict from there")
-    return module
-
-
 def _override(config: Recipe, name: str, text: str) -> None:
     known = list(flatten(config))
     if name not in known:
+        if name in REMOVED:
+            raise UserError(f"config.{name} was removed, leave it out: {REMOVED[name]}")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key config.{name}; the nearest is config.{near}")
     section, key = name.split(".")
@@ -135,15 +129,13 @@ def _parse(name: str, text: str, kind: type) -> Any:
     if kind is str:
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+        value = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text)
     except (ValueError, SyntaxError):
         value = text
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 5e5 is how people write token counts
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
+    if isinstance(value, float) and value.is_integer() and kind is int:  # 5e5 tokens
+        value = int(value)
+    if (kind, type(value)) in ((float, int), (tuple, list)):
+        value = kind(value)
     if type(value) is not kind:
         raise UserError(f"config.{name} got {text!r}, expected a value of type {kind.__name__}")
     return value

@@ -1,30 +1,23 @@
 """What machine this is, how fast it could be, and what an hour of it costs.
 
-A table of accelerators serves three readers: MFU (the peak rate), plans (memory and bandwidth) and
-the report (price). Names are compared word by word, not by substring: "L4" is not "L40S", "H200" is
-not "GH200", and a laptop chip or a MIG slice is no full card. A device that the table does not know
-has no peak, and its MFU is "n/a": never a guess, never 0.
-
 Peaks are dense bfloat16 matrix rates with float32 accumulation, per device, from the makers'
-datasheets (which print twice that where they count 2:4 sparsity). A CPU has no entry: its ceiling
-is the float32 matrix product that JAX reaches on it, measured.
-
-Nothing here imports JAX before it is asked about the running machine.
+datasheets (which print twice that where they count 2:4 sparsity). A device that the table does not
+know has no peak: its MFU is "n/a", never a guess. A CPU has no entry: its ceiling is the float32
+matrix product that JAX reaches on it, measured. JAX is imported only to ask about this machine.
 """
 
-import csv
 import functools
-import io
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from nanochat_jax.common import UserError
 
@@ -40,7 +33,8 @@ class Accelerator:
     usd_per_hour: float  # one device, rented on demand
 
 
-# The first row whose words all occur in the name wins, so the special ones come before the plain.
+# Names are compared word by word ("L4" is not "L40S"); the first row whose words all occur wins, so
+# special ones come before plain ones.
 # Prices: H100, A100 and V100 are upstream's convention ($24 an hour for 8xH100), which keeps costs
 # comparable; the others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
 # V100 and T4 have no bfloat16 units: theirs is the float16 rate.
@@ -113,14 +107,12 @@ def usd_per_hour(device_kind: str, platform_name: str = "gpu") -> float | None:
     return row.usd_per_hour if row else None
 
 
-def compute_ceiling(
-    platform_name: str, device_kind: str, num_devices: int
-) -> tuple[float | None, str]:
-    """FLOP/s that all devices together can reach, and what that number is: what MFU divides by.
+def compute_ceiling(platform: str, device_kind: str, num_devices: int) -> tuple[float | None, str]:
+    """FLOP/s that all devices together can reach (what MFU divides by), and what that number is.
 
     CPU "devices" are slices of one machine, so its measured rate is not multiplied by their number.
     """
-    if platform_name == "cpu":
+    if platform == "cpu":
         return measured_matmul_flops(), "measured float32 matmul rate of this machine"
     peak = peak_flops(device_kind)
     if peak is None:
@@ -149,12 +141,10 @@ def measured_matmul_flops(budget_secs: float = 0.5) -> float:
     import jax
     import jax.numpy as jnp
 
-    device = jax.local_devices()[0]
     multiply = jax.jit(jnp.matmul)
-    best_flops, size = 0.0, 512
-    stop = time.perf_counter() + budget_secs
+    best_flops, size, stop = 0.0, 512, time.perf_counter() + budget_secs
     while time.perf_counter() < stop:
-        a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+        a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
         multiply(a, a).block_until_ready()  # compiled, and pages touched
         for _ in range(8):
             start = time.perf_counter()
@@ -174,7 +164,7 @@ def describe() -> dict[str, Any]:
 
     devices = jax.devices()
     kind, platform_name = devices[0].device_kind, devices[0].platform
-    driver, gpu_memory = _nvidia_driver_and_memory() if platform_name == "gpu" else (None, None)
+    driver, gpu_memory = nvidia_driver_and_memory() if platform_name == "gpu" else (None, None)
     row = find_accelerator(kind) if platform_name != "cpu" else None
     return {
         "platform": platform_name,
@@ -188,7 +178,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
 
@@ -209,47 +199,40 @@ def cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory_bytes() -> int | None:
-    """Main memory, or the container's limit where that is less."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a POSIX system, or it does not tell
-        return None
-    for limit_file in (
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ):
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process can keep busy: `cpu_cores`, or the container's quota where less."""
+    for quota_file in ("cpu.max", "cpu/cpu.cfs_quota_us"):
         try:
-            total = min(total, int(Path(limit_file).read_text()))
+            words = (cgroups / quota_file).read_text().split()
+            if len(words) == 1:  # cgroups version 1 keeps the period in a file of its own
+                words += (cgroups / "cpu/cpu.cfs_period_us").read_text().split()
+            quota, period = map(int, words)
         except (OSError, ValueError):  # no such file, or it reads "max"
             continue
-    return total
+        if quota > 0:
+            return max(1, min(cpu_cores(), quota // period))
+    return cpu_cores()
 
 
-def _nvidia_driver_and_memory() -> tuple[str | None, int | None]:
-    """Driver version and bytes of the first NVIDIA GPU, if its tool is installed and answers."""
-    if not shutil.which("nvidia-smi"):
-        return None, None
-    query = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
+def memory_bytes() -> int:
+    """Main memory, or the container's limit where that is less."""
+    sizes = [psutil.virtual_memory().total]
+    for limit_file in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path("/sys/fs/cgroup", limit_file).read_text()))
+        except (OSError, ValueError):  # no such file, or it reads "max"
+            continue
+    return min(sizes)
+
+
+def nvidia_driver_and_memory() -> tuple[str | None, int | None]:
+    """Driver version and bytes of the first NVIDIA GPU; None where nvidia-smi does not tell."""
+    query = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
     try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        driver, mebibytes = next(csv.reader(io.StringIO(out), skipinitialspace=True))
+        said = subprocess.check_output(
+            ["nvidia-smi", *query], stderr=subprocess.DEVNULL, text=True, timeout=10
+        )
+        driver, mebibytes = said.splitlines()[0].split(",")
         return driver, int(mebibytes) * 2**20
-    except (OSError, subprocess.SubprocessError, StopIteration, ValueError):  # it does not tell
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None, None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))

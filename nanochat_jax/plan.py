@@ -1,54 +1,216 @@
 """What a run would be, before anything is paid for: numbers from the recipe, without a GPU.
 
-Closed forms give parameters, FLOPs, tokens, disk, hours and cost; with `compile_step` the training
-step is compiled for as many (CPU) devices as there would be GPUs, from shapes alone, and XLA's own
-analysis gives the memory. That is the CPU compiler's view: a GPU fuses attention, keeps bfloat16 as
-it is and needs less. planning_scale.py says what more GPUs would bring.
+A training step is taken as four terms, one after the other:
+
+  model    FLOPs of forward and backward, divided by the GPUs, at a given utilisation
+  Muon     its matrices divided among the GPUs, whole ones: some have one more than others
+  reduce   float32 gradients, summed and left divided (reduce-scatter)
+  gather   bfloat16 working copies of the weights, from the divided masters (all-gather)
+
+A collective over B bytes goes through both levels: within a node of G GPUs B (G-1)/G bytes pass
+each GPU's NVLink, then each GPU sends its part, B/G (M-1)/M bytes for M nodes, over its share of
+the network. Latencies are left out, and so is what kernels lose when a GPU has few rows: both make
+small shares worse than said here. The memory is a closed form too (`step_bytes`);
+scripts/bench_memory.py asks the compiler.
 """
 
-from dataclasses import replace
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
-from nanochat_jax.data import datasets as registry
+from nanochat_jax.data import datasets
+from nanochat_jax.hardware import Accelerator
 from nanochat_jax.launch.runtime import MEMORY_SHARE
 from nanochat_jax.model.accounting import param_counts, state_bytes, train_flops_per_token
-from nanochat_jax.model.gpt import param_shapes
-from nanochat_jax.model.sharding import ROWS, make_mesh
-from nanochat_jax.optim.build import build_optimizer
-from nanochat_jax.plan_scale import GPUS_PER_NODE, NETWORKS, SAVED_VALUES, most_gpus, step_on
+from nanochat_jax.model.gpt import GPTConfig, param_shapes
+from nanochat_jax.optim.build import label
 from nanochat_jax.train.layout import Layout, candidates
-from nanochat_jax.train.memory import compile_lowered, compiled_bytes
 from nanochat_jax.train.metrics import format_secs
-from nanochat_jax.train.sharded import Owners
-from nanochat_jax.train.state import abstract_state
-from nanochat_jax.train.step import make_train_step
 
 GIB = 2**30
 CHARS_PER_TOKEN = 4.7  # of English with vocabularies of 32k to 65k; scripts/tok_eval.py measures it
 BEST_FIT_KEPT_FRAC = 0.65  # best_fit packing cuts about a third of the text away
-SCALE = (1, 8, 64, 1024)  # GPUs
-# Values of model_dim kept per token and layer: scripts/bench_memory.py, tests/model/test_gpt.py.
-SAVED = {"none": SAVED_VALUES, "names": 10, "full": 1}
-LOGITS = 3  # float32 values for each logit of a tile of the loss: it, its softmax, its gradient
+SAVED_VALUES = {"none": 17, "names": 10, "full": 1}  # bfloat16 of model_dim, per token and layer
+LOGIT_VALUES = 3  # float32 for each logit of a tile of the loss: it, its softmax, its gradient
+MUON_ITERATIONS = 5
+MUON_UTILISATION = 0.6  # of the peak, by its square bfloat16 products
+GPUS_PER_NODE = 8
+SCALE = (1, 8, 64, 1024)  # GPUs in the table
+# Bytes/s per GPU and direction. Within a node: bus bandwidth that NCCL reaches on NVLink 4 (H100,
+# H200), 3 (A100) and 5 (B200); over PCIe 4 x16 otherwise. Between nodes: line rates, 400 Gbit/s of
+# InfiniBand for each GPU, or 100 Gbit/s of Ethernet for a node of eight.
+NVLINK = {
+    "h100": 370e9,
+    "h200": 370e9,
+    "gh200": 370e9,
+    "a100": 230e9,
+    "b200": 700e9,
+    "gb200": 700e9,
+}
+PCIE = 20e9
+NETWORKS = {"infiniband": 50e9, "ethernet": 12.5e9 / GPUS_PER_NODE}
+
+# Assumed by stage_costs. On a CPU writing a token takes as long as training on one
+# (dev/BENCHMARKS.md); on a GPU, where decoding waits for memory, ten times as long: a guess.
+WRITE_COST = {"cpu": 1, "gpu": 10}
+TASK_ROWS = {"smoltalk train": 460_341, "mmlu auxiliary_train": 99_842, "gsm8k train": 7_473}
+OTHER_ROWS = 2_000  # of a task that is not listed and not cut to [first:last]
+CHAT_FRAC = 0.3  # of seq_len: tokens of a conversation
+ANSWER_FRAC = 0.5  # of max_new_tokens: tokens of an answer, and of a prompt in rl
+CORE_TASKS, CORE_ROWS, CORE_TOKENS = 22, 4_000, 1_500  # rows of a task, tokens of a row's choices
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step on some GPUs, in the fastest layout that fits, else in the smallest."""
+
+    num_gpus: int
+    rows: int  # of all GPUs
+    share: int  # of a row shard
+    layout: Layout
+    memory: dict[str, float]  # bytes of a GPU, by what takes them
+    fits: bool  # on the GPU
+    model_secs: float
+    muon_secs: float
+    reduce_secs: float
+    gather_secs: float
+
+    @property
+    def secs(self) -> float:
+        return self.model_secs + self.muon_secs + self.reduce_secs + self.gather_secs
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the time that goes into the model; more if communication overlaps with it."""
+        return self.model_secs / self.secs
+
+
+def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, network: str) -> Step:
+    """A step of a resolved recipe; more GPUs than rows get a row each, which enlarges the batch."""
+    model, b = recipe.gpt_config(config), config.base
+    shards = num_gpus // config.mesh.tensor
+    share = -(-b.total_batch_tokens // (model.seq_len * shards))
+    layouts = candidates(share, b.device_batch_size, model.seq_len, config.model.remat)
+    sizes = {layout: step_bytes(config, layout, share, num_gpus) for layout in layouts}
+    available = MEMORY_SHARE * card.memory_bytes
+    fitting = [layout for layout in layouts if sum(sizes[layout].values()) <= available]
+    layout = (fitting or layouts[-1:])[0]
+    flops = share * shards * model.seq_len * train_flops_per_token(model)
+    params, (matrices, muon_flops) = param_counts(model)["total"], muon_work(model)
+    most = -(-matrices // num_gpus) / matrices  # of the GPU that has most of Muon's matrices
+    return Step(
+        num_gpus=num_gpus,
+        rows=share * shards,
+        share=share,
+        layout=layout,
+        memory=sizes[layout],
+        fits=bool(fitting),
+        model_secs=flops / (num_gpus * card.peak_flops * mfu),
+        muon_secs=most * muon_flops / (card.peak_flops * MUON_UTILISATION),
+        reduce_secs=collective_secs(4 * params, num_gpus, card, network),
+        gather_secs=collective_secs(2 * params, num_gpus, card, network),
+    )
+
+
+def step_bytes(config: Recipe, layout: Layout, share: int, num_gpus: int) -> dict[str, float]:
+    """Bytes of a GPU with fused attention and everything in bfloat16. Masters and moments are
+    shared out over all GPUs, the rest is whole while a step lasts (split by tensor alone)."""
+    c, tensor = recipe.gpt_config(config), config.mesh.tensor
+    state, tokens = state_bytes(c), layout.rows * c.seq_len
+    parts = 1 if layout.rows == share else 2  # the sum over parts lies beside a part's gradients
+    kept = tokens * c.num_layers * SAVED_VALUES[layout.remat] * 2 * c.model_dim
+    logits = LOGIT_VALUES * 4 * config.model.loss_tile_tokens * c.padded_vocab_size
+    return {
+        "params": state["params"] / num_gpus,
+        "optimizer": state["optimizer"] / num_gpus,
+        "weights gathered": state["params"] / 2 / tensor,
+        "gradients": parts * state["grads"] / tensor,
+        "kept for backward": kept / tensor,
+        "logits of a tile": logits / tensor,
+    }
+
+
+def collective_secs(size: float, num_gpus: int, card: Accelerator, network: str) -> float:
+    """Seconds to reduce-scatter or all-gather `size` bytes over all GPUs."""
+    in_node = min(num_gpus, GPUS_PER_NODE)
+    nodes = num_gpus / in_node
+    link = PCIE if "pcie" in card.words else NVLINK.get(card.words[0], PCIE)
+    within = size * (in_node - 1) / in_node / link
+    return within + size / in_node * (nodes - 1) / nodes / NETWORKS[network]
+
+
+@functools.cache
+def muon_work(model: GPTConfig) -> tuple[int, int]:
+    """(number of Muon's matrices, FLOPs to orthogonalise them once). An iteration on m x n, m <= n:
+    X X' and (...) X take 2 m m n each, the square of X X' 2 m^3."""
+    shapes = [leaf.shape for path, leaf in param_shapes(model).items() if label(path) == "muon"]
+    flops = sum(4 * m * m * n + 2 * m**3 for m, n in map(sorted, shapes))
+    return len(shapes), MUON_ITERATIONS * flops
+
+
+def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
+    """What each part of a whole run takes, in their order, as tokens that base trains on in the
+    same time. A recipe's own numbers of steps count; the rest is assumed (see the constants above).
+    Compiling, starting and preparing data are left out."""
+    b, e, r = config.base, config.eval, config.rl
+    seq_len, read = config.model.seq_len, 1 / 3
+    write = WRITE_COST["cpu" if platform == "cpu" else "gpu"]
+
+    def checks(section, steps: float) -> float:  # validations, the one at the end included
+        return 1 + (steps // section.eval_every if section.eval_every else 0)
+
+    def answers(count: float, max_new_tokens: int) -> float:
+        return count * max_new_tokens * ANSWER_FRAC * write
+
+    core = CORE_TOKENS * CORE_TASKS * read if e.core else 0
+    costs = {"base": b.num_steps * b.total_batch_tokens}
+    costs["base"] += checks(b, b.num_steps) * e.val_tokens * read
+    if b.core_every:
+        costs["base"] += b.num_steps // b.core_every * core * e.core_loop_per_task
+    costs["base_eval"] = 2 * e.val_tokens * read + core * (e.core_per_task or CORE_ROWS)
+    problems = sum(min(_rows(spec), e.chat_problems or OTHER_ROWS) for spec in e.chat_tasks)
+    for name, section in (("mid", config.mid), ("sft", config.sft)):
+        if section.mixture:
+            rows = section.batch_rows or b.total_batch_tokens // seq_len
+            frac = CHAT_FRAC if section.packing == "rows" else 1.0  # of a row that is filled
+            all_steps = sum(map(_rows, section.mixture)) * CHAT_FRAC / frac / rows
+            steps = min(section.num_steps or all_steps, all_steps)
+            costs[name] = steps * rows * seq_len * frac
+            costs[name] += checks(section, steps) * e.val_tokens * read
+            costs[f"{name}_eval"] = answers(problems * e.chat_samples, e.chat_max_new_tokens)
+    if r.task:
+        steps = r.num_steps or _rows(r.task) // r.questions_per_step
+        count = r.questions_per_step * r.samples
+        practice = count * r.max_new_tokens * (1 + ANSWER_FRAC) + answers(count, r.max_new_tokens)
+        asked = (1 + checks(r, steps)) * (r.eval_questions or OTHER_ROWS) * r.eval_samples
+        costs["rl"] = steps * practice + answers(asked, r.max_new_tokens)
+        costs["rl_eval"] = answers(problems * e.chat_samples, e.chat_max_new_tokens)
+    return costs
+
+
+def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
+    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
+    costs = stage_costs(config, platform)
+    return secs_per_token * sum(list(costs.values())[list(costs).index(stage) + 1 :])
+
+
+def _rows(spec: str) -> int:
+    """Conversations of "name split[first:last] xtimes", about."""
+    cut = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?(?: x(\d+))?", spec)
+    assert cut
+    name, first, last, times = cut.groups()
+    count = int(last or TASK_ROWS.get(name, OTHER_ROWS)) - int(first or 0)
+    return max(0, count) * int(times or 1)
+
 
 Lines = list[tuple[str, str]]
 
 
-def plan(
-    config: Recipe,
-    *,
-    gpu: str,
-    num_gpus: int,
-    mfu: float,
-    compile_step: bool,
-    network: str = "infiniband",
-) -> str:
+def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -> str:
     """The plan of a recipe on `num_gpus` of `gpu` at a model FLOPs utilisation `mfu`, as text."""
     card = hardware.find_accelerator(gpu)
     if card is None:
@@ -56,26 +218,21 @@ def plan(
         raise UserError(f"--gpu got {gpu!r}, expected one of: {', '.join(known)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu got {mfu}, expected a fraction between 0 and 1")
-    if network not in NETWORKS:
-        raise UserError(f"--network got {network!r}, expected one of: {', '.join(NETWORKS)}")
-    derived = recipe.resolve(config, platform="gpu", num_devices=num_gpus)
-    shards = config.mesh.data * config.mesh.fsdp
-    rows, most = recipe.rows_per_step(config, shards)
-    layouts = candidates(rows // shards, most, config.model.seq_len, config.model.remat)
-    sizes = {layout: _step_bytes(config, layout, rows // shards) for layout in layouts}
-    taken = MEMORY_SHARE * card.memory_bytes
-    fits = [layout for layout in layouts if sizes[layout] <= taken]
-    layout, enough = (fits[0], "") if fits else (layouts[-1], ": too little")
+    derived, m = recipe.resolve(config, platform="gpu", num_devices=num_gpus), config.mesh
+    if m.data * m.fsdp * m.tensor != num_gpus:
+        sizes = f"{m.data} x {m.fsdp} x {m.tensor}"
+        raise UserError(f"config.mesh got data, fsdp, tensor = {sizes}, expected {num_gpus} in all")
+    recipe.rows_per_step(config, m.data * m.fsdp)  # UserError unless the batch divides evenly
+    on = functools.partial(step_on, config, card, mfu=mfu, network=network)
+    step = on(num_gpus)
+    price = f"${card.usd_per_hour:.2f} each and hour"
     sections = {
         "derived": [(d.key, f"{_number(d.value):<14} {d.formula}") for d in derived],
-        "model": _model(config),
+        "model": _model(recipe.gpt_config(config)),
         "text": _text(config),
-        "memory per device": [
-            *_memory(config, layout, sizes[layout], rows, compile_step),
-            ("JAX takes of a device", f"{taken / GIB:6.1f} GiB{enough}"),
-        ],
-        f"pretraining on {num_gpus} x {gpu}": _time(config, card, num_gpus, mfu, rows, layout.rows),
-        f"on more of them, nodes of {GPUS_PER_NODE}, {network}": _scale(config, card, mfu, network),
+        "memory per device": _memory(config, card, step),
+        f"on {num_gpus} x {gpu}, {price}": _time(config, card, step, mfu),
+        f"pretraining on more, nodes of {GPUS_PER_NODE}, {network}": _scale(config, card, on),
     }
     lines = [f"{config.run.name}: a plan, nothing has been started"]
     for title, entries in sections.items():
@@ -83,29 +240,31 @@ def plan(
     return "\n".join(lines)
 
 
-def _model(config: Recipe) -> Lines:
-    c = recipe.gpt_config(config)
-    counts = param_counts(c)
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _model(c: GPTConfig) -> Lines:
     shape = f"{c.num_layers} layers, width {c.model_dim}, {c.num_heads} heads of {c.head_dim}"
-    lines = [("shape", f"{shape}, {c.seq_len} tokens a row")]
-    lines += [(name.replace("_", " "), f"{n:>15,} parameters") for name, n in counts.items() if n]
-    return [*lines, ("FLOPs per token", f"{train_flops_per_token(c):>15,}")]
+    counts = [(name.replace("_", " "), n) for name, n in param_counts(c).items() if n]
+    return [
+        ("shape", f"{shape}, {c.seq_len} tokens a row"),
+        *((name, f"{n:>15,} parameters") for name, n in counts),
+        ("FLOPs per token", f"{train_flops_per_token(c):>15,}"),
+    ]
 
 
 def _text(config: Recipe) -> Lines:
-    d, b = config.data, config.base
+    d, b, dataset = config.data, config.base, datasets.get(config.data.name)
     tokens = b.num_steps * b.total_batch_tokens
-    kept = BEST_FIT_KEPT_FRAC if d.packing == "best_fit" else 1.0
-    chars = tokens * CHARS_PER_TOKEN / kept
+    chars = tokens * CHARS_PER_TOKEN / (BEST_FIT_KEPT_FRAC if d.packing == "best_fit" else 1)
     lines = [
         ("tokens", f"{tokens:,} in {b.num_steps:,} steps"),
         ("characters needed", f"{chars / 1e9:,.1f}B ({d.packing} packing)"),
     ]
-    dataset = registry.get(d.name)
     if not dataset.repo_id:
         return [*lines, ("source", f"{d.name}, made on the machine")]
-    have = d.num_shards * dataset.shard_chars
-    needed = -(-int(chars) // dataset.shard_chars)
+    have, needed = d.num_shards * dataset.shard_chars, -(-int(chars) // dataset.shard_chars)
     enough = "enough" if have >= chars else f"{chars / have:.2f} epochs; one would take {needed}"
     disk = (d.num_shards + 1) * dataset.shard_bytes / 1e9
     return [
@@ -115,146 +274,76 @@ def _text(config: Recipe) -> Lines:
     ]
 
 
-def _held(config: Recipe) -> dict[str, float]:
-    """Bytes of a device: masters and moments are shared out; the rest is whole while a step
-    lasts."""
-    m, state = config.mesh, state_bytes(recipe.gpt_config(config))
-    devices = m.data * m.fsdp * m.tensor
-    return {
-        "params": state["params"] / devices,
-        "optimizer": state["optimizer"] / devices,
-        "weights gathered": state["params"] / 2 / m.tensor,
-        "grads": state["grads"] / m.tensor,
-    }
-
-
-def _step_bytes(config: Recipe, layout: Layout, share: int) -> float:
-    """A step of `share` rows a device in closed form, attention fused, everything in bfloat16."""
-    c, held = recipe.gpt_config(config), _held(config)
-    parts = held["grads"] if layout.rows < share else 0  # added up beside those of a part
-    kept = layout.rows * c.seq_len * c.num_layers * SAVED[layout.remat] * 2 * c.model_dim
-    logits = LOGITS * 4 * config.model.loss_tile_tokens * c.padded_vocab_size
-    return sum(held.values()) + parts + (kept + logits) / config.mesh.tensor
-
-
-def _memory(config: Recipe, layout: Layout, size: float, rows: int, compiled: bool) -> Lines:
+def _memory(config: Recipe, card: Accelerator, step: Step) -> Lines:
     state = state_bytes(recipe.gpt_config(config))
-    checkpoint = (state["params"] + state["optimizer"]) / GIB
-    lines = [(name, f"{size / GIB:6.1f} GiB") for name, size in _held(config).items()]
-    lines.append(("whole step, about", f"{size / GIB:6.1f} GiB: {layout}"))
-    if compiled:
-        needed = _compiled_step_bytes(config, layout, rows)
-        lines.append(("whole step", f"{needed / GIB:6.1f} GiB by the CPU compiler's analysis"))
-    else:
-        lines.append(("whole step", "add --compile to have it compiled and analysed"))
-    kept = f"kept: {config.base.keep_checkpoints} + 1"
-    return [*lines, ("a checkpoint (disk)", f"{checkpoint:6.1f} GiB, {kept}")]
-
-
-def _compiled_step_bytes(config: Recipe, layout: Layout, rows: int) -> int:
-    m = config.mesh
-    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
-    model = replace(recipe.gpt_config(config), remat=layout.remat)
-    tx = build_optimizer(
-        param_shapes(model),
-        model.model_dim,
-        recipe.optim_config(config, "gpu"),
-        lr_multiplier=lambda step: 1.0,
-        momentum=lambda step: 0.95,
-        weight_decay=lambda step: 0.0,
-    )
-    owners = Owners(model, mesh)
-    step = make_train_step(
-        owners,
-        tx,
-        remat=layout.remat,
-        device_batch_size=layout.rows,
-        tile_tokens=config.model.loss_tile_tokens,
-        grad_clip=config.optim.grad_clip,
-    )
-    batch = jax.ShapeDtypeStruct(
-        (rows, model.seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS)
-    )
-    with jax.set_mesh(mesh):
-        state = abstract_state(owners, tx)
-        lowered = step.lower(state, {"inputs": batch, "targets": batch})
-        return compiled_bytes(compile_lowered(lowered))
-
-
-def _time(config: Recipe, card, num_gpus: int, mfu: float, rows: int, at_once: int) -> Lines:
-    b = config.base
-    flops = train_flops_per_token(recipe.gpt_config(config)) * b.total_batch_tokens
-    rate = num_gpus * card.peak_flops * mfu
-    secs = b.num_steps * flops / rate
-    parts = rows // (config.mesh.data * config.mesh.fsdp * at_once)
-    dollars = secs / 3600 * num_gpus * card.usd_per_hour
-    return [
-        ("a step", f"{rows} rows: {at_once} a device at once, {parts} in turn"),
-        ("all steps", f"{b.num_steps * flops:.3g} FLOPs"),
-        ("speed assumed", f"{mfu:.0%} of {num_gpus} x {card.peak_flops / 1e12:,.0f} TFLOP/s"),
-        ("tokens per second", f"{b.total_batch_tokens * rate / flops:,.0f}"),
-        ("time", f"{format_secs(secs)}, without communication, evaluations, compiling"),
-        ("cost", f"${dollars:,.2f} at ${card.usd_per_hour:.2f} a device and hour"),
+    layout = f": {step.layout}{'' if step.fits else ', too much'}"
+    kept = f", kept: {config.base.keep_checkpoints} + 1"
+    lines = [
+        *((name, size, "") for name, size in step.memory.items()),
+        ("whole step", sum(step.memory.values()), layout),
+        ("JAX takes of a device", MEMORY_SHARE * card.memory_bytes, ""),
+        ("a checkpoint (disk)", state["params"] + state["optimizer"], kept),
     ]
+    return [(name, f"{size / GIB:6.1f} GiB{note}") for name, size, note in lines]
 
 
-def _scale(config: Recipe, card, mfu: float, network: str) -> Lines:
+def _base_secs(config: Recipe, step: Step) -> float:
+    tokens = config.base.num_steps * config.base.total_batch_tokens
+    return tokens / (step.rows * config.model.seq_len) * step.secs
+
+
+def _cost(secs: float, card: Accelerator, step: Step) -> str:
+    return f"${secs / 3600 * step.num_gpus * card.usd_per_hour:,.2f}"
+
+
+def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> Lines:
+    tokens, rows, n = config.base.total_batch_tokens, step.layout.rows, step.num_gpus
+    lines = [
+        ("a step", f"{step.rows} rows: {rows} a device at once, {step.share // rows} in turn"),
+        ("speed of the model", f"{mfu:.0%} of {n} x {card.peak_flops / 1e12:,.0f} TFLOP/s"),
+    ]
+    if not step.fits:
+        return [*lines, ("time and cost", "none: a step does not fit into the memory")]
+    lines.append(("tokens per second", f"{tokens / step.secs:,.0f}, communication included"))
+    secs = {"pretraining alone": _base_secs(config, step)}
+    for name, cost in stage_costs(config, "gpu").items():
+        secs[f"{name.replace('_', ' ')}, about"] = cost * step.secs / tokens
+    secs["all of it, about"] = sum(secs.values()) - secs["pretraining alone"]
+    return [*lines, *((k, f"{format_secs(s):>7}  {_cost(s, card, step)}") for k, s in secs.items())]
+
+
+def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> Lines:
     """The pretraining on other numbers of GPUs, weights and batch divided over all of them."""
-    b, model = config.base, recipe.gpt_config(config)
-    tokens, rows = b.num_steps * b.total_batch_tokens, b.total_batch_tokens // model.seq_len
-    kind = {"device_batch_size": b.device_batch_size, "mfu": mfu, "network": network}
-    titles = (
-        "rows",
-        "model",
-        "Muon",
-        "reduce",
-        "gather",
-        "useful",
-        "hidden",
-        "GiB",
-        "time",
-        "cost",
-    )
-    lines = [("ms of a step, a GPU's", "".join(f"{title:>9}" for title in titles))]
-    for num_gpus in SCALE:
-        needed = -(-rows // num_gpus) * num_gpus  # at least a row for each
-        s = step_on(model, card, num_gpus, batch_rows=needed, **kind)
-        secs = tokens / (needed * model.seq_len) * s.secs
-        terms = (s.model_secs, s.muon_secs, s.reduce_secs, s.gather_secs)
-        cells = [f"{s.rows}", *(f"{1e3 * term:,.1f}" for term in terms)]
-        cells += [f"{s.efficiency:.0%}", f"{s.overlapped_efficiency:.0%}"]
-        cells += [f"{s.memory_bytes / GIB:.0f}", format_secs(secs)]
-        cells += [f"${secs / 3600 * num_gpus * card.usd_per_hour:,.0f}"]
-        note = "" if needed == rows else f"  batch x {needed / rows:g}: learns less from a token"
-        lines.append(
-            (
-                f"{num_gpus:,} GPU{'s' * (num_gpus > 1)}",
-                "".join(f"{cell:>9}" for cell in cells) + note,
-            )
-        )
-    half, last = most_gpus(model, card, batch_rows=rows, **kind)
+    titles = "rows model Muon reduce gather useful GiB time cost".split()
+    lines = [("ms of a step, a GPU's", "".join(f"{title:>10}" for title in titles))]
+    tensor, rows = config.mesh.tensor, config.base.total_batch_tokens // config.model.seq_len
+    for step in (on(n) for n in SCALE if n % tensor == 0):
+        secs = _base_secs(config, step)
+        terms = (step.model_secs, step.muon_secs, step.reduce_secs, step.gather_secs)
+        cells = [f"{step.share}", *(f"{1e3 * term:,.1f}" for term in terms)]
+        memory = f"{sum(step.memory.values()) / GIB:.0f}"
+        cells += [f"{step.efficiency:.0%}", memory, "too much", "-"]
+        if step.fits:
+            cells[-2:] = format_secs(secs), _cost(secs, card, step)[:-3]
+        note = f"  batch x {step.rows / rows:g}: learns less from a token" * (step.rows > rows)
+        lines.append((f"{step.num_gpus:,} GPUs", "".join(f"{cell:>10}" for cell in cells) + note))
+    best = most_gpus(config, on)
+    efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful"
     return [
         *lines,
         ("assumed", "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided"),
-        ("useful, hidden", "share of the time in the model; the same if communication overlaps"),
-        (
-            "efficient up to",
-            f"{half.num_gpus:,} GPUs: {half.efficiency:.0%} useful, {half.communication_frac:.0%} "
-            "communication; twice as many work on the model less than half of the time"
-            if half is not last
-            else f"{half.num_gpus:,} GPUs: {half.efficiency:.0%} useful",
-        ),
-        (
-            "rows for",
-            f"{last.num_gpus:,} GPUs: {last.efficiency:.0%} useful; more need a larger batch",
-        ),
+        ("useful", "share of the time in the model; more if communication overlaps with it"),
+        ("efficient up to", efficient if best.fits else "none: too much for the memory"),
     ]
 
 
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def later_flops(config: Recipe, name: str) -> float:
-    """FLOPs of the stages after `name`."""
-    return 0.0
+def most_gpus(config: Recipe, on: Callable[[int], Step]) -> Step:
+    """On the most GPUs, doubling, that have rows and work on the model half of the time."""
+    rows, tensor = config.base.total_batch_tokens // config.model.seq_len, config.mesh.tensor
+    best = on(tensor)
+    while rows % (2 * best.num_gpus // tensor) == 0:
+        more = on(2 * best.num_gpus)
+        if more.efficiency < 0.5:
+            break
+        best = more
+    return best

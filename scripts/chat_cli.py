@@ -1,7 +1,7 @@
 """Talk to a trained model in the terminal.
 
-  python scripts/terminal.py --config=configs/demo.py           # a chat; /help lists commands
-  python scripts/terminal.py --config=configs/demo.py -p "text" # the answer alone, for pipes
+  python scripts/chat_cli.py --config=configs/demo.py           # a chat; /help lists commands
+  python scripts/chat_cli.py --config=configs/demo.py -p "text" # the answer alone, for pipes
 
   -p TEXT             ask one question; only the answer goes to stdout. One that starts with a
                       dash: -p="-5+3?"
@@ -20,7 +20,6 @@ Ctrl-C stops an answer, Ctrl-D leaves.
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import sys
 
@@ -31,12 +30,12 @@ from nanochat_jax.config import load, parse_argv
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-p", dest="question")
-    for name in ("stage", "system", "tool"):
-        parser.add_argument(f"--{name}")
     parser.add_argument("--no-color", action="store_true")
-    kinds = {"temperature": float, "top-k": int, "max-new-tokens": int, "seed": int}
-    for name, kind in kinds.items():
-        parser.add_argument(f"--{name}", type=kind)
+    for name, default in {"stage": None, "system": "", "tool": None}.items():
+        parser.add_argument(f"--{name}", default=default)
+    numbers = {"temperature": 0.6, "top-k": 50, "max-new-tokens": 256, "seed": 42}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -49,35 +48,30 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
     args, config = arguments(rest), load(path, overrides)
-    from nanochat_jax.inference import checkpoint  # after --help: JAX takes long
+    from nanochat_jax.inference import checkpoint, scheduler  # after --help: JAX takes long
     from nanochat_jax.serve import terminal
 
-    names = [field.name for field in dataclasses.fields(terminal.Settings)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = terminal.Settings(**given)
+    sampling = args.max_new_tokens, args.temperature, args.top_k
+    settings = scheduler.Request((), *sampling, seed=args.seed)
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         opened = checkpoint.open_model(config, args.stage)
-        base = opened.stage == "base"
-        # One token an event shows it at once; where nobody watches, many at a time are faster.
-        burst = 1 if interactive else 16
-        tool = "calculator" if args.tool is None else args.tool
-        engine = checkpoint.start_engine(opened, slots=1, burst=burst, tool_name=tool)
+        # One token a burst shows it at once; where nobody watches, many at a time are faster.
+        sizes = {"slots": 1, "max_len": opened.model.seq_len, "burst": 1 if interactive else 16}
+        engine = checkpoint.start_engine(opened, tool=args.tool or "calculator", **sizes)
+        base = opened.checkpoint.stage == "base"
         if base and args.tool not in (None, "none"):
-            print(f"--tool={tool} has no effect: a base model uses no tool", file=sys.stderr)
+            print(f"--tool={args.tool} has no effect: a base model uses no tool", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     notes = sys.stdout if interactive else sys.stderr
-    color = terminal.wants_color(notes, args.no_color)
-    screen = terminal.Screen(sys.stdout, notes, interactive=interactive, color=color)
-    chat = terminal.Chat(
-        engine, opened.tokenizer, settings, screen, system=args.system or "", base=base
-    )
-    if interactive:
-        screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-        chat.loop()
-        return 0
-    return 130 if chat.ask(args.question) == "cancelled" else 0
+    screen = terminal.Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
+    chat = terminal.Chat(engine, opened.tokenizer, settings, screen, args.system, base)
+    if not interactive:
+        return 130 if chat.ask(args.question) == "cancelled" else 0
+    screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    chat.loop()
+    return 0
 
 
 if __name__ == "__main__":

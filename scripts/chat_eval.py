@@ -6,14 +6,8 @@
 Writes $NANOCHAT_BASE_DIR/runs/<config.run.name>/eval/<stage>_chat.json after each task.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import evals as stages_eval
-
-
-def main() -> None:
-    stages_eval.run_chat_eval(load_from_argv(__doc__))
-
+from nanochat_jax.config import run_stage
+from nanochat_jax.stages import evals
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(evals.run_chat_eval, __doc__)

@@ -5,10 +5,9 @@
 Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
+from nanochat_jax.config import run_stage
 from nanochat_jax.stages.rl import RL
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(lambda: train_stage(load_from_argv(__doc__), RL))
+    run_stage(lambda config: train_stage(config, RL), __doc__)

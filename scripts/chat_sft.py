@@ -6,10 +6,9 @@ Starts from mid-training (from the base model where the recipe has none), or con
 Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
+from nanochat_jax.config import run_stage
 from nanochat_jax.stages.chat import SFT
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(lambda: train_stage(load_from_argv(__doc__), SFT))
+    run_stage(lambda config: train_stage(config, SFT), __doc__)

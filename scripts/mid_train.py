@@ -6,10 +6,9 @@ Starts from the last checkpoint of train.py, or continues where it was. A recipe
 mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
+from nanochat_jax.config import run_stage
 from nanochat_jax.stages.chat import Mid
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(lambda: train_stage(load_from_argv(__doc__), Mid))
+    run_stage(lambda config: train_stage(config, Mid), __doc__)

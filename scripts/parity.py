@@ -18,11 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder laid out as tests/goldens/README.md says")
-    parser.add_argument(
-        "--core-data",
-        type=Path,
-        help="folder of CORE's tasks, like the evaluation bundle; default FOLDER/../data/core",
-    )
+    help = "folder of CORE's tasks, like the evaluation bundle; default FOLDER/../data/core"
+    parser.add_argument("--core-data", type=Path, help=help)
     options = parser.parse_args(argv)
     beside = options.folder.resolve().parent / "data" / "core"
     core_data = options.core_data or (beside if beside.is_dir() else None)

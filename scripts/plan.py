@@ -1,42 +1,32 @@
 """What a run would be: size, text, memory, time and cost, without a GPU and without starting it.
 
-  python scripts/plan.py --config=configs/d20.py [--gpu=H100] [--gpus=8] [--mfu=0.5] [--compile]
-                          [--network=infiniband|ethernet]     between nodes of eight
-
---compile compiles the training step for as many devices, from shapes alone, and prints the memory
-it needs; minutes for a large model.
+python scripts/plan.py --config=configs/d20.py [--gpu=H100] [--gpus=8] [--mfu=0.5]
+                        [--network=infiniband|ethernet]     between nodes of eight
 """
 
+import argparse
 import os
 import sys
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # shapes need no accelerator
+
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.config import load, parse_argv
+from nanochat_jax.plan import NETWORKS, plan
 
 
 def main() -> None:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
-    options = {"gpu": "H100", "gpus": "8", "mfu": "0.5", "compile": "no", "network": "infiniband"}
-    for word in rest:
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in options or bool(value) == (name == "compile"):
-            raise UserError(f"unknown argument {word!r}; --help shows what there is")
-        options[name] = value or "yes"
-    try:
-        num_gpus, mfu = int(options["gpus"]), float(options["mfu"])
-    except ValueError:
-        raise UserError(f"--gpus and --mfu got {rest}, expected numbers") from None
-    if num_gpus < 1:
-        raise UserError(f"--gpus got {num_gpus}, expected at least 1")
-    config = load(path, overrides)
-    # Before JAX starts: as many CPU devices as there would be GPUs, to compile for.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_gpus}"
-    from nanochat_jax.plan import plan
-
-    compile_step = options["compile"] == "yes"
-    known = {"gpu": options["gpu"], "network": options["network"]}
-    log(plan(config, **known, num_gpus=num_gpus, mfu=mfu, compile_step=compile_step))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu", default="H100")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--mfu", type=float, default=0.5)
+    parser.add_argument("--network", default="infiniband", choices=NETWORKS)
+    args = parser.parse_args(rest)
+    if args.gpus < 1:
+        raise UserError(f"--gpus got {args.gpus}, expected at least 1")
+    known = {"gpu": args.gpu, "num_gpus": args.gpus, "mfu": args.mfu, "network": args.network}
+    log(plan(load(path, overrides), **known))
 
 
 if __name__ == "__main__":

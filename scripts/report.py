@@ -1,13 +1,11 @@
-"""Write the report of a run, from what it has left so far: report.md and report.html.
+"""Write report.md and report.html of a run to $NANOCHAT_BASE_DIR/runs/<config.run.name>/report/.
 
-  python scripts/report.py --config=configs/demo.py
-
-They go to $NANOCHAT_BASE_DIR/runs/<config.run.name>/report/.
+python scripts/report.py --config=configs/demo.py
 """
 
 from nanochat_jax.common import log, run_dir, run_main
 from nanochat_jax.config import load_from_argv
-from nanochat_jax.report import make_report
+from nanochat_jax.report.page import make_report
 
 
 def main() -> None:

@@ -8,27 +8,29 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-which="not slow and not long and not gpu"
+which="not slow and not long and not gpu" extras="demo dev"
 if [[ "${CI:-}" == true ]]; then which="not long and not gpu"; fi
 case "${1:-}" in
   --all) which="not gpu" && shift ;;
-  --gpu) which="gpu" && export NANOCHAT_TEST_GPU=1 && shift ;;
+  --gpu) which="gpu" extras="demo dev gpu" && export NANOCHAT_TEST_GPU=1 && shift ;;
 esac
-
-if [[ "$which" == gpu ]]; then ensure_env demo dev gpu; else ensure_env demo dev; fi
+ensure_env $extras
 cd "$ROOT"
-failed=""
-step() { # all of them run, so that one look shows everything
-  local name="$1" start=$SECONDS
-  shift
-  echo "--- $name"
-  "$@" || failed="${failed:+$failed, }$name"
-  echo "--- $name: $(duration $((SECONDS - start)))"
+
+lint() { # all of them run, so that one look shows everything
+  local failed=0
+  "$PY" -m ruff check . || failed=1
+  "$PY" -m ruff format --check . || failed=1
+  # The version is pinned: do not ask the network for a newer one.
+  PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$PY" -m pyright --pythonpath "$PY" --warnings || failed=1
+  return $failed
 }
-step "ruff check" "$PY" -m ruff check .
-step "ruff format" "$PY" -m ruff format --check .
-# The version is pinned: do not ask the network for a newer one.
-PYRIGHT_PYTHON_IGNORE_WARNINGS=1 step "pyright" "$PY" -m pyright --pythonpath "$PY" --warnings
-# A process a core; the tests of a file share what they train, so they stay together.
-step "pytest" "$PY" -m pytest -n logical --maxprocesses 4 --dist loadfile -m "$which" "$@"
+log=$(mktemp) failed=""
+lint >"$log" 2>&1 & # beside the tests, which are idle at their end where one core has more to do
+lint=$!
+# A process a core. Each begins with a share of neighbouring tests, because those of a file share what
+# they train; who is done first takes over from the others.
+"$PY" -m pytest -n logical --maxprocesses 4 --dist worksteal -m "$which" "$@" || failed="tests"
+wait $lint || failed+=" lint"
+cat "$log" && rm "$log"
 [[ -z "$failed" ]] || die "failed: $failed"

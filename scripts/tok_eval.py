@@ -3,14 +3,8 @@
 python scripts/tok_eval.py --config=configs/demo.py
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import text as stages_text
-
-
-def main() -> None:
-    stages_text.run_tok_eval(load_from_argv(__doc__))
-
+from nanochat_jax.config import run_stage
+from nanochat_jax.stages import text
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(text.run_tok_eval, __doc__)

@@ -3,14 +3,13 @@
 python scripts/tok_train.py --config=configs/demo.py
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
-from nanochat_jax.stages import text as stages_text
+from nanochat_jax.config import Recipe, run_stage
+from nanochat_jax.stages import text
 
 
-def main() -> None:
-    stages_text.run_tokenizer(load_from_argv(__doc__))
+def main(config: Recipe) -> None:
+    text.run_tokenizer(config)  # it returns the tokenizer, which is no exit status
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(main, __doc__)

@@ -7,10 +7,9 @@ Makes data and tokenizer first if they are not there. Ctrl-C or SIGTERM saves an
 75.
 """
 
-from nanochat_jax.common import run_main
-from nanochat_jax.config import load_from_argv
+from nanochat_jax.config import run_stage
 from nanochat_jax.stages.base import Base
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_main(lambda: train_stage(load_from_argv(__doc__), Base))
+    run_stage(lambda config: train_stage(config, Base), __doc__)

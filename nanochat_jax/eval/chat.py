@@ -1,4 +1,4 @@
-"""How well a chat model does at tasks: by the letter it prefers, or by the answer it writes.
+"""Scores of a chat model at tasks: by the letter it prefers, or by the answer it writes.
 
   categorical  one forward pass a prompt; of the letters on offer the likeliest next token wins
   generative   the engine writes the answers, the task grades them; one right of num_samples counts
@@ -8,9 +8,10 @@ A verdict depends on its problem alone: a prompt's padded width follows from its
 lies right of it is never seen, and every sampled answer has a seed of its own.
 """
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -21,10 +22,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import UserError, aligned, log
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
-from nanochat_jax.inference.engine import Completion, Engine, Request
-from nanochat_jax.inference.history import PromptTooLong, fit
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.history import PromptTooLong, fit_prompt
+from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import ROWS, num_row_shards
 from nanochat_jax.tasks.base import Conversation, Task
@@ -38,14 +40,8 @@ NUM_EXAMPLES = 4  # answers shown in the report
 TOO_LONG = "too_long"  # how a problem ended whose prompt does not fit
 
 # Accuracy of guessing.
-CHANCE = {
-    "arc_easy": 0.25,
-    "arc_challenge": 0.25,
-    "mmlu": 0.25,
-    "gsm8k": 0.0,
-    "humaneval": 0.0,
-    "spelling_bee": 0.0,
-}
+CHANCE = {name: 0.25 for name in ("arc_easy", "arc_challenge", "mmlu")}
+CHANCE |= {name: 0.0 for name in ("gsm8k", "humaneval", "spelling_bee")}
 MEANS = {
     "chatcore": tuple(CHANCE),
     "chatcore_5": tuple(name for name in CHANCE if name != "spelling_bee"),  # upstream's first form
@@ -63,9 +59,7 @@ class Score:
     ended: dict[str, int] = field(default_factory=dict)  # answers by finish: stop, length, context
     pass_at_k: list[float] = field(default_factory=list)  # k = 1..num_samples, generative only
     pass_at_k_unbiased: list[float] = field(default_factory=list)
-    examples: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # prompt, answer, expected, correct
+    examples: list[dict[str, Any]] = field(default_factory=list)  # the first problems and answers
 
     @property
     def accuracy(self) -> float:
@@ -91,69 +85,54 @@ def categorical(
     max_problems: the first so many; 0: all. UserError when a letter is not exactly one token.
     """
     began = time.monotonic()
-    problems = _problems(task, max_problems)
-    prompts = [render_for_completion(tokenizer, problem) for problem in problems]
-    letters = [problem["letters"] for problem in problems]
-    ids = {letter: _letter_id(tokenizer, letter) for row in letters for letter in row}
-    offered = [[ids[letter] for letter in row] for row in letters]
-    chosen = choose(
-        config, mesh, params, prompts, offered, pad_id=tokenizer.bos_id, batch_rows=batch_rows,
-        progress=progress,
-    )  # fmt: skip
-    answers = [row[pick] for row, pick in zip(letters, chosen, strict=True)]
-    correct = [_expected(p) == answer for p, answer in zip(problems, answers, strict=True)]
-    return Score(
-        num_correct=sum(correct),
-        num_problems=len(problems),
-        seconds=time.monotonic() - began,
-        examples=_examples(problems, answers, correct),
-    )
-
-
-def choose(
-    config: GPTConfig,
-    mesh: Mesh,
-    params: dict[str, jax.Array],
-    prompts: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-    batch_rows: int,
-    progress: Progress | None = None,
-) -> list[int]:
-    """For each prompt, which of its candidate ids is the most likely next token: an index."""
     if batch_rows < 1 or batch_rows % num_row_shards(mesh):
         raise UserError(
             f"a batch got {batch_rows} rows, expected a multiple of the {num_row_shards(mesh)} row "
             "shards of config.mesh"
         )
-    # Rows of unequal length repeat their first id, which then wins no more often than before.
-    most = max(map(len, candidates))
-    offered = np.array([[*row, *[row[0]] * (most - len(row))] for row in candidates], np.int32)
-    chosen = np.zeros(len(prompts), np.int32)
-    done = 0
+    problems = _problems(task, max_problems)
+    prompts = [render_for_completion(tokenizer, problem) for problem in problems]
+    letters = [problem["letters"] for problem in problems]
+    ids_of = {letter: tokenizer.encode(letter) for row in letters for letter in row}
+    if wrong := {letter: ids for letter, ids in ids_of.items() if len(ids) != 1}:
+        raise UserError(f"letters got the ids {wrong}, expected one each; grade what is written")
+    # Rows of unequal length repeat their first letter, which then wins no more often than before.
+    most = max(map(len, letters))
+    padded = [[*row, *[row[0]] * (most - len(row))] for row in letters]
+    offered = np.array([[ids_of[letter][0] for letter in row] for row in padded], np.int32)
+    by_width: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        width = max(MIN_WIDTH, 1 << (len(prompt) - 1).bit_length())
+        by_width.setdefault(width, []).append(number)
 
     def put(array: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, ROWS)
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
+    answers = [""] * len(problems)
+    done = 0
     with jax.set_mesh(mesh):
-        for width, rows in _batches([len(prompt) for prompt in prompts], batch_rows):
-            ids = np.full((batch_rows, width), pad_id, np.int32)
-            last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
-            for row, number in enumerate(rows):
-                ids[row, : len(prompts[number])] = prompts[number]
-                last[row], among[row] = len(prompts[number]) - 1, offered[number]
-            best = _best(config, params, put(ids), put(last), put(among))
-            chosen[rows] = np.asarray(best)[: len(rows)]
-            done += len(rows)
-            if progress:
-                progress(done, len(prompts))
-    return chosen.tolist()
+        for width, numbers in sorted(by_width.items()):  # short ones first
+            for first in range(0, len(numbers), batch_rows):
+                rows = numbers[first : first + batch_rows]
+                ids = np.full((batch_rows, width), tokenizer.bos_id, np.int32)
+                last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
+                for row, number in enumerate(rows):
+                    ids[row, : len(prompts[number])] = prompts[number]
+                    last[row], among[row] = len(prompts[number]) - 1, offered[number]
+                best = np.asarray(_best(config, params, put(ids), put(last), put(among)))
+                for row, number in enumerate(rows):
+                    answers[number] = letters[number][best[row]]
+                done += len(rows)
+                if progress:
+                    progress(done, len(problems))
+    correct = [_expected(p) == answer for p, answer in zip(problems, answers, strict=True)]
+    return _score(problems, answers, np.array(correct)[:, None], began)
 
 
 @partial(jax.jit, static_argnums=0)
 def _best(config: GPTConfig, params: dict, ids: jax.Array, last: jax.Array, among: jax.Array):
+    """Which of the ids `among` [B, C] is the likeliest after position `last` [B]: an index [B]."""
     hidden = bind(config, params).hidden(ids)  # [B, T, D]
     hidden = hidden[jnp.arange(len(ids)), last]  # [B, D]
     head = params["lm_head.kernel"].astype(hidden.dtype)
@@ -161,17 +140,6 @@ def _best(config: GPTConfig, params: dict, ids: jax.Array, last: jax.Array, amon
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)  # [B, V]
     best = jnp.argmax(jnp.take_along_axis(logits, among, axis=-1), axis=-1)  # [B]
     return jax.lax.with_sharding_constraint(best, P())  # every process gets all of it
-
-
-def _batches(lengths: Sequence[int], batch_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """(padded width, at most batch_rows indices of that width), short ones first."""
-    by_width: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        width = max(MIN_WIDTH, 1 << (length - 1).bit_length())
-        by_width.setdefault(width, []).append(index)
-    for width, rows in sorted(by_width.items()):
-        for start in range(0, len(rows), batch_rows):
-            yield width, rows[start : start + batch_rows]
 
 
 def generative(
@@ -196,53 +164,39 @@ def generative(
     if num_samples < 1:
         raise UserError(f"got num_samples {num_samples}, expected at least 1")
     problems = _problems(task, max_problems)
-    asked: list[tuple[int, int]] = []  # (problem, sample) of each request
-    requests: list[Request] = []
+    prompts: dict[int, list[int]] = {}
     for index, problem in enumerate(problems):
         try:
-            prompt, _ = fit(tokenizer, problem["messages"], engine.max_len - 1)
+            prompts[index], _ = fit_prompt(tokenizer, problem["messages"], engine.max_len - 1)
         except PromptTooLong as error:
             log(f"problem {index} counts as wrong: {error}")
-            continue
-        for sample in range(num_samples):
-            asked.append((index, sample))
-            requests.append(
-                Request(
-                    prompt=prompt,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    seed=seed_of(seed, index, sample),
-                )
-            )
-    done = 0
+    asked = [(index, sample) for index in prompts for sample in range(num_samples)]
+    requests = [
+        Request(prompts[i], max_new_tokens, temperature, top_k, seed=seed_of(seed, i, sample))
+        for i, sample in asked
+    ]
+    done = itertools.count(1)
 
     def count(_index: int, _completion: Completion) -> None:
-        nonlocal done
-        done += 1
         if progress:
-            progress(done, len(requests))
+            progress(next(done), len(requests))
 
     completions = engine.generate(requests, on_finish=count)
     texts = [answer_text(tokenizer, completion) for completion in completions]
     verdicts = task.grade([(index, text) for (index, _), text in zip(asked, texts, strict=True)])
     correct = np.zeros((len(problems), num_samples), bool)
-    for place, verdict in zip(asked, verdicts, strict=True):
-        correct[place] = verdict
-
+    answers = [""] * len(problems)  # the first of each
+    for (index, sample), text, verdict in zip(asked, texts, verdicts, strict=True):
+        correct[index, sample] = verdict
+        answers[index] = answers[index] if sample else text
     ended = Counter(completion.finish for completion in completions)
     ended[TOO_LONG] = len(problems) * num_samples - len(requests)
-    first = {index: text for (index, sample), text in zip(asked, texts, strict=True) if not sample}
-    answers = [first.get(index, "") for index in range(len(problems))]
-    return Score(
-        num_correct=int(correct.any(axis=1).sum()),
-        num_problems=len(problems),
-        seconds=time.monotonic() - began,
+    return _score(
+        problems, answers, correct, began,
         ended={name: n for name, n in ended.items() if n},
         pass_at_k=pass_at_k(correct),
         pass_at_k_unbiased=pass_at_k_unbiased(correct),
-        examples=_examples(problems, answers, correct[:, 0].tolist()),
-    )
+    )  # fmt: skip
 
 
 def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
@@ -272,30 +226,20 @@ def table(scores: Mapping[str, Score]) -> str:
     rows = [["task", "accuracy", "correct", "of", "seconds", "answers ended by"]]
     for name, score in scores.items():
         ended = ", ".join(f"{end} {n:,}" for end, n in sorted(score.ended.items()))
-        rows.append(
-            [
-                name,
-                f"{score.accuracy:.2%}",
-                f"{score.num_correct:,}",
-                f"{score.num_problems:,}",
-                f"{score.seconds:,.1f}",
-                ended,
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *numbers, last = (
-            cell.ljust(width) if column in (0, len(row) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *numbers, last]).rstrip())
+        correct = [f"{score.accuracy:.2%}", f"{score.num_correct:,}", f"{score.num_problems:,}"]
+        rows.append([name, *correct, f"{score.seconds:,.1f}", ended])
+    lines = aligned(rows, left=(0, 5))
     means = chatcore({name: score.accuracy for name, score in scores.items()})
     missing = means.pop("missing")
     lines += [f"{name} {value:.4f}" for name, value in means.items()]
     if missing:
         lines.append(f"for chatcore, missing: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+def seed_of(*numbers: int) -> int:
+    """One 31-bit seed out of several, without neighbours that share answers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def _problems(task: Task, max_problems: int) -> list[Conversation]:
@@ -305,21 +249,6 @@ def _problems(task: Task, max_problems: int) -> list[Conversation]:
     if not problems:
         raise UserError(f"{type(task).__name__} has no problems; choose another slice of it")
     return problems
-
-
-def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
-    ids = tokenizer.encode(letter)
-    if len(ids) != 1:
-        raise UserError(
-            f"the letter {letter!r} is {len(ids)} tokens {ids}, expected 1; grade this task by "
-            "what is written instead"
-        )
-    return ids[0]
-
-
-def seed_of(*numbers: int) -> int:
-    """One 31-bit seed out of several, without neighbours that share answers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def _expected(problem: Conversation) -> str:
@@ -335,17 +264,15 @@ def _expected(problem: Conversation) -> str:
     )
 
 
-def _examples(
-    problems: list[Conversation], answers: list[str], correct: list[bool]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": [m["content"] for m in problem["messages"] if m["role"] == "user"][-1],
-            "answer": answer,
-            "expected": _expected(problem),
-            "correct": verdict,
-        }
-        for problem, answer, verdict in list(zip(problems, answers, correct, strict=True))[
-            :NUM_EXAMPLES
-        ]
+def _score(
+    problems: list[Conversation], answers: list[str], correct: np.ndarray, began: float, **more
+) -> Score:
+    """answers: the first to each problem; correct [problems, answers to each]."""
+    first = list(zip(problems, answers, correct[:, 0].tolist(), strict=True))[:NUM_EXAMPLES]
+    asked = [[m for m in problem["messages"] if m["role"] == "user"][-1] for problem, *_ in first]
+    examples = [
+        {"prompt": m["content"], "answer": answer, "expected": _expected(p), "correct": verdict}
+        for m, (p, answer, verdict) in zip(asked, first, strict=True)
     ]
+    num_correct, seconds = int(correct.any(axis=1).sum()), time.monotonic() - began
+    return Score(num_correct, len(problems), seconds, examples=examples, **more)

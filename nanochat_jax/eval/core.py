@@ -1,38 +1,40 @@
 """CORE: how well a base model does on 22 tasks, by what it finds likely (DCLM, arXiv 2406.11794).
 
   core_bundle    tasks and their examples
-  core_prompts   example -> a row of tokens for each option, and the span of it that counts
-  core_score     row -> mean loss over the span, and whether all of it is the first guess
+  core_prompts   example -> a candidate (tokens, and the span that counts) for each option
+  core_score     candidate -> mean loss over the span, and whether all of it is the first guess
   here           -> verdict -> accuracy, centred accuracy -> CORE
 
 An example is right when its right option has the lowest mean loss (the first, where two are equal);
 in language modelling when every token of the continuation is the most likely one. Centred accuracy
 is 0 for guessing and 1 for no mistake; CORE is its mean over the 22 tasks. The verdicts are those
-of upstream, which runs example by example; here rows of all tasks share batches.
+of upstream, which runs example by example; here candidates of all tasks share batches.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
-from nanochat_jax.eval.core_bundle import NUM_EXAMPLES, CoreTask, read_tasks
-from nanochat_jax.eval.core_prompts import make_rows, num_rows
-from nanochat_jax.eval.core_score import Row, score_rows
+from nanochat_jax.eval.core_bundle import NUM_EXAMPLES, CoreTask, Example, read_tasks
+from nanochat_jax.eval.core_prompts import make_candidates
+from nanochat_jax.eval.core_score import Candidate, score_candidates
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
-Progress = Callable[[int, int], object]  # (rows done, rows in all)
+Score = Callable[[Iterable[Candidate]], list[tuple[float, bool]]]  # see `score_candidates`
 
 
 class Graded(NamedTuple):
     """An example with its verdict; the lists have an entry for each of its options."""
 
     correct: bool
-    lengths: list[int]  # tokens of the row
+    lengths: list[int]  # tokens of the candidate
     spans: list[tuple[int, int]]  # start and end of what is scored
     losses: list[float]  # mean over the span; nan where it is empty
 
@@ -47,12 +49,13 @@ def evaluate(
     max_per_task: int = -1,
     device_batch_tokens: int,
     tile_tokens: int,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    num_examples: Mapping[str, int] = NUM_EXAMPLES,
 ) -> dict[str, Any]:
-    """The score of each task and `core`, their mean; `core_partial` unless all 22 are there, whole.
+    """The score of each task and `core`, their mean; `core_partial` unless all are there, whole.
 
     max_per_task: so many examples of each task; 0 or less: all. device_batch_tokens, tile_tokens:
-    see `score_rows`.
+    see `score_candidates`. num_examples: what the whole bundle holds of each task.
 
     Returns {"core" or "core_partial", "missing": labels, "partial": {label: "3 of 5"}, "tasks":
     {label: {"accuracy", "centered", "num_examples", "tokens", "secs"}}, "max_per_task", "tokens",
@@ -66,35 +69,40 @@ def evaluate(
             f"got {bundle} without any examples, expected eval_data/ with those that its core.yaml "
             "lists; unpack the whole bundle or set config.eval.core_dir"
         )
-    graded = grade(
+    total = sum(len(set(example.options)) for task in tasks for example in task.items)
+    score = partial(
+        score_candidates,
         config,
         mesh,
         params,
-        tokenizer,
-        tasks,
         device_batch_tokens=device_batch_tokens,
         tile_tokens=tile_tokens,
-        progress=progress,
+        progress=lambda done: progress(done, total),
     )
-    scores = {
-        task.label: _score(task, examples) for task, examples in zip(tasks, graded, strict=True)
-    }
-    secs, tokens = time.monotonic() - began, sum(score["tokens"] for score in scores.values())
-    for score in scores.values():
-        score["secs"] = secs * score["tokens"] / tokens
-    labels = list(dict.fromkeys([*NUM_EXAMPLES, *(task.label for task in listed)]))
-    missing = [label for label in labels if label not in scores]
-    parts = {
-        task.label: f"{task.num_available} of {NUM_EXAMPLES[task.label]}"
+    scores: dict[str, dict[str, Any]] = {}
+    for task, examples in zip(tasks, grade(tasks, tokenizer, score), strict=True):
+        accuracy = sum(example.correct for example in examples) / len(examples)
+        scores[task.label] = {
+            "accuracy": accuracy,
+            "centered": task.centered(accuracy),
+            "num_examples": len(examples),
+            "tokens": sum(sum(example.lengths) for example in examples),
+        }
+    secs, tokens = time.monotonic() - began, sum(s["tokens"] for s in scores.values())
+    for s in scores.values():
+        s["secs"] = secs * s["tokens"] / tokens
+    labels = dict.fromkeys([*num_examples, *(task.label for task in listed)])
+    partly = {
+        task.label: f"{task.num_available} of {num_examples[task.label]}"
         for task in tasks
-        if task.num_available < NUM_EXAMPLES.get(task.label, 0)
+        if task.num_available < num_examples.get(task.label, 0)
     }
-    whole = set(scores) == set(NUM_EXAMPLES) and not parts
+    whole = set(scores) == set(num_examples) and not partly
+    mean = sum(s["centered"] for s in scores.values()) / len(scores)
     return {
-        "core" if whole else "core_partial": sum(s["centered"] for s in scores.values())
-        / len(tasks),
-        "missing": missing,
-        "partial": parts,
+        "core" if whole else "core_partial": mean,
+        "missing": [label for label in labels if label not in scores],
+        "partial": partly,
         "tasks": scores,
         "max_per_task": max_per_task,
         "tokens": tokens,
@@ -102,86 +110,33 @@ def evaluate(
     }
 
 
-def _score(task: CoreTask, examples: list[Graded]) -> dict[str, Any]:
-    accuracy = sum(example.correct for example in examples) / len(examples)
-    return {
-        "accuracy": accuracy,
-        "centered": task.centered(accuracy),
-        "num_examples": len(examples),
-        "tokens": sum(sum(example.lengths) for example in examples),
-    }
-
-
-def grade(
-    config: GPTConfig,
-    mesh: Mesh,
-    params: dict,
-    tokenizer: Tokenizer,
-    tasks: list[CoreTask],
-    *,
-    device_batch_tokens: int,
-    tile_tokens: int,
-    progress: Progress = lambda done, total: None,
-) -> list[list[Graded]]:
+def grade(tasks: list[CoreTask], tokenizer: Tokenizer, score: Score) -> list[list[Graded]]:
     """A verdict on every example of every task, in their order."""
-    layouts: list[list[_Layout]] = [[] for _ in tasks]
+    kept = []  # of each example's options, while their tokens go to the devices
 
-    def rows() -> Iterator[Row]:
+    def candidates() -> Iterator[Candidate]:
         count = 0
-        for task, of_task in zip(tasks, layouts, strict=True):
-            for options in make_rows(task, tokenizer):
-                places: dict[bytes, int] = {}  # equal options are one row: no rounding between them
-                for row in options:
-                    if (ids := row.ids.tobytes()) not in places:
-                        places[ids] = count
-                        count += 1
-                        yield row
-                of_task.append(
-                    _Layout(
-                        [len(row.ids) for row in options],
-                        [(row.start, row.end) for row in options],
-                        [places[row.ids.tobytes()] for row in options],
-                    )
+        for task in tasks:
+            for options in make_candidates(task, tokenizer):
+                # Equal options are scored once, so that no rounding comes between them.
+                unique = {option.ids.tobytes(): option for option in options}
+                places = dict(zip(unique, itertools.count(count), strict=False))
+                yield from unique.values()
+                count += len(unique)
+                kept.append(
+                    [(places[o.ids.tobytes()], len(o.ids), (o.start, o.end)) for o in options]
                 )
 
-    total = sum(num_rows(item) for task in tasks for item in task.items)
-    losses, hits = [0.0] * total, [False] * total
-    done = 0
-    for places, batch_losses, batch_hits in score_rows(
-        config,
-        mesh,
-        params,
-        rows(),
-        device_batch_tokens=device_batch_tokens,
-        tile_tokens=tile_tokens,
-    ):
-        for place, loss, hit in zip(places, batch_losses, batch_hits, strict=True):
-            losses[place], hits[place] = loss, hit
-        progress(done := done + len(places), total)
-    return [
-        [
-            _verdict(task, item, layout, losses, hits)
-            for item, layout in zip(task.items, of_task, strict=True)
-        ]
-        for task, of_task in zip(tasks, layouts, strict=True)
-    ]
+    scores, of_examples = score(candidates()), iter(kept)
 
+    def verdict(task: CoreTask, example: Example) -> Graded:
+        places, lengths, spans = map(list, zip(*next(of_examples), strict=True))
+        losses = [scores[place][0] for place in places]
+        if task.kind == "language_modeling":
+            correct = scores[places[0]][1]
+        else:
+            # As `min` of a list has it: the first of equals, and a nan only where it comes first.
+            correct = min(range(len(losses)), key=losses.__getitem__) == example.gold
+        return Graded(correct, lengths, spans, losses)
 
-class _Layout(NamedTuple):
-    """What is kept of an example's options while their tokens go to the devices."""
-
-    lengths: list[int]
-    spans: list[tuple[int, int]]
-    places: list[int]  # of the row among all
-
-
-def _verdict(
-    task: CoreTask, item: dict[str, Any], layout: _Layout, losses: list[float], hits: list[bool]
-) -> Graded:
-    own = [losses[place] for place in layout.places]
-    if task.kind == "language_modeling":
-        correct = hits[layout.places[0]]
-    else:
-        # As `min` of a list has it: the first of equals, and a nan only where it comes first.
-        correct = min(range(len(own)), key=own.__getitem__) == item["gold"]
-    return Graded(correct, layout.lengths, layout.spans, own)
+    return [[verdict(task, example) for example in task.items] for task in tasks]

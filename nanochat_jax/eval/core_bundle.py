@@ -12,9 +12,11 @@ mosaicml/llm-foundry and mlfoundations/dclm.
 import csv
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -47,13 +49,12 @@ NUM_EXAMPLES = {
     "boolq": 3_270,
     "bigbench_language_identification": 10_000,
 }
-# What an example of each kind must hold. "gold" is the index of the right choice or option.
-FIELDS = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
-}
-_BUNDLE = "config.eval.core_dir must name a folder like the one in upstream's eval_bundle.zip"
+KINDS = ("multiple_choice", "schema", "language_modeling")
+
+
+class Example(NamedTuple):
+    options: list[tuple[str, str]]  # (context, continuation); language modelling has one
+    gold: int  # which of them is right
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ class CoreTask:
     """A task and the examples to evaluate, in order."""
 
     label: str
-    kind: str  # a key of FIELDS
+    kind: str  # one of KINDS
     uri: str
     num_shots: int
     delimiter: str  # between context and continuation
     baseline: float  # accuracy of guessing, in percent
-    items: list[dict[str, Any]]
+    items: list[Example]
     num_available: int  # before any were left out
 
     def centered(self, accuracy: float) -> float:
@@ -81,80 +82,66 @@ def read_tasks(folder: Path, max_per_task: int = -1) -> list[CoreTask]:
     max_per_task: keep so many examples of each; 0 or less: all. Raises UserError for a file that is
     broken, and when what is kept is too little to draw the shots from.
     """
-    folder = Path(folder)
-    baselines = _read_baselines(folder / "eval_meta_data.csv")
-    tasks = []
-    for entry in _read_list(folder):
-        try:
-            label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-            num_shots, baseline = int(entry["num_fewshot"][0]), baselines[label]
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{folder}: got {entry} in the list of tasks ({error}); {_BUNDLE}"
-            ) from None
-        if kind not in FIELDS:
-            known = ", ".join(FIELDS)
-            raise UserError(f"{label}: got kind {kind!r}, expected one of {known}; {_BUNDLE}")
-        path = folder / "eval_data" / uri
-        items = read_items(path, kind) if path.exists() else []
-        num_available = len(items)
-        random.Random(SHUFFLE_SEED).shuffle(items)
-        if max_per_task > 0:
-            items = items[:max_per_task]
-        if items and len(items) <= num_shots:
-            raise UserError(
-                f"{label}: got {len(items)} examples, expected at least {num_shots + 1} for its "
-                f"{num_shots} shots; raise config.eval.core_per_task or give it a whole {path}"
-            )
-        delimiter = entry.get("continuation_delimiter", " ")
-        tasks.append(
-            CoreTask(label, kind, uri, num_shots, delimiter, baseline, items, num_available)
+    table = folder / "eval_meta_data.csv"
+    with _reading(table), open(table, encoding="utf-8", newline="") as file:
+        baselines = {r["Eval Task"]: float(r["Random baseline"]) for r in csv.DictReader(file)}
+    listing = min(folder.glob("core*.yaml"), default=folder / "core.yaml")  # core.yaml comes first
+    with _reading(listing):
+        entries = yaml.safe_load(listing.read_text(encoding="utf-8"))["icl_tasks"]
+        return [_read_task(folder, entry, baselines, max_per_task) for entry in entries]
+
+
+def _read_task(
+    folder: Path, entry: dict[str, Any], baselines: dict[str, float], max_per_task: int
+) -> CoreTask:
+    label, kind, uri = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
+    num_shots, baseline = int(entry["num_fewshot"][0]), baselines[label]
+    path, items = folder / "eval_data" / uri, []
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                with _reading(f"{path}:{number}"):
+                    items.append(to_example(kind, json.loads(line)))
+    num_available = len(items)
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    items = items[:max_per_task] if max_per_task > 0 else items
+    if items and len(items) <= num_shots:
+        raise UserError(
+            f"{label}: got {len(items)} examples, expected at least {num_shots + 1} for its "
+            f"{num_shots} shots; raise config.eval.core_per_task or give it a whole {path}"
         )
-    return tasks
+    delimiter = entry.get("continuation_delimiter", " ")
+    return CoreTask(label, kind, uri, num_shots, delimiter, baseline, items, num_available)
 
 
-def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The examples of a task of that kind, in file order."""
-    items = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line)
-            except ValueError:
-                item = line
-            if not _is_item(item, kind):
-                fields = ", ".join(
-                    f"{name} ({type_.__name__})" for name, type_ in FIELDS[kind].items()
-                )
-                got = line.strip()[:60]
-                raise UserError(
-                    f"{path}:{number}: got {got!r}, expected JSON with {fields}; {_BUNDLE}"
-                )
-            items.append(item)
-    return items
+def to_example(kind: str, item: dict[str, Any]) -> Example:
+    """An example as the bundle has it, a JSON object; raises LookupError, TypeError, ValueError."""
+    if kind == "multiple_choice":
+        options = [(item["query"], choice) for choice in item["choices"]]
+    elif kind == "schema":
+        options = [(context, item["continuation"]) for context in item["context_options"]]
+    elif kind == "language_modeling":
+        options = [(item["context"], item["continuation"])]
+    else:
+        raise ValueError(f"the kind {kind!r}, not one of {', '.join(KINDS)}")
+    gold = 0 if kind == "language_modeling" else item["gold"]
+    if not all(isinstance(text, str) for option in options for text in option):
+        raise TypeError("something else than texts in the options")
+    if gold not in range(len(options)):
+        raise ValueError(f"the right answer {gold!r} of {len(options)} options")
+    return Example(options, gold)
 
 
-def _is_item(item: Any, kind: str) -> bool:
-    if not isinstance(item, dict):
-        return False
-    if not all(isinstance(item.get(name), type_) for name, type_ in FIELDS[kind].items()):
-        return False
-    options = item.get("choices" if kind == "multiple_choice" else "context_options", [""])
-    return all(isinstance(o, str) for o in options) and 0 <= item.get("gold", 0) < len(options)
-
-
-def _read_list(folder: Path) -> list[Any]:
-    path = min(folder.glob("core*.yaml"), default=folder / "core.yaml")  # core.yaml comes first
+@contextmanager
+def _reading(place: Path | str) -> Iterator[None]:
+    """Whatever goes wrong inside is told in one line, with the file it is about."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
-    except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is no list of CORE tasks ({reason}); {_BUNDLE}") from None
-
-
-def _read_baselines(path: Path) -> dict[str, float]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no table of random baselines ({error}); {_BUNDLE}") from None
+        yield
+    except UserError:
+        raise
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"{place}: got {reason}; config.eval.core_dir must name a folder like the one in "
+            "upstream's eval_bundle.zip"
+        ) from None

@@ -1,6 +1,6 @@
 """Mean loss over a span of tokens, and whether every one of them is the model's first guess.
 
-  rows of any length -> wait by length class -> batches [R, T] -> one jitted function -> loss, hit
+  candidates of any length -> wait by width -> batches [R, T] -> one jitted function -> loss, hit
 
 Few shapes are compiled: T is one of 64, 96, 128, 192, ... (two a doubling, so at most a third of a
 row is padding), R follows from it so that a batch holds about the same number of tokens whatever T.
@@ -11,7 +11,7 @@ same batches and gets all results.
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -28,68 +28,74 @@ from nanochat_jax.model.sharding import ROWS, num_row_shards
 MAX_RUNNING = 4  # batches given to the devices while the next rows are made
 
 
-class Row(NamedTuple):
+class Candidate(NamedTuple):
+    """A text whose ids[start:end] are scored."""
+
     ids: np.ndarray  # int32 [T], BOS first
-    start: int  # ids[start:end] are scored
+    start: int
     end: int
 
 
-def score_rows(
+def score_candidates(
     config: GPTConfig,
     mesh: Mesh,
     params: dict,
-    rows: Iterable[Row],
+    candidates: Iterable[Candidate],
     *,
     device_batch_tokens: int,
     tile_tokens: int,
-) -> Iterator[tuple[list[int], list[float], list[bool]]]:
-    """(places in `rows`, mean losses, hits) batch by batch; an empty span has loss nan.
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[tuple[float, bool]]:
+    """(mean loss, hit) of each candidate, in order; an empty span has loss nan.
 
-    device_batch_tokens: tokens a row shard works on at once; a longer row comes alone. tile_tokens:
-    tokens a row shard holds logits of at once.
+    device_batch_tokens: tokens a row shard works on at once; a longer candidate comes alone.
+    tile_tokens: tokens a row shard holds logits of at once.
     """
-    waiting: dict[int, list[tuple[int, Row]]] = defaultdict(list)
-    running: deque[tuple[list[int], jax.Array, jax.Array]] = deque()
+    num_shards, sharding = num_row_shards(mesh), NamedSharding(mesh, ROWS)
+    waiting: dict[int, list[tuple[int, Candidate]]] = defaultdict(list)
+    running: deque[tuple[tuple[int, ...], jax.Array, jax.Array]] = deque()
+    scores: dict[int, tuple[float, bool]] = {}
+
+    def num_rows(width: int) -> int:
+        return num_shards * max(1, device_batch_tokens // width)
 
     def start(width: int) -> None:
         places, batch = zip(*waiting.pop(width), strict=True)
         # Rows that are only padding score nothing: an empty span at 1.
         ids = np.zeros((num_rows(width), width), np.int32)
         spans = np.ones((num_rows(width), 2), np.int32)
-        for at, row in enumerate(batch):
-            ids[at, : len(row.ids)] = row.ids
-            spans[at] = row.start, row.end
-        sharding = NamedSharding(mesh, ROWS)
+        for row, candidate in enumerate(batch):
+            ids[row, : len(candidate.ids)] = candidate.ids
+            spans[row] = candidate.start, candidate.end
         ids, spans = (
             jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in (ids, spans)
         )
-        tile = max(1, min(width, tile_tokens // (num_rows(width) // num_row_shards(mesh))))
+        tile = max(1, min(width, tile_tokens // (num_rows(width) // num_shards)))
         with jax.set_mesh(mesh):
-            running.append((list(places), *_score(config, mesh, tile, params, ids, spans)))
+            running.append((places, *_score(config, mesh, tile, params, ids, spans)))
 
-    def num_rows(width: int) -> int:
-        return num_row_shards(mesh) * max(1, device_batch_tokens // width)
-
-    def finish() -> tuple[list[int], list[float], list[bool]]:
+    def finish() -> None:
         places, losses, hits = running.popleft()
-        n = len(places)
-        return places, np.asarray(losses)[:n].tolist(), np.asarray(hits)[:n].tolist()
+        of_rows = zip(np.asarray(losses).tolist(), np.asarray(hits).tolist(), strict=True)
+        scores.update(zip(places, of_rows, strict=False))  # rows of padding have no place
+        progress(len(scores))
 
-    for place, row in enumerate(rows):
-        width = batch_width(len(row.ids))
-        waiting[width].append((place, row))
+    for place, candidate in enumerate(candidates):
+        width = batch_width(len(candidate.ids))
+        waiting[width].append((place, candidate))
         if len(waiting[width]) == num_rows(width):
             start(width)
         if len(running) > MAX_RUNNING:
-            yield finish()
+            finish()
     for width in sorted(waiting):
         start(width)
     while running:
-        yield finish()
+        finish()
+    return [scores[place] for place in range(len(scores))]
 
 
 def batch_width(length: int) -> int:
-    """The narrowest of 64, 96, 128, 192, ... that holds a row."""
+    """The narrowest of 64, 96, 128, 192, ... that holds so many tokens."""
     widths = (base << k for k in itertools.count() for base in (64, 96))
     return next(width for width in widths if width >= length)
 

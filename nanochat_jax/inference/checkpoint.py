@@ -1,17 +1,19 @@
-"""A trained model of a run, opened to talk to: checkpoint, tokenizer, engine.
+"""From a run's stage to its model, ready to be evaluated or talked to: the one door.
 
-The newest checkpoint of a stage, on one copy of the model (config.mesh.tensor devices). It is used
-only if its files match their checksums, the recipe's model is the one it was trained as, and the
-tokenizer the one it was trained with.
+find_stage    the newest checkpoint of a stage, its files as their checksums say
+open_stage    its parameters on a mesh, and the tokenizer they were trained with
+open_model    both, for those who have a recipe and nothing else: chat, server
+chat_engine, text_engine    what writes with them
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from nanochat_jax import recipe
-from nanochat_jax.common import UserError, log, run_dir
+from nanochat_jax.common import UserError, log, run_dir, sha256_file
 from nanochat_jax.config import Recipe
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.tools import make_tool
@@ -20,95 +22,122 @@ from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.train.checkpoint import damage, list_steps, read_host, restore_params
+from nanochat_jax.train.checkpoint import (
+    CHECKSUMS,
+    damage,
+    list_steps,
+    read_host,
+    restore_params,
+    step_dir,
+)
 
 STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
-# What may differ from the recipe of the checkpoint: it says how to compute, not what.
-MAY_CHANGE = (
-    "model.compute_dtype",
-    "model.attention",
-    "model.remat",
-    "model.fp8_layers",
-    "model.loss_tile_tokens",
-)
+# Keys of config.model that may differ from the checkpoint's: they say how to compute, not what.
+HOW = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")
+
+
+class StageCheckpoint(NamedTuple):
+    """A checkpoint of a stage; config and tokenizer hash of its training are in `host`."""
+
+    stage: str
+    folder: Path  # of all checkpoints of the stage
+    step: int
+
+    @property
+    def host(self) -> dict[str, Any]:
+        return read_host(self.folder, self.step)
+
+    @property
+    def checksum(self) -> str:
+        """Of all its files."""
+        return sha256_file(step_dir(self.folder, self.step) / CHECKSUMS)
+
+    def __str__(self) -> str:
+        return f"{self.stage}, step {self.step}"
 
 
 class Opened(NamedTuple):
-    stage: str
-    step: int
-    config: GPTConfig
+    checkpoint: StageCheckpoint
+    model: GPTConfig
     mesh: Mesh
     params: dict[str, jax.Array]
     tokenizer: Tokenizer
 
 
-def open_model(config: Recipe, stage: str | None = None) -> Opened:
-    """The newest checkpoint of `stage`, by default of the latest stage that has one; says which."""
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"got stage {stage!r}, expected one of {', '.join(STAGES)}")
-    folders = {s: run_dir(config.run.name) / s / "checkpoints" for s in STAGES}
-    trained = {s: steps[-1] for s, folder in folders.items() if (steps := list_steps(folder))}
-    if not trained:
+def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
+    """The newest checkpoint of `stage` in a run's folder, by default of the latest that has one."""
+    steps = {name: list_steps(run / name / "checkpoints") for name in STAGES}
+    trained = [name for name in STAGES if steps[name]]
+    if stage not in (None, *trained) or not trained:
         raise UserError(
-            f"{run_dir(config.run.name)} has no checkpoint; name the run with --config=FILE or "
+            f"{run} has checkpoints of {', '.join(trained) or 'no stage'}, expected of "
+            f"{stage or 'any'}; choose another --stage, name the run with --config=FILE or "
             "--config.run.name=NAME, or train it first"
         )
-    if stage is None:
-        stage = list(trained)[-1]
-    if stage not in trained:
-        raise UserError(
-            f"{run_dir(config.run.name)} has no checkpoint of stage {stage}, only of "
-            f"{', '.join(trained)}; choose one of these or train that stage first"
-        )
-    step, folder = trained[stage], folders[stage]
-    log(f"model: {config.run.name}, stage {stage}, step {step}")
-    if lines := damage(folder, step):
-        raise UserError(f"{lines[0]}; choose another --stage, or train this one again")
+    stage = stage or trained[-1]
+    return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])
 
+
+def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
+    """The newest checkpoint of `stage`, its files as their checksums say."""
+    found = newest(run, stage)
+    if lines := damage(found.folder, found.step):
+        done = found.folder.parent / "result.json"
+        raise UserError(
+            f"{lines[0]}; choose another stage, or delete {done} and train {found.stage} again"
+        )
+    return found
+
+
+def open_stage(found: StageCheckpoint, model: GPTConfig, mesh: Mesh) -> Opened:
+    """Load what `found` holds; `model` is the one it was trained as (compare found.host first)."""
+    tokenizer = Tokenizer.load(found.folder.parents[1] / "tokenizer")
+    was, now = found.host["tokenizer_sha256"], tokenizer.sha256()
+    if was != now:
+        raise UserError(
+            f"the model in {found.folder} was trained with another tokenizer (SHA-256 "
+            f"{was[:12]}..., now {now[:12]}...); put that one back"
+        )
+    shardings = param_shardings(mesh, param_shapes(model))
+    params = restore_params(found.folder, found.step, shardings)
+    return Opened(found, model, mesh, params, tokenizer)
+
+
+def open_model(config: Recipe, stage: str | None = None) -> Opened:
+    """The model of a recipe's run on one copy of it: config.mesh.tensor devices. Says which."""
+    found = find_stage(run_dir(config.run.name), stage)
+    log(f"model: {config.run.name}, stage {found.stage}, step {found.step}")
     start_runtime(compile_cache=config.run.compile_cache)
     recipe.resolve(config, platform=jax.default_backend(), num_devices=jax.device_count())
-    host = read_host(folder, step)
-    before = {f"model.{key}": value for key, value in host["config"]["model"].items()}
-    before["tokenizer.vocab_size"] = host["config"]["tokenizer"]["vocab_size"]
+    trained_as = found.host["config"]
+    trained = {f"model.{key}": value for key, value in trained_as["model"].items()}
+    trained["tokenizer.vocab_size"] = trained_as["tokenizer"]["vocab_size"]
+    may_change = tuple(f"model.{key}" for key in HOW)
     now = recipe.flat_json(config, "model.") | recipe.flat_json(config, "tokenizer.vocab_size")
-    recipe.refuse_changes(before, now, MAY_CHANGE, f"the model in {folder}")
-    tokenizer = Tokenizer.load(run_dir(config.run.name) / "tokenizer")
-    if host["tokenizer_sha256"] != tokenizer.sha256():
-        raise UserError(
-            f"the model in {folder} was trained with another tokenizer (SHA-256 "
-            f"{host['tokenizer_sha256'][:12]}..., now {tokenizer.sha256()[:12]}...); put that one "
-            "back"
-        )
-
+    recipe.refuse_changes(trained, now, may_change, f"the model in {found.folder}")
     model, _ = check_attention(recipe.gpt_config(config), config.model.attention)
     tensor = config.mesh.tensor
-    if tensor > jax.device_count():
-        raise UserError(
-            f"config.mesh.tensor got {tensor}, there are {jax.device_count()} devices; lower it"
-        )
     mesh = make_mesh(data=1, tensor=tensor, devices=jax.devices()[:tensor])
-    params = restore_params(folder, step, param_shardings(mesh, param_shapes(model)))
-    return Opened(stage, step, model, mesh, params, tokenizer)
+    return open_stage(found, model, mesh)
 
 
-def start_engine(
-    opened: Opened, *, slots: int, burst: int, tool_name: str = "calculator"
+def chat_engine(
+    model: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, *, tool: str = "calculator", **sizes: int
 ) -> Engine:
-    """An engine for its context length; a chat model stops after its answer and may use a tool."""
-    tokenizer = opened.tokenizer
-    stop_ids, tool = {tokenizer.bos_id}, make_tool(tool_name, tokenizer)
-    if opened.stage == "base":
-        tool = None
+    """An engine, yet without parameters, that stops where the assistant ends and may call a tool.
+
+    sizes: slots, max_len and burst as in Engine.
+    """
+    stop_ids = (tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id)
+    return Engine(model, mesh, stop_ids=stop_ids, tool=make_tool(tool, tokenizer), **sizes)
+
+
+def start_engine(opened: Opened, *, tool: str = "calculator", **sizes: int) -> Engine:
+    """An engine with its parameters; one of a base model continues text and calls no tool."""
+    model, mesh, tokenizer = opened.model, opened.mesh, opened.tokenizer
+    if opened.checkpoint.stage == "base":
+        engine = Engine(model, mesh, stop_ids=(tokenizer.bos_id,), tool=None, **sizes)
     else:
-        stop_ids |= {tokenizer.special_id("<|assistant_end|>")}
-    engine = Engine(
-        opened.config,
-        opened.mesh,
-        slots=slots,
-        max_len=opened.config.seq_len,
-        stop_ids=stop_ids,
-        tool=tool,
-        burst=burst,
-    )
+        engine = chat_engine(model, mesh, tokenizer, tool=tool, **sizes)
     engine.load(opened.params)
     return engine

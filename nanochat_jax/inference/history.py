@@ -1,10 +1,8 @@
 """A chat's history: as much of it as fits into a prompt, and an answer read back into it.
 
-`fit` keeps the system message and the newest turns (a user message and its answer each). `Answer`
-turns sampled ids, as they arrive, into the parts of tokenizer/chat.py: text, python, python_output.
-
-Invariants: a turn is kept whole or not at all; no text is handed out before its last byte is there,
-so a character is never shown by halves; what an Answer has read renders to the tokens' own text.
+Invariants: a turn (a user message and its answer) is kept whole or not at all; no text is handed
+out before its last byte is there, so a character is never shown by halves; what an AnswerReader has
+read renders to the tokens' own text.
 """
 
 import codecs
@@ -15,38 +13,38 @@ from nanochat_jax.common import UserError
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import PARTS, render_for_completion
 
-Message = Mapping[str, Any]
-
 
 class PromptTooLong(UserError):
     """A single message leaves no room for an answer."""
 
 
-def fit(
-    tokenizer: Tokenizer, messages: Sequence[Message], max_prompt_tokens: int
+def fit_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], max_tokens: int
 ) -> tuple[list[int], int]:
-    """The prompt for the next answer, at most max_prompt_tokens ids, and how many turns it lacks.
+    """The prompt for the next answer, at most max_tokens ids, and how many old turns it lacks.
 
-    An assistant's message at the end is what is to be answered anew. Raises UserError for malformed
-    messages, PromptTooLong when the last user message (with the system's) does not fit.
+    The system message stays. An assistant's message at the end is what is to be answered anew.
+    Raises UserError for malformed messages, PromptTooLong when the last turn alone does not fit.
     """
-    ids = render_for_completion(tokenizer, {"messages": list(messages)})
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = list(messages[len(system) :])
-    dropped = 0
-    while len(ids) > max_prompt_tokens and len(turns) > 2:
-        turns, dropped = turns[2:], dropped + 1
-        ids = render_for_completion(tokenizer, {"messages": [*system, *turns]})
-    if len(ids) > max_prompt_tokens:
-        raise PromptTooLong(
-            f"the last message is {len(ids):,} tokens long with all that frames it, expected at "
-            f"most {max_prompt_tokens:,}; shorten it"
-        )
+    ids, dropped = render_for_completion(tokenizer, {"messages": list(messages)}), 0
+    first = int(messages[0]["role"] == "system")
+    while len(ids) > max_tokens:
+        if len(messages) - first - 2 * dropped <= 2:
+            raise PromptTooLong(
+                f"the last message is {len(ids):,} tokens long with all that frames it, expected "
+                f"at most {max_tokens:,}; shorten it"
+            )
+        dropped += 1
+        kept = [*messages[:first], *messages[first + 2 * dropped :]]
+        ids = render_for_completion(tokenizer, {"messages": kept})
     return ids, dropped
 
 
-class Answer:
-    """An answer as it is sampled. `feed` ids in any portions; `content` is what was read so far."""
+class AnswerReader:
+    """Reads an answer as it is sampled: `feed` ids in any portions, `content` is all so far.
+
+    Content consists of the parts of tokenizer/chat.py: text, python, python_output.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -80,12 +78,11 @@ class Answer:
         yield from self._add(self._decoder.decode(b"", final=True))
 
     def _add(self, text: str) -> Iterator[tuple[str, str]]:
-        if not text:
-            return
-        if not self._parts or self._parts[-1]["type"] != self._kind:
-            self._parts.append({"type": self._kind, "text": ""})
-        self._parts[-1]["text"] += text
-        yield self._kind, text
+        if text:
+            if not self._parts or self._parts[-1]["type"] != self._kind:
+                self._parts.append({"type": self._kind, "text": ""})
+            self._parts[-1]["text"] += text
+            yield self._kind, text
 
     @property
     def content(self) -> str | list[dict[str, str]]:

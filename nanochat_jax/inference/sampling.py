@@ -3,10 +3,9 @@
   token = argmax(logits / temperature + Gumbel noise)       (the Gumbel-max trick: a softmax sample)
 
 Noise is a function of (seed, position, id) and of nothing else: a token does not depend on what
-else is in the batch, on how far a row had to wait, or on the settings of other rows, and truncation
-hides ids without changing the noise of those that stay. The function is Threefry-2x32 with 20
-rounds (Salmon et al., SC 2011), the one under jax.random; written out, XLA fuses it with what
-follows, and it can be asked about single ids.
+else is in the batch or how far a row had to wait, and truncation hides ids without changing the
+noise of those that stay. The function is Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the
+one under jax.random; written out, XLA fuses it with what follows, and single ids can be asked.
 
 Truncation: the top_k most likely ids, of these the fewest whose probabilities (at the row's
 temperature, among the top_k) sum to top_p; then one of them in proportion.
@@ -30,26 +29,26 @@ class Settings(NamedTuple):
     top_p: Column  # float32
 
 
-class Plan(NamedTuple):
-    """What the rows of a batch need, known when the program is compiled."""
+class Needs(NamedTuple):
+    """What a batch needs of the sampler, known when the program is compiled."""
 
     untruncated: bool  # a row draws from the whole vocabulary
     candidates: int  # the largest truncation of a row; 0: none truncates
 
 
-def sample(logits: jax.Array, settings: Settings, position: Column, plan: Plan) -> jax.Array:
+def sample(logits: jax.Array, settings: Settings, position: Column, needs: Needs) -> jax.Array:
     """int32 [B] for logits [B, V] in float32; position [B] is where the row stands."""
     seed, temperature, top_k, top_p = settings
     greedy = temperature == 0
     truncated = (top_k > 0) | (top_p < 1)
     token = argmax(logits)
     cold = jnp.where(greedy, 1.0, temperature)[:, None]  # greedy rows are not divided by 0
-    if plan.untruncated:
+    if needs.untruncated:
         ids = jnp.arange(logits.shape[-1])[None]
         drawn = argmax(logits / cold + noise(seed, position, ids))
         token = jnp.where(greedy | truncated, token, drawn)
-    if plan.candidates:
-        values, ids = jax.lax.top_k(logits, plan.candidates)  # [B, C], most likely first
+    if needs.candidates:
+        values, ids = jax.lax.top_k(logits, needs.candidates)  # [B, C], most likely first
         scores = jnp.where(kept(values / cold, top_k, top_p), values / cold, -jnp.inf)
         best = argmax(scores + noise(seed, position, ids))[:, None]
         drawn = jnp.take_along_axis(ids, best, axis=-1)[:, 0]

@@ -7,10 +7,9 @@
 """
 
 import ast
-from collections.abc import Callable
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.engine import Tool
+from nanochat_jax.inference.scheduler import Tool
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import PARTS
 from nanochat_jax.tools.calculator import calculate
@@ -21,22 +20,14 @@ MAX_OUTPUT_CHARS = 400  # of a program; it has to fit the model's context
 
 def make_tool(name: str, tokenizer: Tokenizer) -> Tool | None:
     """The tool called `name`: calculator, python or none."""
-    tools = {"calculator": calculate, "python": run_python}
-    if name == "none":
-        return None
+    tools = {"none": None, "calculator": calculate, "python": run_python}
     if name not in tools:
-        raise UserError(f"got tool {name!r}, expected one of none, {', '.join(tools)}")
-    return _tool(tokenizer, tools[name])
-
-
-def calculator_tool(tokenizer: Tokenizer) -> Tool:
-    """A Tool that answers an expression with its value, and one that has none with nothing."""
-    return _tool(tokenizer, calculate)
-
-
-def _tool(tokenizer: Tokenizer, answer: Callable[[str], str | None]) -> Tool:
-    start, end = (tokenizer.special_id(name) for name in PARTS["python"][:2])
-    opening, closing = (tokenizer.special_id(name) for name in PARTS["python_output"][:2])
+        raise UserError(f"got tool {name!r}, expected one of {', '.join(tools)}")
+    answer = tools[name]
+    if answer is None:
+        return None
+    start, end = (tokenizer.special_id(token) for token in PARTS["python"][:2])
+    opening, closing = (tokenizer.special_id(token) for token in PARTS["python_output"][:2])
 
     def run(ids: list[int]) -> list[int]:
         value = answer(tokenizer.decode(ids))

@@ -1,5 +1,4 @@
-"""Where a stage's numbers come from: machine, code, command and time, kept in
-<stage>/run_info.json."""
+"""What a stage ran on and how long: <stage>/run_info.json; and that only one process runs it."""
 
 import subprocess
 import sys
@@ -25,7 +24,7 @@ class RunInfo:
         self._began, self._secs_before = time.monotonic(), before.get("wall_secs", 0.0)
         self.values = {
             "hardware": hardware.describe(),
-            "git": git_state(),
+            "git": _git_state(),
             "command": " ".join(sys.argv),
             "started_unix_secs": before.get("started_unix_secs", time.time()),
             "restarts": before.get("restarts", -1) + 1,
@@ -38,36 +37,25 @@ class RunInfo:
             write_json(self.path, self.values)
 
 
-def git_state() -> dict[str, Any]:
-    """Commit and size of the uncommitted difference of the code that runs; {} outside a
-    checkout."""
+def _git_state() -> dict[str, Any]:
+    """Commit and uncommitted lines of the code that runs; {} outside a checkout or without git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
-    except FileNotFoundError:  # no git on this machine
+        commit, changed, diff = git("rev-parse", "HEAD"), git("status", "-s"), git("diff", "HEAD")
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return {}
-    if not commit:
-        return {}
-    changed = git("status", "--porcelain")
-    return {
-        "commit": commit,
-        "dirty": bool(changed),
-        "diff_lines": len(git("diff", "HEAD").splitlines()),
-    }
+    return {"commit": commit, "dirty": bool(changed), "diff_lines": len(diff.splitlines())}
 
 
 def only_one(stage_dir: Path) -> AbstractContextManager:
     """Hold the stage for this process; a second one is told so. A killed process lets go."""
     stage_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(stage_dir / ".lock")
     try:
-        return lock.acquire(timeout=0)
+        return filelock.FileLock(stage_dir / ".lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(
-            f"{stage_dir} is in use by another process; wait for it, or choose another "
-            "--config.run.name"
-        ) from None
+        what = "wait for it, or choose another --config.run.name"
+        raise UserError(f"{stage_dir} is in use by another process; {what}") from None

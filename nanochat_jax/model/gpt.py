@@ -18,12 +18,13 @@ N*H]: the key of optimizer groups, shardings, checkpoints and conversions alike.
 back into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact
 numbers.
 
-Training, prefill and decoding are one path, `GPT.hidden`: who decodes says where its tokens stand,
+Training, prefill and decoding are one path, `GPT.run`: who decodes says where its tokens stand,
 what came before them, and which keys they attend to (inference/decode.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,8 @@ VE_GATE_DIM = 12  # leading channels of x that steer the value-embedding gate
 SMEAR_GATE_DIM = 24  # leading channels of x that steer the smear gate
 REMAT = ("none", "names", "full")  # how much of a block is kept for the backward pass
 
-# (layer, q [B, T, N, H], k and v [B, T, K, H]) -> y [B, T, N, H]
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# (layer, q [B, T, N, H], k and v [B, T, K, H]) -> y [B, T, N, H], and the layer's cache or None
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Attention(nnx.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(small_positive(rngs, (VE_GATE_DIM, config.num_kv_heads)))
 
-    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend):
         B, T, D = x.shape
         c = self.config
         q = keep(self.c_q(x)).reshape(B, T, c.num_heads, c.head_dim)
@@ -148,8 +149,8 @@ class Attention(nnx.Module):
             v = v + scaled(ve.reshape(v.shape), gate[..., None])
         # Normalised after the rotation; the scale sharpens the softmax, half on each side.
         q, k = (rms_norm(rotate(t, *cos_sin)) * c.qk_scale for t in (q, k))
-        attended = keep(attend(self.layer, q, k, v))
-        return keep(self.c_proj(attended.reshape(B, T, D)))
+        attended, cache = attend(self.layer, q, k, v)
+        return keep(self.c_proj(keep(attended).reshape(B, T, D))), cache
 
 
 class MLP(nnx.Module):
@@ -168,9 +169,10 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend) -> jax.Array:
-        x = x + self.attn(rms_norm(x), ve, cos_sin, attend)
-        return shard_rows(x + self.mlp(rms_norm(x)))
+    def __call__(self, x: jax.Array, ve: jax.Array | None, cos_sin, attend: Attend):
+        attended, cache = self.attn(rms_norm(x), ve, cos_sin, attend)
+        x = x + attended
+        return shard_rows(x + self.mlp(rms_norm(x))), cache
 
 
 class GPT(nnx.Module):
@@ -207,15 +209,19 @@ class GPT(nnx.Module):
         logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
         return SOFTCAP * jnp.tanh(logits[..., : self.config.vocab_size] / SOFTCAP)
 
-    def hidden(
+    def hidden(self, ids: jax.Array) -> jax.Array:
+        """What the head sees: [B, T, D] in the compute dtype for ids [B, T]."""
+        return self.run(ids)[0]
+
+    def run(
         self,
         ids: jax.Array,
         *,
         positions: jax.Array | None = None,
         previous: jax.Array | None = None,
         attend: Attend | None = None,
-    ) -> jax.Array:
-        """What the head sees: [B, T, D] in the compute dtype for ids [B, T].
+    ) -> tuple[jax.Array, list]:
+        """`hidden`, and the cache of each layer that `attend` returned.
 
         positions [B, T]: where the ids stand; by default 0..T-1. previous [B, T]: the id before
         each of them, negative where there is none; by default the one to its left. attend: in
@@ -232,7 +238,7 @@ class GPT(nnx.Module):
         else:
             cos_sin = rotary_tables(positions, c.head_dim, c.rope_base)
 
-        def run(block, value_embed, lambdas, x, x0, cos_sin):
+        def one_layer(block, value_embed, lambdas, x, x0, cos_sin):
             if c.extras:
                 resid, first = lambdas
                 x = scaled(x, resid) + scaled(x0, first)
@@ -240,26 +246,28 @@ class GPT(nnx.Module):
             return block(x, ve, cos_sin, attend)
 
         if c.remat != "none":
-            run = nnx.remat(run, policy=is_kept if c.remat == "names" else None)
+            one_layer = nnx.remat(one_layer, policy=is_kept if c.remat == "names" else None)
+        caches = []
         for layer, block in enumerate(self.blocks):
             lambdas = value_embed = None
             if c.extras:
                 lambdas = self.resid_lambdas[layer], self.x0_lambdas[layer]
                 if c.has_value_embed(layer):
                     value_embed = self.value_embeds[str(layer)]
-            x = run(block, value_embed, lambdas, x, x0, cos_sin)
+            x, cache = one_layer(block, value_embed, lambdas, x, x0, cos_sin)
+            caches.append(cache)
             if layer == c.num_layers // 2:
                 mid = x
         if c.extras:
             x = x - scaled(mid, self.backout_lambda[...])
-        return rms_norm(x)
+        return rms_norm(x), caches
 
     def embed(self, ids: jax.Array) -> jax.Array:
         return rms_norm(shard_rows(self.wte(ids, jnp.dtype(self.config.compute_dtype))))
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array):
         c = self.config
-        return attention(q, k, v, c.sees(layer), c.attention_backend)
+        return attention(q, k, v, c.sees(layer), c.attention_backend), None
 
     def smear(self, x: jax.Array, previous: jax.Array | None) -> jax.Array:
         """Mix into each embedding of x [B, T, D] the one before it, where there is one."""

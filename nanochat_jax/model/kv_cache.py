@@ -58,13 +58,13 @@ def shard_cache(cache: Cache) -> Cache:
 def resize(config: GPTConfig, length: int, cache: Cache) -> Cache:
     """The same texts in a cache of another length, which none of them may exceed."""
 
-    def fit(layer: int, a: jax.Array) -> jax.Array:
+    def cut_or_pad(layer: int, a: jax.Array) -> jax.Array:
         extra = capacity(config, layer, length) - a.shape[2]
         if extra <= 0:
             return a[:, :, : a.shape[2] + extra]
         return jnp.pad(a, ((0, 0), (0, 0), (0, extra), (0, 0)))
 
-    return shard_cache([(fit(layer, k), fit(layer, v)) for layer, (k, v) in enumerate(cache)])
+    return shard_cache([(cut_or_pad(i, k), cut_or_pad(i, v)) for i, (k, v) in enumerate(cache)])
 
 
 def held(size: int, written: jax.Array) -> jax.Array:
@@ -109,15 +109,7 @@ def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cac
     return shard_cache(jax.tree.map(put, cache, burst))
 
 
-def attend(
-    q: jax.Array,
-    old: KV,
-    new: KV,
-    *,
-    window: int | None,
-    start: jax.Array,
-    step: jax.Array,
-) -> jax.Array:
+def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:
     """One query a row over the cache and the burst's own keys: q [B, 1, N, H] -> [B, 1, N, H].
 
     old: k, v [B, K, S, H], the cache of a layer, as it was when the burst began;
@@ -138,7 +130,7 @@ def attend(
         for k in (old[0], new[0])
     ]
     scores = jnp.where(seen[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # [B, K, G, S + steps]
-    y = jnp.einsum("bkgs,bksh->bkgh", weights[..., :S], old[1])
-    y = y + jnp.einsum("bkgs,bksh->bkgh", weights[..., S:], new[1])
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # [B, K, G, S + steps]
+    y = jnp.einsum("bkgs,bksh->bkgh", probs[..., :S], old[1])
+    y = y + jnp.einsum("bkgs,bksh->bkgh", probs[..., S:], new[1])
     return y.reshape(B, 1, N, H)

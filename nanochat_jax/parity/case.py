@@ -1,25 +1,21 @@
-"""The reference model of one generation, rebuilt as ours from the numbers in its two files.
+"""A reference model, rebuilt as ours from the numbers in its files.
 
 Sizes come from the json; what makes the generation (rotary base, extras, optimizer) comes from the
 recipe people train with, so that the recipe itself is compared too.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.config import CONFIGS, load
+from nanochat_jax.config import CONFIGS, Recipe, load
 from nanochat_jax.interop.upstream import params_from_upstream
-from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.parity.reference import Reference, read_arrays, read_settings
+from nanochat_jax.parity.reference import Comparison, Reference
 from nanochat_jax.recipe import gpt_config
 
 RECIPES = {"classic": CONFIGS / "d20.py", "modern": CONFIGS / "gpt2.py"}
@@ -30,61 +26,49 @@ SIZES = {
     "n_head": "model.num_heads",
     "n_kv_head": "model.num_kv_heads",
     "n_embd": "model.model_dim",
-    "window_pattern": "model.window_pattern",
+    "window_pattern": "model.window_pattern",  # classic has none
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """arrays and settings: the two files; ids and targets [B, T] of the one batch in them."""
+    """arrays and settings: the two files of a model."""
 
     arrays: Reference
     settings: Reference
-    recipe: Any  # the ConfigDict of the generation
+    recipe: Recipe  # of the generation, with the sizes of the json
     config: GPTConfig
     params: dict[str, jax.Array]
-    ids: jax.Array
-    targets: jax.Array
     mesh: Mesh
-
-    @property
-    def tile(self) -> int:
-        """Time steps of a loss tile: several tiles, and a last one that is not full."""
-        return next((n for n in (7, 5, 3) if self.ids.shape[1] % n), 7)
 
     def take_params(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays by upstream's names below `prefix`, under our names and in our layout."""
         return params_from_upstream(self.arrays.under(prefix))
 
+    def compare_shapes(self, what: str) -> Comparison:
+        ours = {path: leaf.shape for path, leaf in param_shapes(self.config).items()}
+        return self.arrays.compare(what, ours, {path: v.shape for path, v in self.params.items()})
 
-def read_case(folder: Path, generation: str) -> Case:
-    """Raises UserError for a file that is missing or broken, KeyError for a key."""
-    arrays = read_arrays(folder / f"{generation}.npz")
-    settings = read_settings(folder / f"{generation}.json")
+
+def read_case(
+    arrays: Reference,
+    settings: Reference,
+    generation: str,
+    weights: str = "state/",
+    sizes: str = "config.",
+) -> Case:
+    """weights, sizes: what the keys of the weights and of the sizes begin with."""
     overrides = {"model.compute_dtype": "float32"}
     for theirs, ours in SIZES.items():
-        if theirs != "window_pattern" or f"config.{theirs}" in settings:  # classic has none
-            overrides[ours] = str(settings.take(f"config.{theirs}")).upper()
+        if theirs != "window_pattern" or sizes + theirs in settings:
+            overrides[ours] = str(settings.take(sizes + theirs)).upper()
     recipe = load(RECIPES[generation], overrides)
-    params = params_from_upstream(arrays.under("state/"))
+    params = params_from_upstream(arrays.under(weights))
     return Case(
         arrays=arrays,
         settings=settings,
         recipe=recipe,
         config=gpt_config(recipe),
         params={path: jnp.asarray(value, jnp.float32) for path, value in params.items()},
-        ids=jnp.asarray(arrays.take("idx"), jnp.int32),
-        targets=jnp.asarray(arrays.take("targets"), jnp.int32),
         mesh=make_mesh(devices=jax.devices()[:1]),
     )
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Full float32 on one device, whatever the process is set to."""
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.enable_x64(False),
-        jax.default_device(jax.devices()[0]),
-    ):
-        yield

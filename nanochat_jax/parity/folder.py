@@ -1,27 +1,30 @@
 """Parity of a whole folder of reference numbers, and the table that tells how it went.
 
-Every file is compared, listed as belonging to a stage that does not exist yet, or a miss. Layout
-and tolerances are those of tests/goldens/README.md.
+Every file is compared, listed as belonging to what does not exist yet, or a miss. Layout and
+tolerances are those of tests/goldens/README.md.
 """
 
 from functools import partial
 from pathlib import Path
 
-from nanochat_jax.common import UserError
-from nanochat_jax.parity.arrays import compare_model
-from nanochat_jax.parity.core import FILES as CORE_FILES
-from nanochat_jax.parity.core import compare_core
-from nanochat_jax.parity.rows import Row, not_comparable
-from nanochat_jax.parity.scaling import compare_scaling
-from nanochat_jax.parity.text import TEXT_FILE, TOKENIZER_FILE, compare_text
+import jax
 
-COMPARISONS = (
-    ((TOKENIZER_FILE, TEXT_FILE), compare_text),
-    (("classic.npz", "classic.json"), partial(compare_model, generation="classic")),
-    (("modern.npz", "modern.json"), partial(compare_model, generation="modern")),
-    (("classic_scaling.json",), partial(compare_scaling, generation="classic")),
-    (("modern_scaling.json",), partial(compare_scaling, generation="modern")),
-)
+from nanochat_jax.common import UserError, aligned
+from nanochat_jax.parity.core import compare_core
+from nanochat_jax.parity.model import compare_model
+from nanochat_jax.parity.reference import Comparison, collect, miss, read
+from nanochat_jax.parity.scaling import compare_scaling
+from nanochat_jax.parity.text import compare_text
+
+# The files read together, and the function (folder, *files, ...) that compares them.
+COMPARISONS = {
+    ("tokenizer.json", "text.json"): compare_text,
+    ("classic.npz", "classic.json"): partial(compare_model, generation="classic"),
+    ("modern.npz", "modern.json"): partial(compare_model, generation="modern"),
+    ("classic_scaling.json",): partial(compare_scaling, generation="classic"),
+    ("modern_scaling.json",): partial(compare_scaling, generation="modern"),
+    ("core_model.npz", "core.json"): compare_core,
+}
 DESCRIPTION = "README.md"
 NOT_COVERED = {
     "hf_nanochat": "export to Hugging Face",
@@ -29,60 +32,59 @@ NOT_COVERED = {
     "upstream_modern": "import of upstream checkpoints",
     "upstream_tokenizer.pkl": "import of upstream checkpoints",
 }
-HEADER = ("file", "what", "compared", "largest difference", "tolerance", "result")
+HEADER = ("file", "what", "compared", "largest difference", "tolerance", "result", "")
 
 
-def compare_folder(folder: Path, core_data: Path | None = None) -> tuple[list[Row], list[str]]:
-    """(a row for everything compared, the entries that are not covered yet).
+def compare_folder(folder: Path, core_data: Path | None) -> tuple[list[Comparison], list[str]]:
+    """(everything compared, the entries that are not covered yet).
 
     core_data: folder of CORE's tasks; without it only those that need no data are compared.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"got {folder}, expected a folder of reference numbers like tests/goldens")
-    comparisons = (*COMPARISONS, (CORE_FILES, partial(compare_core, data=core_data)))
-    rows = [row for _, compare in comparisons for row in compare(folder)]
-    files = [file for files, _ in comparisons for file in files]
-    rows.sort(key=lambda row: files.index(row.file))
+    known = [file for files in COMPARISONS for file in files]
+    rows = [row for files in COMPARISONS for row in compare_files(folder, files, core_data)]
+    rows.sort(key=lambda row: known.index(row.file))
     entries = sorted(path.name for path in folder.iterdir())
-    known = {*files, *NOT_COVERED, DESCRIPTION}
-    unknown = [name for name in entries if name not in known]
-    rows += [not_comparable(name, "all", "no comparison reads it") for name in unknown]
+    unknown = set(entries) - {*known, *NOT_COVERED, DESCRIPTION}
+    rows += [miss(name, "all", "no comparison reads it") for name in sorted(unknown)]
     return rows, [name for name in entries if name in NOT_COVERED]
 
 
-def table(rows: list[Row], not_covered: list[str]) -> str:
+def compare_files(
+    folder: Path, files: tuple[str, ...], core_data: Path | None = None
+) -> list[Comparison]:
+    """Everything in files that are read together; a key that no comparison takes out is a miss."""
+    references = []
+    for file in files:
+        try:
+            references.append(read(folder / file))
+        except UserError as error:
+            return [miss(file, "all", str(error))]
+    more = {"data": core_data} if "core.json" in files else {}
+    # Full float32 on one device, whatever the process is set to.
+    highest, one = jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[0])
+    with highest, one, jax.enable_x64(False):
+        rows = list(collect(files[0], "all", COMPARISONS[files](folder, *references, **more)))
+    if any(row.what == "all" for row in rows):
+        return rows
+    return rows + [row for reference in references for row in reference.leftovers()]
+
+
+def table(rows: list[Comparison], not_covered: list[str]) -> str:
     """Aligned columns, one line a row, notes behind it; then the entries not covered, a summary."""
-    cells = [
-        (
-            row.file,
-            row.what,
-            f"{row.compared:,}",
-            f"{row.difference:.2g}",
-            f"{row.tolerance:g}" if row.tolerance else "exact",
-            ("ok" if row.compared else "-") if row.ok else "MISS",
-        )
-        for row in rows
-    ]
-    cells += [(name, NOT_COVERED[name], "", "", "", "not covered yet") for name in not_covered]
-    widths = [max(len(line[i]) for line in [HEADER, *cells]) for i in range(len(HEADER))]
-    notes = [""] + [row.note for row in rows] + [""] * len(not_covered)
-    lines = []
-    for line, note in zip([HEADER, *cells], notes, strict=True):
-        columns = [
-            cell.rjust(width) if i in (2, 3, 4) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append(("  ".join(columns) + f"  {note}").rstrip())
-    return "\n".join([*lines, "", summary(rows, not_covered)])
-
-
-def summary(rows: list[Row], not_covered: list[str]) -> str:
-    misses = [row for row in rows if not row.ok]
-    values = sum(row.compared for row in rows)
-    told = f"{len(rows) - len(misses)} of {len(rows)} rows ok ({values:,} values compared)"
+    cells: list[tuple[str, ...]] = [HEADER]
+    for row in rows:
+        tolerance = f"{row.tolerance:g}" if row.tolerance else "exact"
+        result = ("ok" if row.compared else "-") if row.ok else "MISS"
+        numbers = (f"{row.compared:,}", f"{row.difference:.2g}", tolerance)
+        cells.append((row.file, row.what, *numbers, result, row.note))
+    for name in not_covered:
+        cells.append((name, NOT_COVERED[name], "", "", "", "not covered yet", ""))
+    misses = [row.file for row in rows if not row.ok]
+    told = f"{len(rows) - len(misses)} of {len(rows)} rows ok "
+    told += f"({sum(row.compared for row in rows):,} values compared)"
     told += f", {len(not_covered)} entries not covered yet" if not_covered else ""
-    if not misses:
-        return f"parity: {told}"
-    files = ", ".join(sorted({row.file for row in misses}))
-    return f"NO parity: {told}, {len(misses)} misses in {files}"
+    told = f"NO parity: {told}, {len(misses)} misses in " if misses else f"parity: {told}"
+    told += ", ".join(sorted(set(misses)))
+    return "\n".join([*aligned(cells, left=(0, 1, 5, 6)), "", told])

@@ -1,22 +1,37 @@
-"""A file of reference numbers that remembers what has been compared, and rows of closeness.
+"""A file of reference numbers that remembers what was compared, and how a comparison went.
 
 Whatever a comparison takes out is crossed off; what is left in the end was not compared, and is
-reported as such (`Reference.leftovers`). Nothing here knows what the numbers mean.
+reported as a miss (`Reference.leftovers`). Nothing here knows what the numbers mean.
 """
 
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat_jax.common import UserError, read_json
-from nanochat_jax.parity.rows import Row, not_comparable
 
-COUNTLESS = "no values in it"
+ABSENT = "nothing"  # in a note, for a key that one side does not have
+RELATIVE_FLOOR = 1e-12  # below it two numbers are relatively the same: 2e-16 is a rounded 0
+
+
+class Comparison(NamedTuple):
+    """A line of the table; where a comparison is exact, the tolerance is 0."""
+
+    file: str
+    what: str
+    compared: int  # values
+    difference: float  # the largest, or how many values differ
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance
 
 
 class Reference:
@@ -30,8 +45,8 @@ class Reference:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def keys(self) -> list[str]:
-        return list(self._values)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def take(self, key: str) -> Any:
         if key not in self._values:
@@ -50,31 +65,64 @@ class Reference:
         """The keys that fit as a whole, without crossing them off."""
         return [match for key in self._values if (match := re.fullmatch(pattern, key))]
 
-    def leftovers(self) -> list[Row]:
-        return [not_comparable(self.file, key) for key in self._left]
+    def leftovers(self) -> list[Comparison]:
+        return [miss(self.file, key) for key in self._left]
+
+    def compare(
+        self, what: str, ours: Any, theirs: Any, tolerance: float = 0.0, relative: bool = False
+    ) -> Comparison:
+        """Of plain values, or lists or dicts of them; with a tolerance, of arrays or dicts of them.
+
+        The difference is the largest distance, without a tolerance how many values differ.
+        """
+        pairs = _pair_up(ours, theirs)
+        if tolerance:
+            off = {key: _distance(a, b, relative) for key, (a, b) in pairs.items()}
+            compared, difference = sum(np.size(b) for _, b in pairs.values()), max(off.values())
+        else:
+            off = {key: float(a != b) for key, (a, b) in pairs.items()}
+            compared, difference = len(pairs), sum(off.values())
+        if not compared:
+            return miss(self.file, what, "no values in it")
+        note = "relative" if relative else ""
+        if difference > tolerance:
+            worst = max(off, key=lambda key: off[key])
+            got, reference = map(_short, pairs[worst])
+            note = f"{worst}: got {got}, reference {reference}".removeprefix(": ")
+        return Comparison(self.file, what, compared, difference, tolerance, note)
 
 
-def read_arrays(path: Path) -> Reference:
-    """An .npz, without unpickling anything."""
+def miss(file: str, what: str, reason: str = "") -> Comparison:
+    """Something is there that no comparison covers, or that none understands."""
+    note = f"not able to compare: {reason}" if reason else "not able to compare"
+    return Comparison(file, what, 0, math.inf, 0.0, note)
+
+
+def collect(file: str, what: str, rows: Iterable[Comparison]) -> Iterator[Comparison]:
+    """The rows as they come; numbers that do not fit together are a miss, not a crash."""
+    try:
+        yield from rows
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = str(error.args[0] if error.args else error) or type(error).__name__
+        yield miss(file, what, reason.strip().partition("\n")[0])
+
+
+def read(path: Path) -> Reference:
+    """An .npz, without unpickling anything; or a JSON object, nested ones under dotted keys."""
+    if path.suffix == ".json":
+        content = read_json(path, "a folder of reference numbers holds it")
+        if not isinstance(content, dict):
+            raise UserError(f"{path} got a {type(content).__name__}, expected an object")
+        return Reference(path.name, dotted(content))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Reference(path.name, dict(arrays))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; a folder of reference numbers holds it") from None
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a file of plain arrays ({error}); make it anew") from None
 
 
-def read_settings(path: Path) -> Reference:
-    """A JSON object, nested ones under dotted keys; lists stay whole."""
-    content = read_json(path, "a folder of reference numbers holds it")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} got a {type(content).__name__}, expected an object")
-    return Reference(path.name, dotted(content))
-
-
 def dotted(content: dict, prefix: str = "") -> dict[str, Any]:
-    """One dict for nested ones."""
+    """One dict for nested ones; lists stay whole."""
     flat = {}
     for key, value in content.items():
         nested = isinstance(value, dict) and value
@@ -82,71 +130,26 @@ def dotted(content: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def close_row(
-    file: str, what: str, ours: Any, reference: Any, tolerance: float, relative: bool = False
-) -> Row:
-    """The largest absolute (or relative) difference between arrays, or dicts of arrays."""
-    pairs = _pair_up(ours, reference)
-    differences = {key: _difference(a, b, relative) for key, (a, b) in pairs.items()}
-    compared = sum(np.size(b) for _, b in pairs.values())
-    if not compared:
-        return not_comparable(file, what, COUNTLESS)
-    # nan sorts as the largest: it must never hide behind a number.
-    worst = max(
-        differences, key=lambda k: math.inf if math.isnan(differences[k]) else differences[k]
-    )
-    row = Row(file, what, compared, differences[worst], tolerance, "relative" if relative else "")
-    return row if row.ok else row._replace(note=_where(worst, *pairs[worst]))
+def _pair_up(ours: Any, theirs: Any) -> dict[Any, tuple[Any, Any]]:
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return {key: (ours.get(key, ABSENT), theirs.get(key, ABSENT)) for key in ours | theirs}
+    return {"": (ours, theirs)}
 
 
-def exact_row(file: str, what: str, ours: Any, reference: Any) -> Row:
-    """How many values differ, where all must be the same; both lists, dicts or plain values."""
-    pairs = _pair_up(ours, reference)
-    unequal = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    if not pairs:
-        return not_comparable(file, what, COUNTLESS)
-    note = ""
-    if unequal:
-        key, (a, b) = next(iter(unequal.items()))
-        note = f"{key + ': ' if key else ''}got {a!r}, reference {b!r}"
-    return Row(file, what, len(pairs), float(len(unequal)), 0.0, note)
-
-
-def guarded(file: str, what: str, compare: Callable[[], Iterable[Row]]) -> list[Row]:
-    """The rows of a comparison; numbers that do not fit together are a miss, not a crash."""
-    try:
-        return list(compare())
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-        return [not_comparable(file, what, reason.strip().partition("\n")[0])]
-
-
-def _pair_up(ours: Any, reference: Any) -> dict[str, tuple[Any, Any]]:
-    if isinstance(reference, list) and isinstance(ours, list):
-        ours, reference = (
-            {str(i): v for i, v in enumerate(values)} for values in (ours, reference)
-        )
-    if isinstance(reference, dict):
-        return {key: (ours.get(key), reference.get(key)) for key in ours | reference}
-    return {"": (ours, reference)}
-
-
-def _difference(ours: Any, reference: Any, relative: bool) -> float:
-    if ours is None or reference is None or np.shape(ours) != np.shape(reference):
+def _distance(ours: Any, theirs: Any, relative: bool) -> float:
+    if ours is ABSENT or theirs is ABSENT or np.shape(ours) != np.shape(theirs):
         return math.inf
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    difference = np.abs(ours - reference)
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    distance = np.abs(ours - theirs)
     if relative:
-        # Below this floor two numbers are the same: 2e-16 is a rounded 0.
-        difference = np.where(
-            difference <= 1e-12, 0, difference / np.maximum(np.abs(reference), 1e-12)
-        )
-    return float(np.max(difference, initial=0.0))
+        scaled = distance / np.maximum(np.abs(theirs), RELATIVE_FLOOR)
+        distance = np.where(distance <= RELATIVE_FLOOR, 0, scaled)
+    largest = float(np.max(distance, initial=0.0))
+    return math.inf if math.isnan(largest) else largest
 
 
-def _where(key: str, ours: Any, reference: Any) -> str:
-    if ours is None or reference is None:
-        return f"{key} is only in {'the reference' if ours is None else 'our model'}"
-    if np.shape(ours) != np.shape(reference):
-        return f"{key} shape {np.shape(ours)}, reference {np.shape(reference)}".strip()
-    return f"largest in {key}" if key else ""
+def _short(value: Any) -> str:
+    shown = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -16,8 +16,7 @@ from nanochat_jax.interop.upstream import our_path
 from nanochat_jax.optim.build import ADAM_EPS, OptimConfig, adam_groups, build_optimizer, label
 from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
 from nanochat_jax.parity.case import Case
-from nanochat_jax.parity.reference import close_row, exact_row
-from nanochat_jax.parity.rows import Row
+from nanochat_jax.parity.reference import Comparison, Reference
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
 from nanochat_jax.train.step import make_train_step
@@ -27,91 +26,73 @@ TRAJECTORY_TOLERANCE = 1e-4
 LR_TOLERANCE = 1e-9  # relative; both are computed in float64
 # Decay is applied where update and weight have the same sign. Where the update is all but 0 its
 # sign is that of a rounding error, and the weight may differ by the decay: lr * wd * |p|.
-MAX_COIN_TOSSES = 3  # elements a step
+MAX_ROUNDED_SIGNS = 3  # elements a step
 
 
 def optim_config(case: Case) -> OptimConfig:
     """The recipe's optimizer with the learning rates of the reference."""
     o, settings = case.recipe.optim, case.settings
-    scalar_lr = settings.take("optimizer.scalar_lr") if "optimizer.scalar_lr" in settings else None
+    has_scalar_lr = "optimizer.scalar_lr" in settings
     return OptimConfig(
         recipe=o.recipe,
         embed_lr=settings.take("optimizer.embedding_lr"),
         unembed_lr=settings.take("optimizer.unembedding_lr"),
         matrix_lr=settings.take("optimizer.matrix_lr"),
-        scalar_lr=o.scalar_lr if scalar_lr is None else scalar_lr,
+        scalar_lr=settings.take("optimizer.scalar_lr") if has_scalar_lr else o.scalar_lr,
         smear_lr=o.smear_lr,
     )
 
 
-def compare_groups(case: Case) -> Iterable[Row]:
-    settings, groups = case.settings, adam_groups(optim_config(case), case.config.model_dim)
+def compare_groups(case: Case) -> Iterable[Comparison]:
+    settings, o = case.settings, optim_config(case)
+    groups = adam_groups(o, case.config.model_dim)
     if "optimizer.adam_betas" in settings:  # classic: one setting for all
-        ours = {
-            "adam_betas": [[g.b1, g.b2] for g in groups.values()],
-            "adam_eps": [ADAM_EPS] * len(groups),
-            "weight_decay": [g.weight_decay for g in groups.values()],
-        }
-        for key, values in ours.items():
-            reference = settings.take(f"optimizer.{key}")
-            what = f"optimizer.{key}"
-            yield exact_row(settings.file, what, values, [reference] * len(groups))
+        for key, ours in (
+            ("adam_betas", [[g.b1, g.b2] for g in groups.values()]),
+            ("adam_eps", [ADAM_EPS] * len(groups)),
+            ("weight_decay", [g.weight_decay for g in groups.values()]),
+        ):
+            theirs = [settings.take(f"optimizer.{key}")] * len(groups)
+            yield settings.compare(f"optimizer.{key}", ours, theirs)
     if "param_groups" not in settings:
         return
-    reference = settings.take("param_groups")
-    yield _members_row(case, reference)
-    ours, theirs, lrs, their_lrs = {}, {}, {}, {}
-    for index, group in enumerate(reference):
-        name = label(our_path(group["params"][0])[0])
+    members, their_settings, their_lrs, our_settings, our_lrs = [], {}, {}, {}, {}
+    for index, group in enumerate(settings.take("param_groups")):
+        given = dict(group)
+        members.append(sorted(our_path(name)[0] for name in given.pop("params")))
+        name = label(members[-1][0])
         where = f"group {index} ({name})"
+        their_lrs[where] = given.pop("lr_after_dim_scaling")
+        their_settings |= {f"{where} {key}": value for key, value in given.items()}
         if name == "muon":
-            settings_of = {"kind": "muon", "ns_steps": len(POLAR_EXPRESS), "beta2": VARIANCE_DECAY}
-            lrs[where] = settings.take("optimizer.matrix_lr")
+            ours = {"kind": "muon", "ns_steps": len(POLAR_EXPRESS), "beta2": VARIANCE_DECAY}
+            our_lrs[where] = o.matrix_lr
         else:
             g = groups[name]
-            settings_of = {"kind": "adamw", "betas": [g.b1, g.b2], "eps": ADAM_EPS}
-            settings_of["weight_decay"] = g.weight_decay
-            lrs[where] = g.lr
-        ours |= {f"{where} {key}": value for key, value in settings_of.items()}
-        given = {k: v for k, v in group.items() if k not in ("params", "lr_after_dim_scaling")}
-        theirs |= {f"{where} {key}": value for key, value in given.items()}
-        their_lrs[where] = group["lr_after_dim_scaling"]
-    yield exact_row(settings.file, "param_groups settings", ours, theirs)
-    yield close_row(settings.file, "param_groups lr", lrs, their_lrs, LR_TOLERANCE, relative=True)
+            ours = {"kind": "adamw", "betas": [g.b1, g.b2], "eps": ADAM_EPS}
+            ours["weight_decay"] = g.weight_decay
+            our_lrs[where] = g.lr
+        our_settings |= {f"{where} {key}": value for key, value in ours.items()}
+    # Who is together with whom: AdamW by our labels, Muon by label and shape, as we stack them.
+    together: dict[tuple, list[str]] = {}
+    for path, value in sorted(case.params.items()):
+        shape = value.shape if label(path) == "muon" else None
+        together.setdefault((label(path), shape), []).append(path)
+    row = settings.compare("param_groups members", sorted(together.values()), sorted(members))
+    yield row._replace(compared=sum(map(len, members)))
+    yield settings.compare("param_groups settings", our_settings, their_settings)
+    yield settings.compare("param_groups lr", our_lrs, their_lrs, LR_TOLERANCE, relative=True)
 
 
-def _members_row(case: Case, reference: list[dict]) -> Row:
-    """Who is together with whom: AdamW by our labels, Muon by label and shape, as we stack them."""
-    ours: dict[tuple, set] = {}
-    for path, value in case.params.items():
-        name = label(path)
-        shape = value.shape if name == "muon" else None
-        ours.setdefault((name, shape), set()).add(path)
-    our_groups = sorted(sorted(members) for members in ours.values())
-    theirs = sorted(sorted(our_path(name)[0] for name in g["params"]) for g in reference)
-    row = exact_row(case.settings.file, "param_groups members", our_groups, theirs)
-    return row._replace(compared=sum(len(members) for members in theirs))
-
-
-def compare_steps(case: Case) -> Iterable[Row]:
+def compare_steps(case: Case) -> Iterable[Comparison]:
     """One row a step: the weights after it, from the state and the gradients given."""
-    settings, arrays = case.settings, case.arrays
-    momentum = "momentum" if "optimizer.momentum" in settings else "muon_momentum"
-    schedules = {
-        "lr_multiplier": settings.take("optimizer.lr_multiplier"),
-        "momentum": settings.take(f"optimizer.{momentum}"),
-        "weight_decay": [0.0] * len(settings.take("optimizer.lr_multiplier")),
-    }
-    if "optimizer.weight_decay_per_step" in settings:
-        schedules["weight_decay"] = settings.take("optimizer.weight_decay_per_step")
-    tables = {name: jnp.asarray(values, jnp.float32) for name, values in schedules.items()}
-    o = optim_config(case)
-    tx = build_optimizer(
-        case.params,
-        case.config.model_dim,
-        o,
-        **{name: lambda step, table=table: table[step] for name, table in tables.items()},
-    )
+    given, o = case.settings, optim_config(case)
+    multipliers = given.take("optimizer.lr_multiplier")
+    momentum = "momentum" if "optimizer.momentum" in given else "muon_momentum"
+    decays = [0.0] * len(multipliers)
+    if "optimizer.weight_decay_per_step" in given:
+        decays = given.take("optimizer.weight_decay_per_step")
+    tx = _optimizer(case, multipliers, given.take(f"optimizer.{momentum}"), decays)
 
     @jax.jit
     def update(grads, opt_state, params):
@@ -120,86 +101,85 @@ def compare_steps(case: Case) -> Iterable[Row]:
         return optax.apply_updates(params, updates), opt_state
 
     params, opt_state = case.params, tx.init(case.params)
-    num_steps = max((int(m[1]) for m in arrays.matching(r"opt/param(\d+)/.*")), default=0)
-    if not num_steps:
-        raise KeyError("opt/param* is missing")
-    if lengths := {k: len(v) for k, v in schedules.items() if len(v) != num_steps}:
-        raise ValueError(f"{num_steps} steps, but settings for {lengths}")
-    for step in range(num_steps):
+    for step, (multiplier, weight_decay) in enumerate(zip(multipliers, decays, strict=True)):
         grads = case.take_params(f"opt/grad{step}/")
-        reference = case.take_params(f"opt/param{step + 1}/")
-        lr = o.matrix_lr * schedules["lr_multiplier"][step]
-        decay = {p: _decay(p, v, lr * schedules["weight_decay"][step]) for p, v in params.items()}
+        theirs = case.take_params(f"opt/param{step + 1}/")
+        lr_decay = o.matrix_lr * multiplier * weight_decay
+        decay = {path: _decay(path, value, lr_decay) for path, value in params.items()}
         params, opt_state = update(grads, opt_state, params)
         what = f"opt/param{step + 1}/*"
-        row, params = compare_step(arrays.file, what, params, reference, decay)
+        row, params = compare_step(case.arrays, what, params, theirs, decay)
         yield row
 
 
-def _decay(path: str, value: jax.Array, lr_wd: float) -> np.ndarray | float:
+def _optimizer(
+    case: Case, lr_multiplier: list[float], momentum: list[float], weight_decay: list[float]
+) -> optax.GradientTransformation:
+    """Ours, with the reference's learning rates and a value of each schedule for every step."""
+    if not len(lr_multiplier) == len(momentum) == len(weight_decay):
+        raise ValueError("the optimizer's settings are of different numbers of steps")
+    schedules = {}
+    for name, values in (
+        ("lr_multiplier", lr_multiplier),
+        ("momentum", momentum),
+        ("weight_decay", weight_decay),
+    ):
+        table = jnp.asarray(values, jnp.float32)
+        schedules[name] = lambda step, table=table: table[step]
+    return build_optimizer(case.params, case.config.model_dim, optim_config(case), **schedules)
+
+
+def _decay(path: str, value: jax.Array, lr_decay: float) -> np.ndarray | float:
     """How much cautious decay changes each element where it is applied; 0 for AdamW's."""
     if label(path) != "muon":
         return 0.0
-    size = max(1.0, value.shape[1] / value.shape[0]) ** 0.5
-    return lr_wd * size * np.abs(np.asarray(value))
+    return lr_decay * max(1.0, value.shape[1] / value.shape[0]) ** 0.5 * np.abs(np.asarray(value))
 
 
 def compare_step(
-    file: str, what: str, ours: dict, reference: dict, decay: dict
-) -> tuple[Row, dict[str, jax.Array]]:
-    """The row, and the weights to go on from: ours, but the reference's where a coin was tossed."""
-    settled, coins = {}, 0
-    for path, value in reference.items():
-        if path not in ours or ours[path].shape != value.shape:
-            continue  # close_row says so
-        difference = np.abs(np.asarray(ours[path]) - value)
-        off_by_decay = np.abs(difference - decay[path]) <= STEP_TOLERANCE
-        coin = (difference > STEP_TOLERANCE) & off_by_decay
-        coins += int(np.sum(coin))
-        settled[path] = np.where(coin, value, ours[path])
-    if coins > MAX_COIN_TOSSES:
+    file: Reference, what: str, ours: dict, theirs: dict, decay: dict
+) -> tuple[Comparison, dict[str, jax.Array]]:
+    """The row, and the weights to go on from: ours, but the reference's where rounding decided the
+    sign."""
+    settled, num_rounded = {}, 0
+    for path in ours.keys() & theirs.keys():
+        if ours[path].shape == theirs[path].shape:
+            difference = np.abs(np.asarray(ours[path]) - theirs[path])
+            off_by_decay = np.abs(difference - decay[path]) <= STEP_TOLERANCE
+            rounded = (difference > STEP_TOLERANCE) & off_by_decay
+            num_rounded += int(np.sum(rounded))
+            settled[path] = np.where(rounded, theirs[path], ours[path])
+    if num_rounded > MAX_ROUNDED_SIGNS:
         settled = {}
-    row = close_row(file, what, ours | settled, reference, STEP_TOLERANCE)
-    if coins and row.ok:
-        row = row._replace(note=f"{coins} of at most {MAX_COIN_TOSSES} signs tossed by rounding")
-    return row, ours | {path: jnp.asarray(v) for path, v in settled.items()}
+    row = file.compare(what, ours | settled, theirs, STEP_TOLERANCE)
+    if num_rounded and row.ok:
+        row = row._replace(
+            note=f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs are rounding's"
+        )
+    return row, ours | {path: jnp.asarray(value) for path, value in settled.items()}
 
 
-def compare_trajectory(case: Case) -> Iterable[Row]:
+def compare_trajectory(case: Case, batch: dict, tile: int) -> Iterable[Comparison]:
     """Training on the one batch, loss before each update. Its settings are given in prose."""
-    settings = case.settings
-    note = str(settings.take("optimizer.note"))
-    default_decay = settings.take("optimizer.weight_decay")
+    note = str(case.settings.take("optimizer.note"))
+    theirs = case.arrays.take("trajectory_loss")
 
-    def stated(name: str, otherwise: float | None = None) -> float:
+    def stated(name: str, otherwise: float | None = None) -> list[float]:
         match = re.search(rf"trajectory:.*?\b{name} ([0-9]+(?:\.[0-9]+)?)", note)
         if not match and otherwise is None:
             raise ValueError(f"optimizer.note does not say the trajectory's {name}: {note!r}")
-        return float(match[1]) if match else float(otherwise or 0.0)
+        return [float(match[1] if match else otherwise or 0.0)] * len(theirs)
 
-    constants = {
-        "lr_multiplier": stated("multiplier"),
-        "momentum": stated("momentum"),
-        "weight_decay": stated("weight decay", default_decay),
-    }
-    tx = build_optimizer(
-        case.params,
-        case.config.model_dim,
-        optim_config(case),
-        **{name: lambda step, value=value: jnp.float32(value) for name, value in constants.items()},
-    )
+    decay = stated("weight decay", case.settings.take("optimizer.weight_decay"))
+    tx = _optimizer(case, stated("multiplier"), stated("momentum"), decay)
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
     owners = Owners(case.config, case.mesh)
     state = owners.to_owned(state)
-    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=case.tile)
-    batch = {"inputs": case.ids, "targets": case.targets}
-    reference = case.arrays.take("trajectory_loss")
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=tile)
     losses = []
     with jax.set_mesh(case.mesh):
-        for _ in range(len(reference)):
+        for _ in theirs:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-    yield close_row(
-        case.arrays.file, "trajectory_loss", np.array(losses), reference, TRAJECTORY_TOLERANCE
-    )
+    yield case.arrays.compare("trajectory_loss", np.array(losses), theirs, TRAJECTORY_TOLERANCE)

@@ -35,14 +35,7 @@ def token_weights(targets, advantages, pass_rows: int):
     return scale.reshape(rows, 1) * (targets >= 0).astype(np.float32)
 
 
-def policy_loss(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    advantages: jax.Array,
-    vocab_size: int,
-    tile: int,
-) -> jax.Array:
+def policy_loss(hidden, head, targets, advantages, vocab_size: int, tile: int) -> jax.Array:
     """The loss of one pass, a float32 scalar: what the training step minimises by its weights.
 
     hidden [B, T, D] from the model; head [D, V]; targets and advantages as in `token_weights`.

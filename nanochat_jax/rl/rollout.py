@@ -2,9 +2,9 @@
 
     questions --engine, samples each--> answers --grade--> rewards --> inputs, targets, weights
 
-All questions of a step are answered in one go by the engine. Targets are the sampled tokens alone,
-the stop token among them: prompt, tool output and padding train nothing. What is sampled depends on
-the parameters, the seed and the question's place, so a continued run repeats it.
+Targets are the sampled tokens alone, the stop token among them: prompt, tool output and padding
+train nothing. What is sampled depends on the parameters, the seed and the question's place, so a
+continued run repeats it.
 """
 
 import time
@@ -15,11 +15,12 @@ import numpy as np
 
 from nanochat_jax.data.conversations import bucket
 from nanochat_jax.eval.chat import answer_text, seed_of
-from nanochat_jax.inference.engine import Completion, Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.rl.policy import advantages, token_weights
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import IGNORE, render_for_completion
+from nanochat_jax.tokenizer.chat import IGNORE, pad_batch, render_for_completion
 
 
 def practise(
@@ -37,6 +38,7 @@ def practise(
 ) -> dict[str, Any]:
     """A batch of all processes' rows, [questions * samples, T], with metrics about the answers."""
     began = time.perf_counter()
+    asked = [question for question in questions for _ in range(samples)]
     prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
     requests = [
         Request(prompt, max_new_tokens, temperature, top_k, seed=seed_of(*seed, place, sample))
@@ -45,14 +47,9 @@ def practise(
     ]
     answers = engine.generate(requests)
     texts = [answer_text(tokenizer, answer) for answer in answers]
-    asked = [question for question in questions for _ in range(samples)]
     verdicts = task.grade(list(zip(asked, texts, strict=True)))
     rewards = np.array(verdicts, np.float32).reshape(len(questions), samples)
-    rows = [
-        (list(request.prompt), answer) for request, answer in zip(requests, answers, strict=True)
-    ]
-    inputs, targets = pad(rows, tokenizer.bos_id, engine.max_len)
-    weights = token_weights(targets, advantages(rewards).reshape(-1), pass_rows)
+    inputs, targets = pad(requests, answers, tokenizer.bos_id, engine.max_len)
     metrics = {
         "reward": float(rewards.mean()),
         "solved_frac": float(rewards.max(axis=1).mean()),
@@ -64,7 +61,7 @@ def practise(
     return {
         "inputs": inputs,
         "targets": targets,
-        "weights": weights.astype(np.float32),
+        "weights": token_weights(targets, advantages(rewards).reshape(-1), pass_rows),
         "doc_ids": [[f"question {question}"] for question in asked],
         "epoch": 0,
         "metrics": metrics,
@@ -72,15 +69,14 @@ def practise(
 
 
 def pad(
-    rows: Sequence[tuple[list[int], Completion]], pad_id: int, longest: int
+    requests: Sequence[Request], answers: Sequence[Completion], pad_id: int, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """inputs and targets, int32 [R, T]; T is the bucket of the longest row."""
-    width = bucket(max(len(prompt) + len(a.tokens) for prompt, a in rows) - 1, longest)
-    inputs = np.full((len(rows), width), pad_id, np.int32)
-    targets = np.full((len(rows), width), IGNORE, np.int32)
-    for row, (prompt, answer) in enumerate(rows):
-        ids = [*prompt, *answer.tokens]
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        picked = np.where(answer.sampled, answer.tokens, IGNORE)
-        targets[row, len(prompt) - 1 : len(ids) - 1] = picked
-    return inputs, targets
+    rows = [
+        ([*request.prompt, *answer.tokens], [0] * len(request.prompt) + [*map(int, answer.sampled)])
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    inputs, targets = pad_batch(rows, pad_id)
+    extra = ((0, 0), (0, bucket(inputs.shape[1], longest) - inputs.shape[1]))
+    targets = np.pad(targets, extra, constant_values=IGNORE)
+    return np.pad(inputs, extra, constant_values=pad_id), targets

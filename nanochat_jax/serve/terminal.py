@@ -1,27 +1,27 @@
 """A chat in the terminal: lines in, answers out as they are sampled.
 
-`Chat` holds one conversation and what is done with it (ask, slash commands, the loop), `Screen` is
-where it is shown. A base model has no conversation: every line is continued on its own.
+`Chat` holds one conversation and does what a line asks for, `Screen` is where it is shown. A base
+model has no conversation: every line is continued on its own.
 
 Invariants: bad input is told in one line and the chat goes on; the first Ctrl-C stops the answer
-between two events of the engine, which stays usable; with one question the answer alone goes to
+between two bursts of the engine, which stays usable; with one question the answer alone goes to
 stdout, notes go to stderr; control characters of the model reach no terminal.
 """
 
 import contextlib
-import difflib
 import importlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat_jax.common import UserError, read_json, write_json
-from nanochat_jax.inference.engine import Engine, Request
-from nanochat_jax.inference.history import Answer, fit
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.history import AnswerReader, fit_prompt
+from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import render_conversation
 
@@ -36,128 +36,100 @@ COMMANDS = {
     "quit": "leave, as Ctrl-D does",
 }
 CONVERSATIONS_ONLY = ("new", "system", "save", "load")
-
 GREEN, YELLOW, DIM, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 TOOL_LABELS = {"python": "python", "python_output": "output"}
 # A model's text must not steer the terminal: all control characters but line ends and tabs.
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are sampled. UserError when a number is out of range."""
-
-    temperature: float = 0.6
-    top_k: int = 50
-    max_new_tokens: int = 256
-    seed: int = 42
-
-    def __post_init__(self):
-        least = {"temperature": 0, "top_k": 0, "max_new_tokens": 1, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if not bound <= value < float("inf"):
-                raise UserError(f"{name} got {value}, expected a number of at least {bound}")
-
-
-def wants_color(out: TextIO, no_color: bool) -> bool:
-    """Colours only on a terminal, and not where $NO_COLOR is set (no-color.org)."""
-    return out.isatty() and not (no_color or os.environ.get("NO_COLOR"))
-
-
 class Screen:
-    """Shows an answer piece by piece. Not interactive: its text alone, and notes go elsewhere."""
+    """Shows an answer piece by piece; if not interactive, its text alone, and notes elsewhere."""
 
-    def __init__(self, out: TextIO, notes: TextIO, *, interactive: bool, color: bool):
-        self.out, self.notes, self.interactive, self.color = out, notes, interactive, color
+    def __init__(self, out: TextIO, notes: TextIO, *, interactive: bool, no_color: bool = False):
+        self.out, self.notes, self.interactive = out, notes, interactive
+        # Colours only on a terminal, and not where $NO_COLOR is set (no-color.org).
+        self.color = notes.isatty() and not no_color and not os.environ.get("NO_COLOR")
         self._kind = "text"
 
     def prompt(self, words: str) -> str:
         """What input() shows; \\x01 and \\x02 tell readline what takes no room."""
         return f"\x01{GREEN}\x02{words}\x01{PLAIN}\x02" if self.color else words
 
-    def piece(self, kind: str, text: str) -> None:
-        """A piece of `Answer.feed`."""
-        if kind != self._kind:
-            self._close_tool()
-            self._kind = kind
-            if kind != "text" and self.interactive:
-                self._write(f"{DIM * self.color}[{TOOL_LABELS[kind]}: ")
-        if self.interactive or kind == "text":
-            watched = self.interactive or self.out.isatty()  # a pipe gets what was said
-            self._write(text.translate(CONTROLS) if watched else text)
+    def show(self, pieces: Iterable[tuple[str, str]]) -> None:
+        """(kind, text) pieces of an AnswerReader."""
+        for kind, text in pieces:
+            self._enter(kind)
+            if self.interactive or kind == "text":
+                watched = self.interactive or self.out.isatty()  # a pipe gets what was said
+                self._write(text.translate(CONTROLS) if watched else text)
 
     def end(self) -> None:
-        self._close_tool()
-        self._kind = "text"
+        self._enter("text")
         self._write("\n")
 
     def note(self, text: str) -> None:
         """A line that is not the model's."""
         print(f"{YELLOW * self.color}{text}{PLAIN * self.color}", file=self.notes, flush=True)
 
-    def _close_tool(self) -> None:
-        if self._kind != "text" and self.interactive:
-            self._write(f"]{PLAIN * self.color}")
+    def _enter(self, kind: str) -> None:
+        """Frame the tool's parts."""
+        if kind != self._kind and self.interactive:
+            if self._kind != "text":
+                self._write(f"]{PLAIN * self.color}")
+            if kind != "text":
+                self._write(f"{DIM * self.color}[{TOOL_LABELS[kind]}: ")
+        self._kind = kind
 
     def _write(self, text: str) -> None:
         print(text, end="", file=self.out, flush=True)
 
 
+@dataclass
 class Chat:
     """One conversation with a model, or with base=True a text to continue at every line."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        settings: Settings,
-        screen: Screen,
-        *,
-        system: str = "",
-        base: bool = False,
-    ):
-        if base and system:
+    engine: Engine
+    tokenizer: Tokenizer
+    settings: Request  # how answers are sampled; its prompt is not looked at
+    screen: Screen
+    system: str = ""
+    base: bool = False
+    turns: list[dict[str, Any]] = field(default_factory=list)  # user and assistant in turn
+    num_asked: int = 0
+    num_dropped: int = 0  # turns that no longer fit
+
+    def __post_init__(self):
+        if self.base and self.system:
             raise UserError("a base model takes no system message; choose another --stage")
-        self.engine, self.tokenizer = engine, tokenizer
-        self.settings, self.screen = settings, screen
-        self.system, self.base = system, base
-        self.turns: list[dict[str, Any]] = []  # user and assistant messages in turn
-        self._num_asked = self._num_dropped = 0
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
     def ask(self, text: str) -> str:
-        """Show the answer to `text` and remember both; returns how it ended (Completion.finish).
-
-        Raises UserError when the text alone is too long; the conversation is then as before.
-        """
-        s = self.settings
-        request = Request(
-            prompt=self._continued(text) if self.base else self._prompt(text),
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            seed=s.seed + self._num_asked,  # so that a question asked again is answered anew
-        )
-        self._num_asked += 1
-        answer, finish = Answer(self.tokenizer), ""
+        """Show the answer to `text` and remember both; returns how it ended (Completion.finish)."""
+        prompt = self.tokenizer.encode(text, bos=True) if self.base else self._prompt(text)
+        seed = self.settings.seed + self.num_asked  # a question asked again is answered anew
+        reader, finish = AnswerReader(self.tokenizer), ""
         with first_interrupt() as interrupted:
-            for event in self.engine.stream(request):
-                for piece in answer.feed(event.tokens):
-                    self.screen.piece(*piece)
-                finish = event.finish or finish
+            for piece in self.engine.stream(replace(self.settings, prompt=prompt, seed=seed)):
+                self.screen.show(reader.feed(piece.tokens))
+                finish = piece.finish
                 if interrupted.is_set():
-                    self.engine.cancel(event.id)  # the next event is the last one
-        for piece in answer.finish():
-            self.screen.piece(*piece)
+                    self.engine.scheduler.cancel(piece.id)  # the next piece is the last one
+        self.screen.show(reader.finish())
         self.screen.end()
-        if not self.base and (answer.content or finish != "cancelled"):
+        self.num_asked += 1
+        if not self.base and (reader.content or finish != "cancelled"):
             self.turns.append({"role": "user", "content": text})
-            self.turns.append({"role": "assistant", "content": answer.content})
-        self._say_how_it_ended(finish)
+            self.turns.append({"role": "assistant", "content": reader.content})
+        if finish == "cancelled":
+            self.screen.note("[stopped]")
+        elif finish == "context":
+            self.screen.note(f"[cut off: the context of {self.engine.max_len:,} tokens is full]")
+        elif finish == "length" and not self.base:
+            most = self.settings.max_new_tokens
+            self.screen.note(f"[cut off after {most:,} tokens, --max-new-tokens]")
         return finish
 
     def command(self, line: str) -> bool:
@@ -165,28 +137,29 @@ class Chat:
         name, _, value = line[1:].strip().partition(" ")
         value = value.strip()
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"unknown command /{name}; the nearest is /{near}, /help lists them, and a blank "
-                "in front makes it a message"
-            )
+            raise UserError(f"no command /{name}; see /help, or begin a message with a blank")
         if self.base and name in CONVERSATIONS_ONLY:
             raise UserError(f"/{name}: a base model continues text and holds no conversation")
         match name:
             case "new":
-                self._restart([])
+                self.turns, self.num_dropped = [], 0
                 self.screen.note("a new conversation")
             case "system":
                 self.system = value
                 self.screen.note(f"system message: {value or 'none'}")
-            case "temperature":
-                self._set(temperature=_number(name, value, float))
-            case "top_k":
-                self._set(top_k=_number(name, value, int))
+            case "temperature" | "top_k":
+                try:
+                    number = float(value) if name == "temperature" else int(value)
+                except ValueError:
+                    raise UserError(f"/{name} got {value!r}, expected a number") from None
+                self.settings = replace(self.settings, **{name: number})
+                self.screen.note(f"{name} {number:g}")
+            case "save" | "load" if not value:
+                raise UserError(f"/{name} got no file name; write /{name} FILE")
             case "save":
-                self._save(_file(name, value))
+                self._save(value)
             case "load":
-                self._load(_file(name, value))
+                self._load(value)
             case "help":
                 for known, meaning in COMMANDS.items():
                     self.screen.note(f"/{known:<12} {meaning}")
@@ -196,10 +169,9 @@ class Chat:
         """Ask and obey until /quit or the end of input."""
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # input() then edits lines and recalls them
-        words = "text: " if self.base else "you: "
         while True:
             try:
-                line = read(self.screen.prompt(words))
+                line = read(self.screen.prompt("text: " if self.base else "you: "))
             except KeyboardInterrupt:
                 self.screen.note("\n/quit or Ctrl-D leaves")
                 continue
@@ -217,78 +189,41 @@ class Chat:
 
     def _prompt(self, text: str) -> list[int]:
         """The conversation with `text`, cut so that an answer of at most half a context fits."""
-        max_len = self.engine.max_len
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked, max_len = [*self.messages, {"role": "user", "content": text}], self.engine.max_len
         room = min(self.settings.max_new_tokens, max_len // 2)
-        ids, dropped = fit(self.tokenizer, asked, max_len - room)
-        if dropped != self._num_dropped:
+        ids, dropped = fit_prompt(self.tokenizer, asked, max_len - room)
+        if dropped != self.num_dropped:
             self.screen.note(
                 f"[the context of {max_len:,} tokens is full: the model no longer sees the oldest "
                 f"{dropped} of {len(self.turns) // 2} turns; /new starts over]"
             )
-        self._num_dropped = dropped
+        self.num_dropped = dropped
         return ids
 
-    def _continued(self, text: str) -> list[int]:
-        ids, most = self.tokenizer.encode(text, bos=True), self.engine.max_len - 1
-        if len(ids) > most:
-            raise UserError(f"the text is {len(ids):,} tokens long, expected at most {most:,}")
-        return ids
-
-    def _say_how_it_ended(self, finish: str) -> None:
-        if finish == "cancelled":
-            self.screen.note("[stopped]")
-        elif finish == "context":
-            self.screen.note(
-                f"[cut off: the context of {self.engine.max_len:,} tokens is full"
-                f"{'' if self.base else '; /new starts over'}]"
-            )
-        elif finish == "length" and not self.base:
-            self.screen.note(
-                f"[cut off after {self.settings.max_new_tokens:,} tokens, --max-new-tokens]"
-            )
-
-    def _set(self, **values: float) -> None:
-        self.settings = replace(self.settings, **values)
-        self.screen.note(", ".join(f"{name} {value:g}" for name, value in values.items()))
-
-    def _restart(self, turns: list[dict[str, Any]]) -> None:
-        self.turns, self._num_dropped = turns, 0
-
-    def _save(self, path: Path) -> None:
+    def _save(self, file: str) -> None:
         if not self.turns:
             raise UserError("there is no conversation to save yet; ask something first")
         try:
-            write_json(path, {"messages": self.messages})
-        except OSError as error:
-            raise UserError(f"could not write {path}: {error.strerror}; choose another") from None
-        except UnicodeEncodeError as error:  # bytes typed or loaded that are no characters
-            raise UserError(
-                f"could not write {path}: got {error.object[error.start]!r} in the conversation, "
-                "expected characters of Unicode; start over with /new"
-            ) from None
-        self.screen.note(f"saved {len(self.turns) // 2} turns to {path}")
+            write_json(Path(file).expanduser(), {"messages": self.messages})
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # no home, no characters
+            raise UserError(f"could not save {file}: {error}; name another, or /new") from None
+        self.screen.note(f"saved {len(self.turns) // 2} turns to {file}")
 
-    def _load(self, path: Path) -> None:
-        what_to_do = 'expected {"messages": [{"role", "content"}, ...]} as /save writes it'
+    def _load(self, file: str) -> None:
+        expected = 'expected {"messages": [{"role", "content"}, ...]} as /save writes it'
         try:
-            found = read_json(path, what_to_do)
+            found = read_json(Path(file).expanduser(), expected)
             render_conversation(self.tokenizer, found)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except OSError as error:
-            raise UserError(f"could not read {path}: {error.strerror}; {what_to_do}") from None
-        system, *turns = [
-            {"role": message["role"], "content": message["content"]}
-            for message in found["messages"]
+        except (OSError, RuntimeError, UserError) as error:
+            raise UserError(f"could not load {file}: {error}") from None
+        turns = [
+            {key: message[key] for key in ("role", "content")} for message in found["messages"]
         ]
-        if system["role"] != "system":
-            system, turns = {"content": ""}, [system, *turns]
         if turns[-1]["role"] != "assistant":
-            raise UserError(f"{path} ends with a user message, expected the answer to it last")
-        self.system = system["content"]
-        self._restart(turns)
-        self.screen.note(f"loaded {len(turns) // 2} turns from {path}")
+            raise UserError(f"{file} ends with a user message, expected the answer to it last")
+        self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
+        self.turns, self.num_dropped = turns, 0
+        self.screen.note(f"loaded {len(turns) // 2} turns from {file}")
 
 
 @contextlib.contextmanager
@@ -305,21 +240,3 @@ def first_interrupt() -> Iterator[threading.Event]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"/{name} got {text!r}, expected a number") from None
-
-
-def _file(name: str, text: str) -> Path:
-    if not text:
-        raise UserError(f"/{name} got no file name; write /{name} FILE")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(
-            f"/{name} got {text}, whose user has no home folder; name another"
-        ) from None

@@ -23,19 +23,17 @@ from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.engine import Engine, Request
-from nanochat_jax.inference.tools import calculator_tool
-from nanochat_jax.model.gpt import param_shapes
-from nanochat_jax.model.sharding import param_shardings
-from nanochat_jax.stages.run import ORDER, Parent, Run, has_stage, intact_parent, start
+from nanochat_jax.inference.checkpoint import StageCheckpoint, chat_engine, find_stage, open_stage
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.scheduler import Request
+from nanochat_jax.stages.run import ORDER, Run, has_stage, start
 from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer import bpe
 from nanochat_jax.tokenizer.chat import render_for_completion
-from nanochat_jax.tools.sandbox import protections
-from nanochat_jax.train.checkpoint import read_host, restore_params
+from nanochat_jax.tools.sandbox import statement
 from nanochat_jax.train.step import loss_tile, put_batch
 
 ANSWER_TOKENS = 128  # at most, of an answer that the report shows
@@ -45,23 +43,22 @@ def run_base_eval(config: Recipe) -> None:
     """Evaluate the base model: bits per byte on both texts, CORE, samples."""
     run = start(config)
     config, e = run.config, run.config.eval
-    found = intact_parent(run, "base")
+    found = find_stage(run.dir, "base")
     keys = {k: v for k, v in recipe.flat_json(config, "eval.").items() if "eval.chat_" not in k}
     out, settings = run.dir / "eval" / "base.json", {"checkpoint": found.checksum, **keys}
     if _is_done(out, settings):
         log(f"base_eval: {out} is there, of step {found.step}")
         return
     began = time.monotonic()
-    tokenizer = run_tokenizer(config)
-    score_core = make_core(run, tokenizer, e.core_per_task) if e.core else None
-    params = _load(run, found, tokenizer)
+    bundle = hub.eval_bundle(e.core_dir) if e.core else None
+    tokenizer, params = _open(run, found)
     train_paths, val_path = run_data(config)
 
     values: dict[str, Any] = {"step": found.step}
     values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
     values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
-    if score_core:
-        values |= score_core(params)
+    if bundle:
+        values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
     values["samples"] = make_samples(run, tokenizer, e.prompts, e.sample_tokens)(params)
     if e.chat_prompts:
         values["answers"] = make_samples(run, tokenizer, e.chat_prompts, ANSWER_TOKENS)(params)
@@ -88,7 +85,7 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     _refuse_same_names(config.eval.chat_tasks)
     run = start(config)
     config, specs = run.config, config.eval.chat_tasks
-    found = intact_parent(run, name)
+    found = find_stage(run.dir, name)
     keys = {k: v for k, v in recipe.flat_json(config, "eval.chat_").items() if k[10:] != "tasks"}
     made_of = {"persona": config.data.persona, "task_dir": config.data.task_dir}
     settings = {"checkpoint": found.checksum, **made_of, **keys}
@@ -103,8 +100,7 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
             _write(run, out, asked)
         return
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
-    tokenizer = run_tokenizer(config)
-    params = _load(run, found, tokenizer)
+    tokenizer, params = _open(run, found)
     if "answers" not in values:
         values["answers"] = chat_answers(run, tokenizer, params)
         for answer in values["answers"]:
@@ -160,9 +156,8 @@ def task_score(
     count = min(e.chat_problems or len(task), len(task))
     log(f"chat_eval: {spec}, {count:,} problems")
     if spec.split()[0] == "humaneval":
-        for protection in protections():  # those who run programs should know
-            state = "enforced" if protection.enforced else "NOT ENFORCED"
-            log(f"  sandbox: {protection.name} {state} ({protection.how})")
+        for line in statement():  # those who run programs should know
+            log(f"  sandbox: {line}")
     with progress_bar(spec) as progress:
         if task.kind == "categorical":
             score = chat.categorical(
@@ -178,7 +173,8 @@ def task_score(
         else:
             longest = longest_prompt(tokenizer, task, range(count))
             max_len = longest + e.chat_max_new_tokens
-            engine = make_engine(run, tokenizer, slots=e.chat_slots, max_len=max_len)
+            sizes = {"slots": e.chat_slots, "max_len": max_len}
+            engine = chat_engine(run.model, run.mesh, tokenizer, **sizes)
             engine.load(params)
             score = chat.generative(
                 engine,
@@ -205,7 +201,7 @@ def chat_answers(run: Run, tokenizer: bpe.Tokenizer, params: dict) -> list[dict[
         return []
     new_tokens = min(e.chat_max_new_tokens, ANSWER_TOKENS)
     max_len = max(map(len, ids)) + new_tokens
-    engine = make_engine(run, tokenizer, slots=len(ids), max_len=max_len)
+    engine = chat_engine(run.model, run.mesh, tokenizer, slots=len(ids), max_len=max_len)
     engine.load(params)
     answers = engine.generate([Request(prompt, new_tokens) for prompt in ids])
     texts = [chat.answer_text(tokenizer, answer) for answer in answers]
@@ -238,32 +234,18 @@ def _write(run: Run, out: Path, values: dict[str, Any]) -> None:
     write_json(out, values)
 
 
-def _load(run: Run, found: Parent, tokenizer: bpe.Tokenizer) -> dict[str, jax.Array]:
-    """The parameters of a checkpoint, which must be of this recipe and tokenizer."""
-    host = read_host(found.folder, found.step)
-    same_run(run.config, tokenizer, host, found.folder.parent, found.name)
-    shardings = param_shardings(run.mesh, param_shapes(run.model))
-    return restore_params(found.folder, found.step, shardings)
-
-
-def make_engine(run: Run, tokenizer: bpe.Tokenizer, *, slots: int, max_len: int) -> Engine:
-    """The engine for chat: it stops where the assistant ends, and calls the calculator."""
-    return Engine(
-        run.model,
-        run.mesh,
-        slots=slots,
-        max_len=max_len,
-        stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
-        tool=calculator_tool(tokenizer),
-    )
+def _open(run: Run, found: StageCheckpoint) -> tuple[bpe.Tokenizer, dict[str, jax.Array]]:
+    """Tokenizer and parameters of a checkpoint, which must be of this recipe."""
+    tokenizer = run_tokenizer(run.config)
+    same_run(run.config, tokenizer, found.host, found.folder.parent, found.stage)
+    return tokenizer, open_stage(found, run.model, run.mesh).params
 
 
 def make_core(
-    run: Run, tokenizer: bpe.Tokenizer, per_task: int
+    run: Run, tokenizer: bpe.Tokenizer, bundle: Path, per_task: int
 ) -> Callable[[dict], dict[str, Any]]:
-    """params -> CORE and the score of each of its tasks; the data is found now, not later."""
+    """params -> CORE and the score of each of its tasks."""
     e, model = run.config.eval, run.model
-    bundle = hub.eval_bundle(e.core_dir)
 
     def evaluate(params: dict) -> dict[str, Any]:
         with progress_bar("CORE") as progress:

@@ -8,14 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax import recipe
-from nanochat_jax.common import UserError, atomic_write, log, run_dir, sha256_file
+from nanochat_jax.common import UserError, atomic_write, log, run_dir
 from nanochat_jax.config import Recipe
+from nanochat_jax.inference.checkpoint import StageCheckpoint, find_stage
 from nanochat_jax.launch import cluster
 from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh, num_row_shards
-from nanochat_jax.train.checkpoint import CHECKSUMS, damage, list_steps, step_dir
 from nanochat_jax.train.watch import parse_steps
 
 # Stages that train, in order: the key without which a recipe does not have it, and the script.
@@ -98,34 +98,7 @@ def before(config: Recipe, name: str) -> str | None:
     return earlier[-1] if earlier else None
 
 
-class Parent:
-    """The last checkpoint of a stage that another one starts from."""
-
-    def __init__(self, run: Run, name: str):
-        self.name, self.folder = name, run.dir / name / "checkpoints"
-        steps = list_steps(self.folder)
-        if not steps:
-            raise UserError(
-                f"no checkpoint in {self.folder}; run scripts/{SCRIPTS[name]} with this recipe "
-                "first"
-            )
-        self.step = steps[-1]
-        self.checksum = sha256_file(step_dir(self.folder, self.step) / CHECKSUMS)
-
-    def __str__(self) -> str:
-        return f"{self.name}, step {self.step}"
-
-
-def intact_parent(run: Run, name: str) -> Parent:
-    """The last checkpoint of stage `name`, its files checked."""
-    parent = Parent(run, name)
-    if lines := damage(parent.folder, parent.step):
-        done = run.dir / name / "result.json"
-        raise UserError(f"{lines[0]}; delete {done} and run scripts/{SCRIPTS[name]} again")
-    return parent
-
-
-def finished_parent(run: Run, name: str) -> Parent:
+def finished_parent(run: Run, name: str) -> StageCheckpoint:
     """The last checkpoint of the stage that `name` starts from, which must be complete."""
     earlier = before(run.config, name)
     assert earlier
@@ -134,4 +107,4 @@ def finished_parent(run: Run, name: str) -> Parent:
             f"{name} starts from stage {earlier}, which is not complete in {run.dir / earlier}; "
             f"run scripts/{SCRIPTS[earlier]} with this recipe first"
         )
-    return intact_parent(run, earlier)
+    return find_stage(run.dir, earlier)

@@ -11,7 +11,8 @@ from typing import Any
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, read_json
 from nanochat_jax.config import Recipe, flatten
-from nanochat_jax.stages.run import ORDER, Parent, Run, before
+from nanochat_jax.inference.checkpoint import StageCheckpoint, newest
+from nanochat_jax.stages.run import ORDER, Run, before
 from nanochat_jax.tasks.registry import file_stamps
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import list_steps
@@ -25,7 +26,6 @@ MAY_CHANGE = (
     "data.local_dir",
     "data.task_dir",
     "data.persona",  # what was rendered with it is compared instead
-    "data.num_workers",  # of checkpoints from before this key went
     "data.prefetch_batches",
     "model.attention",
     "model.remat",
@@ -68,10 +68,10 @@ def same_run(
         )
 
 
-def same_parent(saved: str | None, parent: Parent | None, stage: Path) -> None:
+def same_parent(saved: str | None, parent: StageCheckpoint | None, stage: Path) -> None:
     if parent and saved != parent.checksum:
         raise UserError(
-            f"{stage} started from another checkpoint of {parent.name} than the one there now; "
+            f"{stage} started from another checkpoint of {parent.stage} than the one there now; "
             f"delete {stage} to train it again"
         )
 
@@ -87,7 +87,7 @@ def same_result(run: Run, name: str) -> bool:
     earlier = before(run.config, name)
     if earlier and list_steps(run.dir / earlier / "checkpoints"):  # may be deleted to save space
         result = read_json(stage / "result.json", cure)
-        same_parent(result.get("parent"), Parent(run, earlier), stage)
+        same_parent(result.get("parent"), newest(run.dir, earlier), stage)
     rendered = stage / "train_conversations" / "conversations.json"
     if name in ("mid", "sft") and rendered.exists():
         was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]

@@ -22,12 +22,13 @@ from nanochat_jax import hardware, plan, recipe
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, log, write_json
 from nanochat_jax.config import Recipe
 from nanochat_jax.data.pipeline import merge_states
+from nanochat_jax.inference.checkpoint import StageCheckpoint
 from nanochat_jax.launch.provenance import RunInfo, only_one
 from nanochat_jax.model.accounting import param_counts, train_flops_per_token
 from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import build_optimizer, warm_start
-from nanochat_jax.stages.run import Parent, Run, has_stage, start
+from nanochat_jax.stages.run import Run, has_stage, start
 from nanochat_jax.stages.same import same_parent, same_result, same_run
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import Checkpoints, read_data_states, read_host, restore_params
@@ -50,7 +51,7 @@ class Stage(Trained):
     name: str  # its folder, and its section of the recipe
     tokenizer: Tokenizer
     widest: int  # tokens of the longest row
-    parent: Parent | None = None
+    parent: StageCheckpoint | None = None
 
     def __init__(self, run: Run):
         self.run, self.section = run, run.config[self.name]
@@ -191,8 +192,7 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
         loop_state = LoopState(**host["loop"])
         log(f"{name}: continuing from the checkpoint at step {found}")
     elif parent:
-        host = read_host(parent.folder, parent.step)
-        same_run(config, stage.tokenizer, host, parent.folder.parent, parent.name)
+        same_run(config, stage.tokenizer, parent.host, parent.folder.parent, parent.stage)
     stage.batches.start_prefetch()  # the first batches are made while the step is compiled
     record = layout_record(stage)
     train_step = step_for_widths(
@@ -218,7 +218,8 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     metrics = MetricsLog(
         folder / "metrics.jsonl", first, config.run.tracker, config.run.name, run.is_main
     )
-    console = Console(stage.num_steps, first, flops, peak, plan.later_flops(config, name))
+    later_tokens = plan.remaining_secs(config, name, 1.0, jax.default_backend())
+    console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
     with closing(metrics), closing(console), closing(watch):
         step, finished = fit(

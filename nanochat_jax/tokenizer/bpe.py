@@ -15,11 +15,12 @@ spends fewer of a small vocabulary's tokens on numbers.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rustbpe
@@ -52,19 +53,19 @@ SPLIT_PATTERN = "|".join(
 )
 
 FILE_NAME = "tokenizer.json"
+LAYOUT = '{"pattern": regex, "ranks": [[hex, id], ...], "special": {name: id}}'
 NUM_BYTE_TOKENS = 256
 MIN_VOCAB_SIZE = NUM_BYTE_TOKENS + len(SPECIAL_TOKENS)
 # The regex engine under tiktoken and rustbpe gives up (it aborts, no error) on a run of blanks near
 # 10^6 characters, so a longer text goes through it in stretches of at most this many.
 MAX_STRETCH_CHARS = 1 << 16
-_RETRAIN = "train it with scripts/tok_train.py"
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """An immutable encoder; safe to share between threads and to send to worker processes.
 
-    Raises UserError unless the ranks are 0..n-1 and hold all single bytes, and for a bad pattern.
+    Raises ValueError unless the ranks are 0..n-1 and hold all single bytes, and for a bad pattern.
     """
 
     ranks: dict[bytes, int] = field(repr=False)
@@ -75,23 +76,16 @@ class Tokenizer:
     def __post_init__(self):
         num_ranks = len(self.ranks)
         if sorted(self.ranks.values()) != list(range(num_ranks)):
-            raise UserError(f"token ids must be 0..{num_ranks - 1}, each once; {_RETRAIN}")
-        missing = sum(bytes([byte]) not in self.ranks for byte in range(NUM_BYTE_TOKENS))
-        if missing:
-            raise UserError(
-                f"{missing} of the {NUM_BYTE_TOKENS} single-byte tokens are missing; {_RETRAIN}"
-            )
+            raise ValueError(f"token ids are not 0..{num_ranks - 1}, each once")
+        if missing := sum(bytes([byte]) not in self.ranks for byte in range(NUM_BYTE_TOKENS)):
+            raise ValueError(f"{missing} of the {NUM_BYTE_TOKENS} single-byte tokens are missing")
         special = {name: num_ranks + i for i, name in enumerate(SPECIAL_TOKENS)}
-        try:
-            encoding = tiktoken.Encoding(
-                name="nanochat-jax",
-                pat_str=self.pattern,
-                mergeable_ranks=self.ranks,
-                special_tokens=special,
-            )
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the split pattern is not a regex ({reason}); {_RETRAIN}") from None
+        encoding = tiktoken.Encoding(
+            name="nanochat-jax",
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens=special,
+        )
         object.__setattr__(self, "special", special)
         object.__setattr__(self, "_encoding", encoding)
 
@@ -108,7 +102,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         ids = [self.bos_id] if bos else []
-        for stretch in _stretches(text):
+        for stretch in stretches(text):
             ids += self._encoding.encode_ordinary(stretch)
         return ids
 
@@ -116,10 +110,8 @@ class Tokenizer:
         self, texts: Sequence[str], bos: bool = False, num_threads: int = 4
     ) -> list[list[int]]:
         """`encode` of each text, in order, in threads: tiktoken releases the GIL."""
-        if num_threads <= 1 or len(texts) <= 1:
-            return [self.encode(text, bos) for text in texts]
         # One contiguous share per thread: handing over every text would cost more than a short one.
-        share = -(-len(texts) // num_threads)
+        share = max(1, -(-len(texts) // num_threads))
         shares = [texts[start : start + share] for start in range(0, len(texts), share)]
         with ThreadPoolExecutor(num_threads) as pool:
             parts = pool.map(lambda part: [self.encode(text, bos) for text in part], shares)
@@ -141,7 +133,8 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The canonical form: the same tokenizer gives the same text, byte for byte."""
-        ranks = [[token.hex(), rank] for token, rank in sorted(self.ranks.items(), key=_by_rank)]
+        by_rank = sorted(self.ranks.items(), key=itemgetter(1))
+        ranks = [[token.hex(), rank] for token, rank in by_rank]
         content = {"pattern": self.pattern, "ranks": ranks, "special": self.special}
         return json.dumps(content, separators=(",", ":")) + "\n"
 
@@ -154,33 +147,35 @@ class Tokenizer:
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
         """Read `directory`/tokenizer.json. Raises UserError when it is missing or inconsistent."""
-        path = Path(directory) / FILE_NAME
-        content = read_json(path, _RETRAIN)
+        path, to_do = Path(directory) / FILE_NAME, "train it with scripts/tok_train.py"
+        content = read_json(path, to_do)
         try:
-            return _from_content(content)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            rows, special = content["ranks"], content["special"]
+            ranks = {bytes.fromhex(token): rank for token, rank in rows}
+            if len(ranks) != len(rows):
+                raise ValueError(f"{len(rows) - len(ranks)} tokens appear twice")
+            tokenizer = Tokenizer(ranks, content["pattern"])
+            if special != tokenizer.special:
+                raise ValueError(f"special tokens are {special}, not {tokenizer.special}")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"{path}: got {reason}, expected {LAYOUT}; {to_do}") from None
+        return tokenizer
 
 
-def _from_content(content: Any) -> Tokenizer:
-    try:
-        pattern, rows, special = (content[key] for key in ("pattern", "ranks", "special"))
-        ranks = {bytes.fromhex(token): rank for token, rank in rows}
-        if not isinstance(pattern, str) or any(type(rank) is not int for rank in ranks.values()):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        layout = '{"pattern": text, "ranks": [[hex, id], ...], "special": {name: id}}'
-        raise UserError(f"got something else, expected {layout}; {_RETRAIN}") from None
-    if len(ranks) != len(rows):
-        raise UserError(f"{len(rows) - len(ranks)} tokens appear twice; {_RETRAIN}")
-    tokenizer = Tokenizer(ranks, pattern)
-    if special != tokenizer.special:
-        raise UserError(f"got special tokens {special}, expected {tokenizer.special}; {_RETRAIN}")
-    return tokenizer
+def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> Iterator[str]:
+    """Cut a long text where the split pattern cuts anyway: before a blank that follows a non-blank.
 
-
-def _by_rank(item: tuple[bytes, int]) -> int:
-    return item[1]
+    No alternative of the pattern runs across such a place, so the ids are those of the whole text.
+    Only where there is none for `max_chars` (a megabyte of blanks, say) is the cut arbitrary.
+    """
+    if len(text) <= max_chars:
+        yield text
+        return
+    at_most = f".{{1,{max_chars}}}"
+    pieces = re.compile(rf"{at_most}(?:\Z|(?<=\S)(?= ))|{at_most}", re.DOTALL)
+    # Well-formed before it is cut, which could part a surrogate pair.
+    yield from (match[0] for match in pieces.finditer(_well_formed(text)))
 
 
 def _well_formed(text: str) -> str:
@@ -189,28 +184,6 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:  # surrogates: the same treatment tiktoken gives them
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _stretches(text: str) -> Iterator[str]:
-    """Cut a long text where the split pattern cuts anyway: before a blank that follows a non-blank.
-
-    No alternative of the pattern runs across such a place, so the ids are those of the whole text.
-    Only where there is none for MAX_STRETCH_CHARS (a megabyte of blanks, say) is the cut arbitrary.
-    """
-    if len(text) <= MAX_STRETCH_CHARS:
-        yield text
-        return
-    text = _well_formed(text)  # before any cut, which could part a surrogate pair
-    start = 0
-    while len(text) - start > MAX_STRETCH_CHARS:
-        end = start + MAX_STRETCH_CHARS
-        cut = text.rfind(" ", start + 1, end + 1)
-        while cut > 0 and text[cut - 1].isspace():
-            cut = text.rfind(" ", start + 1, cut)
-        cut = cut if cut > 0 else end
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 
 def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
@@ -224,7 +197,7 @@ def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
             return
 
 
-def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a vocabulary of `vocab_size` tokens, specials included; smaller if the text runs out.
 
     Deterministic: the most frequent pair is merged first, the one with the lower ids when equal.
@@ -237,16 +210,14 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         )
     num_chars = 0
 
-    def stretches() -> Iterator[str]:
+    def pieces() -> Iterator[str]:
         nonlocal num_chars
         for text in texts:
             num_chars += len(text)
-            yield from _stretches(_well_formed(text))
+            yield from stretches(_well_formed(text))
 
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.train_from_iterator(
-        stretches(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
-    )
+    trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     if not num_chars:
         raise UserError("got no text to train the tokenizer on; download or pack data first")
     tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})

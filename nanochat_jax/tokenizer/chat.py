@@ -12,6 +12,7 @@ Invariants: roles alternate, the user first; mask 1 stands on exactly what the a
 Whatever else a conversation or a message carries beside these keys is left alone.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,21 @@ def render_conversation(
     return ids[:max_tokens], mask[:max_tokens]
 
 
-def render_whole(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> tuple[list, list]:
+def render_whole(
+    tokenizer: Tokenizer, conversation: Mapping[str, Any]
+) -> tuple[list[int], list[int]]:
     """As `render_conversation`, never cut."""
     return _render(tokenizer, check(conversation))
+
+
+def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> list[int]:
+    """The prompt for the last answer: all before it, never cut, and <|assistant_start|>.
+
+    A conversation that ends with a user message is prompted as it is.
+    """
+    turns = check(conversation)
+    ids, _ = _render(tokenizer, turns[:-1] if turns[-1][0] == "assistant" else turns)
+    return [*ids, tokenizer.special_id("<|assistant_start|>")]
 
 
 def cut_at_turn(
@@ -56,18 +69,6 @@ def cut_at_turn(
     ends = [i + 1 for i in range(max_tokens) if ids[i] == assistant_end]
     stop = ends[-1] if ends else max_tokens
     return (ids[:stop], mask[:stop]) if any(mask[:stop]) else ([], [])
-
-
-def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> list[int]:
-    """The prompt for the last answer: all before it, never cut, and <|assistant_start|>.
-
-    A conversation that ends with a user message is prompted as it is.
-    """
-    turns = check(conversation)
-    if turns[-1][0] == "assistant":
-        turns = turns[:-1]
-    ids, _ = _render(tokenizer, turns)
-    return [*ids, tokenizer.special_id("<|assistant_start|>")]
 
 
 def pad_batch(
@@ -90,27 +91,23 @@ def pad_batch(
 def _render(tokenizer: Tokenizer, turns: list[tuple[str, Any]]) -> tuple[list[int], list[int]]:
     ids, mask = [tokenizer.bos_id], [0]
 
-    def add(new_ids: list[int], trained: int) -> None:
-        ids.extend(new_ids)
-        mask.extend([trained] * len(new_ids))
-
-    def add_special(name: str | None, trained: int) -> None:
-        if name is not None:
-            add([tokenizer.special_id(name)], trained)
+    def add(trained: int, opening: str | None, text: str, closing: str | None) -> None:
+        new = [tokenizer.special_id(opening)] if opening else []
+        new += tokenizer.encode(text)
+        new += [tokenizer.special_id(closing)] if closing else []
+        ids.extend(new)
+        mask.extend([trained] * len(new))
 
     for role, content in turns:
-        add_special(f"<|{role}_start|>", 0)
         if role == "user":
-            add(tokenizer.encode(content), 0)
-            add_special("<|user_end|>", 0)
+            add(0, "<|user_start|>", content, "<|user_end|>")
             continue
+        add(0, "<|assistant_start|>", "", None)
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
             opening, closing, trained = PARTS[part["type"]]
-            add_special(opening, trained)
-            add(tokenizer.encode(part["text"]), trained)
-            add_special(closing, trained)
-        add_special("<|assistant_end|>", 1)
+            add(trained, opening, part["text"], closing)
+        add(1, None, "", "<|assistant_end|>")
     return ids, mask
 
 
@@ -122,51 +119,38 @@ def check(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
             f'got {_short(conversation)}, expected {{"messages": [{{"role", "content"}}, ...]}} '
             "with at least one message"
         )
-    for number, message in enumerate(messages):
+    has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    if has_system and len(messages) == 1:
+        raise UserError("the system message stands alone, expected a user message after it")
+    roles = itertools.chain(["system"] * has_system, itertools.cycle(ROLES))
+    turns = []
+    for number, (message, role) in enumerate(zip(messages, roles, strict=False)):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise UserError(
                 f'message {number} is {_short(message)}, expected {{"role": ..., "content": ...}}'
             )
-    turns = [(message["role"], message["content"]) for message in messages]
-    first = 0  # number of the first user message, for the errors
-    system = ""
-    if turns[0][0] == "system":
-        first, system = 1, turns[0][1]
-        if not isinstance(system, str):
-            raise UserError(f"the system message is {_short(system)}, expected text")
-        if len(turns) == 1:
-            raise UserError("the system message stands alone, expected a user message after it")
-        turns = turns[1:]
-    for number, (role, content) in enumerate(turns):
-        expected = ROLES[number % 2]
-        if role != expected:
+        if message["role"] != role:
             raise UserError(
-                f"message {first + number} has role {_short(role)}, expected {expected!r}: "
+                f"message {number} has role {_short(message['role'])}, expected {role!r}: "
                 "user and assistant alternate, the user first"
             )
-        _check_content(first + number, role, content)
-    if first:
-        turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+        _check_content(number, role, message["content"])
+        turns.append((role, message["content"]))
+    if has_system:
+        turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
     return turns
 
 
 def _check_content(number: int, role: str, content: Any) -> None:
-    if isinstance(content, str):
-        return
-    if role == "user" or not isinstance(content, list):
-        wanted = "text" if role == "user" else "text or a list of parts"
-        raise UserError(f"message {number} of the {role} is {_short(content)}, expected {wanted}")
-    for part in content:
-        if (
-            not isinstance(part, Mapping)
-            or not isinstance(part.get("type"), str)
-            or part["type"] not in PARTS
-            or not isinstance(part.get("text"), str)
-        ):
-            raise UserError(
-                f'message {number} has a part {_short(part)}, expected {{"type": one of '
-                f'{", ".join(PARTS)}, "text": text}}'
-            )
+    of_parts = role == "assistant" and isinstance(content, list)
+    for part in content if of_parts else [{"type": "text", "text": content}]:
+        # A tuple of the types: one that is not hashable is none of them.
+        is_part = isinstance(part, Mapping) and part.get("type") in tuple(PARTS)
+        if not is_part or not isinstance(part.get("text"), str):
+            parts = f'{{"type": one of {", ".join(PARTS)}, "text": text}}'
+            wanted = f"text or a list of {parts}" if role == "assistant" else "text"
+            got = _short(part if of_parts else content)
+            raise UserError(f"message {number} of the {role} has {got}, expected {wanted}")
 
 
 def _short(value: Any) -> str:

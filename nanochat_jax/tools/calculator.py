@@ -24,9 +24,7 @@ _OPERATORS = frozenset("+-*/(.")
 _ARITHMETIC_ALPHABET = frozenset(string.digits + "+-*/.() ")
 _COUNTING_ALPHABET = frozenset(string.ascii_letters + string.digits + "'\"()._ ")
 _STRING_LITERAL = re.compile(r"'[^']*'|\"[^\"]*\"")
-_METHODS = {"count": str.count, "lower": str.lower, "upper": str.upper}
-_NUM_ARGUMENTS = {"count": 1, "lower": 0, "upper": 0}
-
+_METHODS = {"count": (str.count, 1), "lower": (str.lower, 0), "upper": (str.upper, 0)}
 _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _BINARY = {
     ast.Add: operator.add,
@@ -37,10 +35,6 @@ _BINARY = {
 }
 
 
-class _RefusedError(ValueError):
-    pass
-
-
 def calculate(expression: str) -> str | None:
     """The value of an expression as Python prints it, or None when it is refused or has none."""
     if len(expression) > MAX_CHARS:
@@ -48,7 +42,7 @@ def calculate(expression: str) -> str | None:
     expression = expression.replace(",", "").strip(" ")
     if sum(char in _OPERATORS for char in expression) > MAX_OPERATORS:
         return None
-    if not _only(_ARITHMETIC_ALPHABET, expression) and not _is_counting(expression):
+    if not _ARITHMETIC_ALPHABET.issuperset(expression) and not _is_counting(expression):
         return None
     try:
         return str(_number(ast.parse(expression, mode="eval").body))
@@ -58,28 +52,23 @@ def calculate(expression: str) -> str | None:
         return None
 
 
-def _only(alphabet: frozenset[str], text: str) -> bool:
-    return all(char in alphabet for char in text)
-
-
 def _is_counting(expression: str) -> bool:
     """Outside of its string literals it says count, lower, upper: no number, name or keyword."""
     words = re.findall(r"\w+", _STRING_LITERAL.sub(" ", expression))
-    return _only(_COUNTING_ALPHABET, expression) and set(words) <= _METHODS.keys()
+    return _COUNTING_ALPHABET.issuperset(expression) and set(words) <= _METHODS.keys()
 
 
 def _number(node: ast.expr) -> int | float:
     value = _value(node)
     # Text is no answer, and neither are infinity and nan.
     if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
-        raise _RefusedError
+        raise ValueError("not a number")
     return value
 
 
 def _text(node: ast.expr) -> str:
-    value = _value(node)
-    if not isinstance(value, str):
-        raise _RefusedError
+    if not isinstance(value := _value(node), str):
+        raise ValueError("not text")
     return value
 
 
@@ -91,8 +80,8 @@ def _value(node: ast.expr) -> int | float | str:
             return _UNARY[type(op)](_number(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _BINARY[type(op)](_number(left), _number(right))
-        case ast.Call(func=ast.Attribute(value=receiver, attr=name), args=args, keywords=[]) if (
-            _NUM_ARGUMENTS.get(name) == len(args)
-        ):
-            return _METHODS[name](_text(receiver), *map(_text, args))
-    raise _RefusedError
+        case ast.Call(func=ast.Attribute(value=text, attr=name), args=args, keywords=[]):
+            method, num_arguments = _METHODS.get(name, (None, 0))
+            if method and len(args) == num_arguments:
+                return method(_text(text), *map(_text, args))
+    raise ValueError("refused")

@@ -65,8 +65,8 @@ class Console:
     """On a terminal a line per step and a progress bar, elsewhere a line every ten seconds.
 
     Times, rates and MFU are means since the line before. The ETA counts all that happens between
-    steps too, evaluations and saves; behind it is that of the whole run, whose later stages need
-    later_flops more at this stage's rate.
+    steps too, evaluations and saves; behind it is that of the whole run, whose later stages take as
+    long as later_tokens would in this one.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Console:
         start_step: int,
         flops_per_token: float,
         peak_flops: float | None,
-        later_flops: float = 0.0,
+        later_tokens: float = 0.0,
     ):
-        self.num_steps, self.later_flops = num_steps, later_flops
+        self.num_steps, self.later_tokens = num_steps, later_tokens
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._steps, self._tokens, self._secs = 0, 0, 0.0  # since the last line
         self._first: tuple[int, float] | None = None  # (step, time) that the ETA counts from
@@ -105,8 +105,8 @@ class Console:
         left = mean * (self.num_steps - done)
         shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
         eta = f"eta {format_secs(left)}"
-        if self.later_flops:
-            eta += f", of the run about {format_secs(left + self.later_flops / flops)}"
+        if self.later_tokens:
+            eta += f", of the run about {format_secs(left + self.later_tokens / rate)}"
         self.line(
             f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
             f"dt {self._secs / self._steps * 1e3:.0f} ms | {rate:,.0f} tok/s | "

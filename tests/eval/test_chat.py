@@ -7,64 +7,70 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
-from nanochat_jax.inference.engine import Completion, Engine
-from nanochat_jax.inference.naive import generate_greedy
-from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
+from scripts.bench.naive import generate_greedy
 
-CONFIG = GPTConfig(  # contexts shorter than some prompts, windows and all
-    vocab_size=384,
-    num_layers=2,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    seq_len=48,
-    window_pattern="SL",
-    extras=True,
-)
-LETTERS = "ABCD"
+# A context shorter than some prompts, windows and all.
+CONFIG = GPTConfig(384, 2, 32, 2, 1, 48, window_pattern="SL", extras=True)
 
 
-class Quiz(Task):
-    """Questions of growing length; every third has two choices only."""
+class Listed(Task):
+    """`num_problems` examples of a function; `grade` is another."""
 
-    kind = "categorical"
-
-    def __init__(self, num_problems, rights):
-        self.num_problems, self.rights = num_problems, rights
+    def __init__(self, num_problems, example, kind="generative", grade=None):
+        self.num_problems, self.example, self.kind = num_problems, example, kind
+        self.grade = grade or self.grade
 
     def __len__(self):
         return self.num_problems
 
     def example(self, index):
-        letters = LETTERS[: 2 if index % 3 == 0 else 4]
+        raise AssertionError("given to __init__")
+
+
+def quiz(rights, letters="ABCD"):
+    """Questions of growing length; every third has two choices only."""
+
+    def example(index):
         messages = [
             {"role": "user", "content": f"{index}? {'boat ' * (10 * index)}"},
-            {"role": "assistant", "content": self.rights[index]},
+            {"role": "assistant", "content": rights[index]},
         ]
-        return {"messages": messages, "letters": list(letters)}
+        return {"messages": messages, "letters": list(letters[: 2 if index % 3 == 0 else 4])}
+
+    return Listed(len(rights), example, "categorical")
+
+
+def sums(num_problems, padding="", grade=None):
+    """What is n + n? The second question may be long."""
+
+    def example(index):
+        solution = [{"type": "text", "text": "It is "}, {"type": "python", "text": f"{2 * index}"}]
+        messages = [
+            {"role": "user", "content": f"{index} + {index}?{padding if index == 1 else ''}"},
+            {"role": "assistant", "content": solution},
+        ]
+        return {"messages": messages}
+
+    right = grade or (lambda answers: [text == f"#### {2 * index}" for index, text in answers])
+    return Listed(num_problems, example, grade=right)
 
 
 @pytest.fixture(scope="module")
-def params():
-    rng = np.random.default_rng(0)
-    scale = {"table": 1.0, "lambdas": 1.0, "lambda": 0.3}
-    return {
-        path: rng.standard_normal(leaf.shape, np.float32)
-        * np.float32(scale.get(path.rpartition(".")[2], leaf.shape[0] ** -0.5))
-        for path, leaf in param_shapes(CONFIG).items()
-    }
+def params(random_params):
+    return {path: np.flip(value) for path, value in random_params(CONFIG).items()}  # not all "A"
 
 
 def test_categorical_is_the_best_letter_of_each_prompt_alone(tiny_tokenizer, params):
-    quiz = Quiz(9, "A" * 9)
     forward = jax.jit(lambda params, ids: bind(CONFIG, params)(ids))
     best = []
-    for problem in quiz:
+    for problem in quiz("A" * 9):
         prompt = render_for_completion(tiny_tokenizer, problem)
         ids = np.zeros((1, 128), np.int32)  # what is to the right is not seen
         ids[0, : len(prompt)] = prompt
@@ -72,57 +78,25 @@ def test_categorical_is_the_best_letter_of_each_prompt_alone(tiny_tokenizer, par
         best.append(max(problem["letters"], key=lambda x: logits[tiny_tokenizer.encode(x)[0]]))
     assert len(set(best)) > 1 and len(prompt) > CONFIG.seq_len
 
-    quiz = Quiz(9, best[:6] + ["none of them"] * 3)
+    task = quiz(best[:6] + ["none of them"] * 3)
     for batch_rows, devices in ((8, jax.devices()), (3, jax.devices()[:1])):
-        seen = []
+        mesh, seen = make_mesh(devices=devices), []
         score = chat.categorical(
-            CONFIG,
-            make_mesh(devices=devices),
-            params,
-            tiny_tokenizer,
-            quiz,
-            batch_rows=batch_rows,
+            CONFIG, mesh, params, tiny_tokenizer, task, batch_rows=batch_rows,
             progress=lambda done, total: seen.append((done, total)),  # noqa: B023
-        )
+        )  # fmt: skip
         assert (score.num_correct, score.num_problems, score.accuracy) == (6, 9, 6 / 9)
         assert [example["answer"] for example in score.examples] == best[: len(score.examples)]
         assert seen[-1] == (9, 9) and seen == sorted(set(seen))
 
 
-def test_categorical_refuses_letters_of_two_tokens_and_uneven_batches(tiny_tokenizer, params):
-    class Words(Quiz):
-        def example(self, index):
-            return super().example(index) | {"letters": ["A", "zq"]}
-
-    mesh = make_mesh()
-    with pytest.raises(UserError, match="'zq' is 2 tokens .* expected 1"):
-        chat.categorical(CONFIG, mesh, params, tiny_tokenizer, Words(2, "AA"), batch_rows=8)
-    with pytest.raises(UserError, match="got 12 rows, expected a multiple of the 8"):
-        chat.categorical(CONFIG, mesh, params, tiny_tokenizer, Quiz(2, "AA"), batch_rows=12)
-
-
-class Sums(Task):
-    """What is n + n?"""
-
-    kind = "generative"
-
-    def __init__(self, num_problems, padding=""):
-        self.num_problems, self.padding = num_problems, padding
-
-    def __len__(self):
-        return self.num_problems
-
-    def example(self, index):
-        question = f"{index} + {index}?" + (self.padding if index == 1 else "")
-        solution = [{"type": "text", "text": "It is "}, {"type": "python", "text": f"{2 * index}"}]
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": solution},
-        ]
-        return {"messages": messages}
-
-    def grade(self, answers):
-        return [text == f"#### {2 * index}" for index, text in answers]
+@pytest.mark.parametrize(
+    "task, batch_rows, got", [(quiz("AA", ["A", "zq"]), 8, "zq"), (quiz("AA"), 12, "12 rows")]
+)
+def test_categorical_refuses(task, batch_rows, got, tiny_tokenizer, params):
+    """A letter of two tokens, a batch that the devices cannot share."""
+    with pytest.raises(UserError, match=got):
+        chat.categorical(CONFIG, make_mesh(), params, tiny_tokenizer, task, batch_rows=batch_rows)
 
 
 class Scripted:
@@ -145,45 +119,34 @@ class Scripted:
             tokens += [10_000]  # an id that no text has
             if self.finish == "stop":
                 tokens += [self.tokenizer.special_id("<|assistant_end|>")]
-            rest = [0.0] * len(tokens), [True] * len(tokens)
-            completions.append(Completion(tokens, *rest, self.finish))
+            completions.append(Completion(tokens, finish=self.finish))
             on_finish(number, completions[-1])
         return completions
 
 
 def test_generative_grades_every_sample_and_counts_any_right_one(tiny_tokenizer):
-    right = {(0, 0), (2, 1), (2, 2), (3, 2)}
+    right, seen = {(0, 0), (2, 1), (2, 2), (3, 2)}, []
 
     def answer(problem, sample):
         return f"#### {2 * problem}" if (problem, sample) in right else "no"
 
-    engine, seen = Scripted(tiny_tokenizer, answer), []
-    score = chat.generative(
-        engine,
-        tiny_tokenizer,
-        Sums(5),
-        max_new_tokens=7,
-        num_samples=3,
-        temperature=0.5,
-        top_k=9,
-        seed=1,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert (score.num_correct, score.num_problems) == (3, 5)
-    assert score.pass_at_k == [1 / 5, 2 / 5, 3 / 5]
-    assert score.ended == {"stop": 15}
-    assert score.examples[0] == {
-        "prompt": "0 + 0?",
-        "answer": "#### 0",
-        "expected": "It is <|python_start|>0<|python_end|>",
-        "correct": True,
-    }
+    def score(progress=None, **changes):
+        settings = {"max_new_tokens": 7, "num_samples": 3, "seed": 1} | changes
+        return chat.generative(engine, tiny_tokenizer, sums(5), progress=progress, **settings)
+
+    engine = Scripted(tiny_tokenizer, answer)
+    found = score(lambda *counts: seen.append(counts), temperature=0.5, top_k=9)
+    assert (found.num_correct, found.num_problems) == (3, 5)
+    assert found.pass_at_k == [1 / 5, 2 / 5, 3 / 5]
+    assert found.ended == {"stop": 15}
+    expected = "It is <|python_start|>0<|python_end|>"
+    example = {"prompt": "0 + 0?", "answer": "#### 0", "expected": expected, "correct": True}
+    assert found.examples[0] == example
     assert seen == [(n, 15) for n in range(1, 16)]
     assert {(r.max_new_tokens, r.temperature, r.top_k) for r in engine.requests} == {(7, 0.5, 9)}
 
     def seeds(**changes):
-        settings = {"max_new_tokens": 7, "num_samples": 3, "seed": 1} | changes
-        chat.generative(engine, tiny_tokenizer, Sums(5), **settings)
+        score(**changes)
         return [request.seed for request in engine.requests]
 
     assert len(set(seeds())) == 15 and not set(seeds()) & set(seeds(seed=2))
@@ -194,29 +157,27 @@ def test_generative_grades_every_sample_and_counts_any_right_one(tiny_tokenizer)
 
 def test_generative_counts_a_prompt_that_does_not_fit_as_wrong(tiny_tokenizer, capsys):
     engine = Scripted(tiny_tokenizer, lambda problem, _: f"#### {2 * problem}", "length")
-    score = chat.generative(
-        engine, tiny_tokenizer, Sums(3, "!?" * 40), max_new_tokens=4, num_samples=2
-    )
+    task = sums(3, "!?" * 40)
+    score = chat.generative(engine, tiny_tokenizer, task, max_new_tokens=4, num_samples=2)
     assert (score.num_correct, score.num_problems) == (2, 3)
     assert score.ended == {"length": 4, "too_long": 2}
     assert score.examples[1]["answer"] == ""
-    assert "problem 1 counts as wrong: the last message is" in capsys.readouterr().out
+    assert "problem 1 counts as wrong" in capsys.readouterr().out
 
 
 def test_generative_with_the_engine_reads_what_full_forward_passes_say(tiny_tokenizer, params):
     heard = {}
 
-    class Heard(Sums):
-        def grade(self, answers):
-            heard.update(answers)
-            return [index == 1 for index, _ in answers]
+    def grade(answers):
+        heard.update(answers)
+        return [index == 1 for index, _ in answers]
 
     stop = tiny_tokenizer.special_id("<|assistant_end|>")
     mesh = make_mesh(devices=jax.devices()[:1])
     engine = Engine(CONFIG, mesh, slots=2, max_len=64, stop_ids={stop})
     engine.load(params)
-    score = chat.generative(engine, tiny_tokenizer, Heard(3), max_new_tokens=8)
-    prompts = [render_for_completion(tiny_tokenizer, problem) for problem in Sums(3)]
+    score = chat.generative(engine, tiny_tokenizer, sums(3, grade=grade), max_new_tokens=8)
+    prompts = [render_for_completion(tiny_tokenizer, problem) for problem in sums(3)]
     naive = generate_greedy(CONFIG, params, prompts, 8)
     naive = [ids[: ids.index(stop)] if stop in ids else ids for ids in naive]
     assert [heard[index] for index in range(3)] == [tiny_tokenizer.decode(ids) for ids in naive]
@@ -233,38 +194,24 @@ def test_pass_at_k_against_counting():
         assert pass_at_k_unbiased(correct)[k - 1] == pytest.approx(np.mean(chosen))
 
 
-def test_chatcore_is_what_upstream_published():
-    names = ("arc_challenge", "arc_easy", "gsm8k", "humaneval", "mmlu")
-    for accuracies, published in (  # d20 after mid-training and after SFT, without spelling
+@pytest.mark.parametrize(
+    "accuracies, published",  # d20 after mid-training and after SFT, without spelling
+    [
         ((0.2875, 0.3561, 0.0250, 0.0671, 0.3111), 0.0730),
         ((0.2807, 0.3876, 0.0455, 0.0854, 0.3151), 0.0884),
-    ):
-        found = chat.chatcore(dict(zip(names, accuracies, strict=True)))
-        assert round(found["chatcore_5"], 4) == published
-        assert found["missing"] == ["spelling_bee"] and "chatcore" not in found
+    ],
+)
+def test_chatcore_is_what_upstream_published(accuracies, published):
+    names = ("arc_challenge", "arc_easy", "gsm8k", "humaneval", "mmlu")
+    found = chat.chatcore(dict(zip(names, accuracies, strict=True)))
+    assert round(found["chatcore_5"], 4) == published
+    assert found["missing"] == ["spelling_bee"] and "chatcore" not in found
 
 
 def test_chatcore_of_all_tasks_and_of_few():
     assert {ARC.chance, MMLU.chance} == {chat.CHANCE[n] for n in ("arc_easy", "mmlu")}
-    guessing = dict(chat.CHANCE) | {"another task": 0.9}
-    assert chat.chatcore(guessing) == {
-        "chatcore": 0,
-        "chatcore_5": 0,
-        "chatcore_cat": 0,
-        "missing": [],
-    }
+    means = ("chatcore", "chatcore_5", "chatcore_cat")
+    guessing = chat.chatcore(chat.CHANCE | {"another task": 0.9})
+    assert guessing == {**dict.fromkeys(means, 0), "missing": []}
     found = chat.chatcore({"arc_easy": 0.25, "arc_challenge": 1.0, "mmlu": 0.625})
     assert found == {"chatcore_cat": 0.5, "missing": ["gsm8k", "humaneval", "spelling_bee"]}
-
-
-def test_table_lines_up():
-    scores = {
-        "arc_easy": chat.Score(1, 4, 0.25),
-        "gsm8k": chat.Score(10, 1319, 1234.56, {"stop": 1300, "length": 19}),
-    }
-    assert chat.table(scores).splitlines() == [
-        "task      accuracy  correct     of  seconds  answers ended by",
-        "arc_easy    25.00%        1      4      0.2",
-        "gsm8k        0.76%       10  1,319  1,234.6  length 19, stop 1,300",
-        "for chatcore, missing: arc_challenge, mmlu, humaneval, spelling_bee",
-    ]

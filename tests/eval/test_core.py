@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
 from nanochat_jax.eval import core
-from nanochat_jax.eval.core_bundle import FIELDS, NUM_EXAMPLES, CoreTask, read_tasks
-from nanochat_jax.eval.core_prompts import make_rows, render, to_rows
-from nanochat_jax.eval.core_score import Row, batch_width, score_rows
+from nanochat_jax.eval.core_bundle import KINDS, NUM_EXAMPLES, CoreTask, read_tasks, to_example
+from nanochat_jax.eval.core_prompts import find_spans, make_candidates, render
+from nanochat_jax.eval.core_score import Candidate, batch_width, score_candidates
 from nanochat_jax.interop.upstream import params_from_upstream
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
@@ -52,11 +53,13 @@ OWN = {  # label: (kind, shots, delimiter, examples)
 }
 
 
+def make_task(label, kind, shots, delimiter, items) -> CoreTask:
+    examples = [to_example(kind, item) for item in items]
+    return CoreTask(label, kind, "", shots, delimiter, 0.0, examples, len(items))
+
+
 def tasks() -> list[CoreTask]:
-    return [
-        CoreTask(label, kind, "", shots, delimiter, 0.0, items, len(items))
-        for label, (kind, shots, delimiter, items) in OWN.items()
-    ]
+    return [make_task(label, *of_task) for label, of_task in OWN.items()]
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +84,24 @@ def full_precision():
         yield
 
 
-def naive_prompts(task: CoreTask, index: int) -> list[str]:
-    others = [i for i in range(len(task.items)) if i != index]
-    drawn = random.Random(1234 + index).sample(others, task.num_shots)
-    before = ""
-    for shot in [task.items[i] for i in drawn]:
-        if task.kind == "multiple_choice":
-            before += f"{shot['query']}{task.delimiter}{shot['choices'][shot['gold']]}\n\n"
-        elif task.kind == "schema":
-            option = shot["context_options"][shot["gold"]]
-            before += f"{option}{task.delimiter}{shot['continuation']}\n\n"
-        else:
-            before += f"{shot['context'].strip()}{task.delimiter}{shot['continuation']}\n\n"
-    item = task.items[index]
-    if task.kind == "multiple_choice":
-        return [f"{before}{item['query']}{task.delimiter}{c}" for c in item["choices"]]
-    if task.kind == "schema":
-        return [
-            f"{before}{option}{task.delimiter}{item['continuation']}"
-            for option in item["context_options"]
-        ]
-    alone = f"{before}{item['context'].strip()}{task.delimiter}"
-    return [alone.strip(), alone + item["continuation"]]
+def naive_prompts(label: str, index: int) -> list[str]:
+    kind, shots, delimiter, items = OWN[label]
+
+    def texts(item) -> list[str]:
+        if kind == "multiple_choice":
+            return [f"{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+        if kind == "schema":
+            options = item["context_options"]
+            return [f"{option}{delimiter}{item['continuation']}" for option in options]
+        return [f"{item['context'].strip()}{delimiter}{item['continuation']}"]
+
+    others = [item for i, item in enumerate(items) if i != index]
+    drawn = random.Random(1234 + index).sample(others, shots)
+    before = "".join(f"{texts(shot)[shot.get('gold', 0)]}\n\n" for shot in drawn)
+    whole = [before + text for text in texts(items[index])]
+    if kind == "language_modeling":
+        return [f"{before}{items[index]['context'].strip()}{delimiter}".strip(), *whole]
+    return whole
 
 
 def naive_spans(kind: str, rows: list[list[int]]) -> list[tuple[list[int], int, int]]:
@@ -121,7 +120,7 @@ def naive_spans(kind: str, rows: list[list[int]]) -> list[tuple[list[int], int, 
 
 def naive_verdict(forward, tokenizer: Tokenizer, task: CoreTask, index: int):
     """(verdict, spans, losses), each row on its own and unpadded."""
-    tokens = [tokenizer.encode(text, bos=True) for text in naive_prompts(task, index)]
+    tokens = [tokenizer.encode(text, bos=True) for text in naive_prompts(task.label, index)]
     losses, hits, spans = [], [], []
     for row, start, end in naive_spans(task.kind, tokens):
         logits = np.asarray(forward(row), np.float64)[: len(row)]
@@ -132,7 +131,7 @@ def naive_verdict(forward, tokenizer: Tokenizer, task: CoreTask, index: int):
         spans.append((start, end))
     if task.kind == "language_modeling":
         return hits[0], spans, losses
-    return losses.index(min(losses)) == task.items[index]["gold"], spans, losses
+    return losses.index(min(losses)) == task.items[index].gold, spans, losses
 
 
 @pytest.fixture(scope="module")
@@ -164,76 +163,65 @@ def test_shared_batches_give_the_verdicts_of_one_by_one(
     tokenizer, params, naive, batch_tokens, tile_tokens, axes
 ):
     axes = axes | {"devices": jax.devices()[: axes["devices"]]}
-    seen = []
-    graded = core.grade(
-        CONFIG,
-        make_mesh(**axes),
-        params,
-        tokenizer,
-        tasks(),
-        device_batch_tokens=batch_tokens,
-        tile_tokens=tile_tokens,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    sizes = {"device_batch_tokens": batch_tokens, "tile_tokens": tile_tokens}
+    score = partial(score_candidates, CONFIG, make_mesh(**axes), params, **sizes)
+    graded = core.grade(tasks(), tokenizer, score)
     for task, examples in zip(tasks(), graded, strict=True):
         for example, (correct, spans, losses) in zip(examples, naive[task.label], strict=True):
             assert (example.correct, example.spans) == (correct, spans)
             np.testing.assert_allclose(example.losses, losses, atol=1e-5)
-    assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
     assert max(length for e in graded[0] for length in e.lengths) > 2 * CONFIG.seq_len
 
-
-def test_the_examples_are_worth_it(naive):
-    """Both verdicts, rows of several widths, and a choice that is the beginning of another."""
     verdicts = {correct for examples in naive.values() for correct, _, _ in examples}
-    assert verdicts == {True, False}
+    assert verdicts == {True, False}  # the examples show both, and empty spans
     assert any(math.isnan(loss) for _, _, losses in naive["bare"] for loss in losses)
 
 
 def test_prompts_are_those_of_the_protocol():
     for task in tasks():
         for index in range(len(task.items)):
-            assert render(task, index) == naive_prompts(task, index)
-    choices, _, schemas, _, texts = tasks()
-    assert render(choices, 4)[1].endswith("\n\n\nAnswer: down")
-    assert render(schemas, 0) == ["The boy was late for school.", "The boys was late for school."]
-    alone, whole = render(texts, 1)
-    assert alone.endswith("\n\nOne, two,") and whole == alone + " three"
+            assert render(task, index) == naive_prompts(task.label, index)
 
 
-def rows_of(kind, *tokens):
-    return [(r.start, r.end) for r in to_rows(kind, [np.array(t, np.int32) for t in tokens])]
+CHOICE, SCHEMA, TEXT = KINDS
 
 
-def test_spans_are_found_in_tokens():
-    multiple, schema, text = FIELDS
-    assert rows_of(multiple, [0, 5, 6, 7], [0, 5, 8]) == [(2, 4), (2, 3)]
-    assert rows_of(multiple, [0, 5], [0, 5, 8]) == [(2, 2), (2, 3)]  # nothing to score: nan
-    assert rows_of(multiple, [0, 5], [0, 5]) == [(2, 2), (2, 2)]
-    assert rows_of(schema, [0, 1, 5, 6], [0, 5, 6]) == [(2, 4), (1, 3)]
-    assert rows_of(schema, [0, 1, 5, 6], [0, 1, 5, 7]) == [(4, 4), (4, 4)]
-    assert rows_of(text, [0, 5], [0, 5, 6, 7]) == [(2, 4)]
-    # The prompt's last token and the continuation's first have become one.
-    assert rows_of(text, [0, 5, 6], [0, 5, 9, 7]) == [(2, 4)]
+@pytest.mark.parametrize(
+    "kind, rows, spans",
+    [
+        (CHOICE, [[0, 5, 6, 7], [0, 5, 8]], [(2, 4), (2, 3)]),
+        (CHOICE, [[0, 5], [0, 5, 8]], [(2, 2), (2, 3)]),  # nothing to score: nan
+        (CHOICE, [[0, 5], [0, 5]], [(2, 2), (2, 2)]),
+        (SCHEMA, [[0, 1, 5, 6], [0, 5, 6]], [(2, 4), (1, 3)]),
+        (SCHEMA, [[0, 1, 5, 6], [0, 1, 5, 7]], [(4, 4), (4, 4)]),
+        (TEXT, [[0, 5], [0, 5, 6, 7]], [(2, 4)]),
+        # The prompt's last token and the continuation's first have become one.
+        (TEXT, [[0, 5, 6], [0, 5, 9, 7]], [(2, 4)]),
+    ],
+)
+def test_spans_are_found_in_tokens(kind, rows, spans):
+    found = find_spans(kind, [np.array(row, np.int32) for row in rows])
+    assert [(candidate.start, candidate.end) for candidate in found] == spans
 
 
 def test_a_continuation_that_merges_with_the_prompt_is_scored_from_that_token(tokenizer):
-    item = {"context": "The cap", "continuation": "tain"}
-    task = CoreTask("t", "language_modeling", "", 0, "", 0.0, [item], 1)
-    ((row,),) = make_rows(task, tokenizer)
-    scored = tokenizer.decode(row.ids[row.start :].tolist())
-    assert scored.endswith("tain") and "The captain".endswith(scored) and row.start > 0
-    item["continuation"] = ""
-    with pytest.raises(UserError, match="nothing to score"):
-        list(make_rows(task, tokenizer))
+    def candidates(continuation):
+        item = {"context": "The cap", "continuation": continuation}
+        return list(make_candidates(make_task("t", TEXT, 0, "", [item]), tokenizer))
+
+    (((ids, start, _),),) = candidates("tain")
+    scored = tokenizer.decode(ids[start:].tolist())
+    assert scored.endswith("tain") and "The captain".endswith(scored) and start > 0
+    with pytest.raises(UserError):
+        candidates("")
 
 
 def test_of_equal_options_the_first_is_chosen(tokenizer, params, mesh):
+    score = partial(score_candidates, CONFIG, mesh, params, device_batch_tokens=128, tile_tokens=16)
+
     def verdicts(choices):
         items = [{"query": "Well", "choices": choices, "gold": g} for g in range(len(choices))]
-        task = CoreTask("t", "multiple_choice", "", 0, " ", 0.0, items, len(items))
-        sizes = {"device_batch_tokens": 128, "tile_tokens": 16}
-        (graded,) = core.grade(CONFIG, mesh, params, tokenizer, [task], **sizes)
+        (graded,) = core.grade([make_task("t", CHOICE, 0, " ", items)], tokenizer, score)
         return [example.correct for example in graded]
 
     assert verdicts(["so", "so"]) == [True, False]
@@ -254,11 +242,11 @@ def test_rows_share_few_widths():
 def test_a_long_row_comes_alone_and_a_short_one_does_not_wait_for_it(params, mesh):
     """Batches hold at most device_batch_tokens; what is padding is not reported."""
     rng = np.random.default_rng(0)
-    lengths = [200, 5, 7, 64, 9, 11, 70]
-    rows = [Row(rng.integers(0, 2000, n).astype(np.int32), 1, n) for n in lengths]
-    sizes = {"device_batch_tokens": 128, "tile_tokens": 16}
-    batches = [places for places, _, _ in score_rows(CONFIG, mesh, params, rows, **sizes)]
-    assert batches == [[0], [1, 2], [3, 4], [6], [5]]
+    ids = [rng.integers(0, 2000, n).astype(np.int32) for n in (200, 5, 7, 64, 9, 11, 70)]
+    done, candidates = [], [Candidate(row, 1, len(row)) for row in ids]
+    sizes = {"device_batch_tokens": 128, "tile_tokens": 16, "progress": done.append}
+    scores = score_candidates(CONFIG, mesh, params, candidates, **sizes)
+    assert done == [1, 3, 5, 6, 7] and len(scores) == 7
 
 
 @pytest.fixture
@@ -286,7 +274,8 @@ def test_a_bundle_is_read_as_it_lies(bundle):
         kind, shots, delimiter, items = OWN[task.label]
         random.Random(1337).shuffle(items := list(items))
         assert (task.kind, task.num_shots, task.delimiter) == (kind, shots, delimiter)
-        assert task.items == items and task.baseline == 10 * i
+        assert task.items == [to_example(kind, item) for item in items]
+        assert task.baseline == 10 * i
     assert [len(task.items) for task in read_tasks(bundle, 3)] == [3, 3, 3, 3, 3]
     assert read_tasks(bundle, 3)[0].items == read[0].items[:3]
     assert read_tasks(bundle, 3)[0].num_available == 5
@@ -297,32 +286,30 @@ def run(bundle, params, tokenizer, mesh, **more):
     return core.evaluate(CONFIG, mesh, params, tokenizer, bundle, **sizes, **more)
 
 
-def test_core_is_the_mean_of_centred_scores(bundle, params, tokenizer, mesh, monkeypatch):
-    monkeypatch.setattr(core, "NUM_EXAMPLES", {n: len(items) for n, (*_, items) in OWN.items()})
-    result = run(bundle, params, tokenizer, mesh)
-    graded = core.grade(
-        CONFIG, mesh, params, tokenizer, read_tasks(bundle), device_batch_tokens=64, tile_tokens=3
-    )
+def test_core_is_the_mean_of_centred_scores(bundle, params, tokenizer, mesh):
+    seen, whole = [], {label: len(items) for label, (*_, items) in OWN.items()}
+    more = {"num_examples": whole, "progress": lambda *done: seen.append(done)}
+    result = run(bundle, params, tokenizer, mesh, **more)
+    assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
+    score = partial(score_candidates, CONFIG, mesh, params, device_batch_tokens=64, tile_tokens=3)
+    graded = core.grade(read_tasks(bundle), tokenizer, score)
     centred = []
     for i, (label, examples) in enumerate(zip(OWN, graded, strict=True)):
         accuracy, chance = np.mean([e.correct for e in examples]), i / 10
         score = result["tasks"][label]
-        assert score["accuracy"] == pytest.approx(accuracy) and score["num_examples"] == len(
-            examples
-        )
+        assert score["num_examples"] == len(examples)
         centred.append((accuracy - chance) / (1 - chance))
-        assert score["centered"] == pytest.approx(centred[-1])
+        assert (score["accuracy"], score["centered"]) == pytest.approx((accuracy, centred[-1]))
     assert result["core"] == pytest.approx(np.mean(centred)) and "core_partial" not in result
     assert result["missing"] == [] and result["partial"] == {}
     assert sum(score["secs"] for score in result["tasks"].values()) == pytest.approx(result["secs"])
     assert json.loads(json.dumps(result)) == result
 
 
-def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh, monkeypatch):
+def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh):
     wanted = {label: len(items) for label, (*_, items) in OWN.items()} | {"coqa": 7, "bare": 6}
-    monkeypatch.setattr(core, "NUM_EXAMPLES", wanted)
     (bundle / "eval_data" / "some" / "schemas.jsonl").unlink()
-    result = run(bundle, params, tokenizer, mesh, max_per_task=3)
+    result = run(bundle, params, tokenizer, mesh, max_per_task=3, num_examples=wanted)
     assert result["missing"] == ["schemas", "coqa"] and result["partial"] == {"bare": "5 of 6"}
     scores = [score["centered"] for score in result["tasks"].values()]
     assert result["core_partial"] == pytest.approx(np.mean(scores)) and "core" not in result
@@ -330,38 +317,28 @@ def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh, monkeypa
 
 
 def test_other_tasks_are_not_core_either(bundle, params, tokenizer, mesh):
-    assert len(NUM_EXAMPLES) == 22
     result = run(bundle, params, tokenizer, mesh, max_per_task=3)
-    assert result["missing"] == list(NUM_EXAMPLES) and "core" not in result
-
-
-def spoil(name, old, new):
-    def change(bundle):
-        path = bundle / name
-        path.write_text(path.read_text().replace(old, new))
-
-    return change
+    assert result["missing"] == list(NUM_EXAMPLES) and len(NUM_EXAMPLES) == 22
+    assert "core" not in result
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "name, old, new, said",
     [
-        (spoil("core.yaml", "icl_tasks", "other"), "no list of CORE tasks"),
-        (spoil("core.yaml", "type: schema", "type: riddle"), "got kind 'riddle', expected one of"),
-        (spoil("core.yaml", "num_fewshot: [2]", "shots: 2"), "in the list of tasks"),
-        (
-            spoil("core.yaml", "[2]", "[5]"),
-            "choices: got 5 examples, expected at least 6 for its 5",
-        ),
-        (spoil("eval_meta_data.csv", "Random", "Rnd"), "no table of random baselines"),
-        (spoil("eval_meta_data.csv", "texts", "text"), "'texts'"),
-        (spoil("eval_data/some/texts.jsonl", '"continuation"', '"end"'), "texts.jsonl:1: got"),
-        (spoil("eval_data/some/choices.jsonl", '"gold": 1', '"gold": 3'), "choices.jsonl:1: got"),
-        (spoil("eval_data/some/schemas.jsonl", "}\n", "\n"), "schemas.jsonl:1: got"),
+        ("core.yaml", "icl_tasks", "other", "core.yaml"),
+        ("core.yaml", "type: schema", "type: riddle", "riddle"),
+        ("core.yaml", "num_fewshot: [2]", "shots: 2", "num_fewshot"),
+        ("core.yaml", "[2]", "[5]", "choices"),
+        ("eval_meta_data.csv", "Random", "Rnd", "eval_meta_data.csv"),
+        ("eval_meta_data.csv", "texts", "text", "texts"),
+        ("eval_data/some/texts.jsonl", '"continuation"', '"end"', "texts.jsonl:1"),
+        ("eval_data/some/choices.jsonl", '"gold": 1', '"gold": 3', "choices.jsonl:1"),
+        ("eval_data/some/choices.jsonl", '" A cat"', "7", "choices.jsonl:1"),
+        ("eval_data/some/schemas.jsonl", "}\n", "\n", "schemas.jsonl:1"),
     ],
 )
-def test_a_broken_bundle_is_said_in_one_line(bundle, change, said):
-    change(bundle)
+def test_a_broken_bundle_is_said_in_one_line(bundle, name, old, new, said):
+    (bundle / name).write_text((bundle / name).read_text().replace(old, new))
     with pytest.raises(UserError) as error:
         read_tasks(bundle)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -370,5 +347,5 @@ def test_a_broken_bundle_is_said_in_one_line(bundle, change, said):
 def test_a_bundle_without_examples_is_refused(bundle, params, tokenizer, mesh):
     for path in (bundle / "eval_data" / "some").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="without any examples"):
+    with pytest.raises(UserError):
         run(bundle, params, tokenizer, mesh)

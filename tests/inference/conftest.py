@@ -1,6 +1,5 @@
 """Small models, and their logits by full forward passes."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,21 +17,9 @@ class ShortWindows(GPTConfig):
         return (5, 11, 24)[: self.num_layers]
 
 
-CLASSIC = GPTConfig(
-    vocab_size=60, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, seq_len=16
-)
-MODERN = ShortWindows(
-    vocab_size=60,
-    num_layers=3,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    seq_len=24,
-    rope_base=100_000.0,
-    window_pattern="SL",
-    qk_scale=1.2,
-    extras=True,
-)
+CLASSIC = GPTConfig(60, 2, 32, 4, 2, 16)
+VARIANT = dict(rope_base=100_000.0, window_pattern="SL", qk_scale=1.2, extras=True)
+MODERN = ShortWindows(60, 3, 32, 4, 2, 24, **VARIANT)
 
 
 @pytest.fixture(params=[CLASSIC, MODERN], ids=["classic", "modern"])
@@ -56,10 +43,10 @@ def _log_probs(config, params, ids):
 
 
 @pytest.fixture(scope="session")
-def full_forward() -> Callable[..., np.ndarray]:
+def full_forward():
     """(config, params, texts of at most 128 ids) -> log probabilities [B, 128, V]."""
 
-    def run(config, params, texts):
+    def run(config, params, texts) -> np.ndarray:
         ids = np.zeros((len(texts), 128), np.int32)
         for row, text in zip(ids, texts, strict=True):
             row[: len(text)] = text

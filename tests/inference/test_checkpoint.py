@@ -9,29 +9,24 @@ import pytest
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, run_dir
 from nanochat_jax.config import CONFIGS, load
-from nanochat_jax.inference.naive import generate_greedy
-from nanochat_jax.model.gpt import param_shapes
 from nanochat_jax.train.checkpoint import Checkpoints, step_dir
 from nanochat_jax.train.state import TrainState
 from scripts import chat_cli as script
+from scripts.bench.naive import generate_greedy
 
 NAME = "test_chat_model"
 RECIPE = ["--config=configs/tiny.py", f"--config.run.name={NAME}"]
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_tokenizer):
+def trained(tiny_tokenizer, random_params):
     """A run with a base and an SFT checkpoint: (model, {stage: params})."""
     config = load(CONFIGS / "tiny.py", {"run.name": NAME})
     recipe.resolve(config, platform="cpu", num_devices=8)
     model, params = recipe.gpt_config(config), {}
     tiny_tokenizer.save(run_dir(NAME) / "tokenizer")
-    for seed, stage in enumerate(("base", "sft")):
-        rng = np.random.default_rng(seed)
-        params[stage] = {
-            path: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * leaf.shape[0] ** -0.5)
-            for path, leaf in param_shapes(model).items()
-        }
+    for stage, turn in (("base", np.asarray), ("sft", np.flip)):
+        params[stage] = {k: jnp.asarray(turn(v)) for k, v in random_params(model).items()}
         checkpoints = Checkpoints(run_dir(NAME) / stage / "checkpoints", keep=1)
         state = TrainState(jnp.int32(9), params[stage], {}, jnp.zeros(2, jnp.uint32))
         host = {"config": config.to_dict(), "tokenizer_sha256": tiny_tokenizer.sha256()}
@@ -53,69 +48,51 @@ def run(trained, monkeypatch, capsys):
     return run
 
 
-def said(tokenizer, trained, stage, prompt, stops):
-    """The text that full forward passes give for 12 new tokens at most."""
-    model, params = trained
-    [ids] = generate_greedy(model, params[stage], [prompt], 12)
-    ids = ids[: next((i for i, token in enumerate(ids) if token in stops), 12)]
-    return tokenizer.decode([token for token in ids if token < tokenizer.bos_id]), len(ids)
-
-
 GREEDY = ("--temperature=0", "--max-new-tokens=12")
 
 
-def test_the_answer_alone_goes_to_stdout(run, trained, tiny_tokenizer):
-    # The latest stage that has a checkpoint.
-    status, out, notes = run("-p", "How many boats?", *GREEDY, "--system=Be kind.")
-    text = "<|bos|>~<|user_start|>~Be kind.\n\nHow many boats?~<|user_end|>~<|assistant_start|>"
-    prompt = []
-    for word in text.split("~"):
-        special = tiny_tokenizer.special
+@pytest.mark.parametrize(
+    "stage, options, frame, stop",
+    [
+        ("sft", ["--system=B."], "<|user_start|>~B.\n\n?~<|user_end|>~<|assistant_start|>",
+         "<|assistant_end|>"),
+        ("base", ["--stage=base", "--tool=calculator"], "?", "<|bos|>"),
+    ],
+)  # fmt: skip
+def test_the_answer_alone_goes_to_stdout(stage, options, frame, stop, run, trained, tiny_tokenizer):
+    """What full forward passes say, of the latest stage that has a checkpoint."""
+    status, out, notes = run("-p", "How many boats?", *GREEDY, *options)
+    prompt, special = [tiny_tokenizer.bos_id], tiny_tokenizer.special
+    for word in frame.replace("?", "How many boats?").split("~"):
         prompt += [special[word]] if word in special else tiny_tokenizer.encode(word)
-    stops = {tiny_tokenizer.bos_id, tiny_tokenizer.special_id("<|assistant_end|>")}
-    expected, length = said(tiny_tokenizer, trained, "sft", prompt, stops)
-    assert (status, out) == (0, expected + "\n") and length > 2
-    assert f"model: {NAME}, stage sft, step 9\n" in notes
-    assert "cut off after 12 tokens" in notes
-
-
-def test_a_base_model_continues(run, trained, tiny_tokenizer):
-    status, out, notes = run("-p", "The river", *GREEDY, "--stage=base")
-    prompt = tiny_tokenizer.encode("The river", bos=True)
-    expected, length = said(tiny_tokenizer, trained, "base", prompt, {tiny_tokenizer.bos_id})
-    assert (status, out) == (0, expected + "\n") and length > 2
-    assert "stage base, step 9\n" in notes and "--tool" not in notes
-
-
-def test_a_base_model_says_that_it_uses_no_tool(run):
-    _, out, notes = run("-p=-5+3?", *GREEDY, "--stage=base", "--tool=calculator")
-    assert "--tool=calculator has no effect: a base model uses no tool\n" in notes
-    assert "--tool" not in out
-    assert "--tool" not in run("-p", "x", *GREEDY, "--stage=base", "--tool=none")[2]
-
-
-def test_a_question_may_start_with_a_dash():
-    assert script.arguments(["-p=-5+3?"]).question == "-5+3?"
-    assert '-p="-5+3?"' in (script.__doc__ or "")
+    model, params = trained
+    [ids] = generate_greedy(model, params[stage], [prompt], 12)
+    stops = (tiny_tokenizer.bos_id, special[stop])
+    ids = ids[: next((i for i, token in enumerate(ids) if token in stops), 12)]
+    expected = tiny_tokenizer.decode([token for token in ids if token < tiny_tokenizer.bos_id])
+    assert (status, out) == (0, expected + "\n") and len(ids) > 2
+    assert f"model: {NAME}, stage {stage}, step 9\n" in notes
+    assert ("cut off" in notes) == (stage == "sft")
+    assert ("--tool=calculator has no effect" in notes) == (stage == "base")
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "argv, named",
     [
-        (["--stage=rl"], "no checkpoint of stage rl, only of base, sft"),
-        (["--stage=best"], "got stage 'best', expected one of base"),
-        (["--config.run.name=other"], "other has no checkpoint; name the run"),
+        (["--stage=rl"], "checkpoints of base, sft, expected of rl"),
+        (["--stage=best"], "expected of best"),
+        (["--config.run.name=other"], "other has checkpoints of no stage"),
         (["--config.model.depth=3"], "config.model.depth was 2, now 3"),
         (["--config.mesh.tensor=16"], "config.mesh"),
-        (["--top-k=many"], "--top-k: invalid int value: 'many'; --help"),
-        (["--top-p=1"], "unknown argument '--top-p=1'; --help"),
-        (["-p"], "expected one argument; --help"),
-        (["--temperature=-1"], "temperature got -1.0, expected"),
-        (["--stage=base", "--system=Hi", "-p", "x"], "a base model takes no system message"),
+        (["--top-k=many"], "--top-k"),
+        (["--top-p=1"], "--top-p=1"),
+        (["-p"], "expected one argument"),
+        (["--temperature=-1"], "temperature got -1.0"),
+        (["--stage=base", "--system=Hi", "-p", "x"], "system message"),
     ],
 )
-def test_what_cannot_be_done_is_told(run, argv, message):
-    with pytest.raises(UserError, match="^[^\n]*" + message.replace("[", r"\[")):
+def test_what_cannot_be_done_is_told(run, argv, named):
+    with pytest.raises(UserError, match=f"^[^\n]*{named}"):
         run(*argv)
 
 
@@ -124,11 +101,10 @@ def test_damage_and_another_tokenizer_are_refused(run, trained, tiny_tokenizer):
     host = step_dir(folder / "sft" / "checkpoints", 9) / "host.json"
     written = host.read_text()
     host.write_text(written.replace("9", "8", 1))
-    with pytest.raises(UserError, match="host.json: content differs from its checksum; choose"):
+    with pytest.raises(UserError, match="host.json"):
         run("-p", "?")
     host.write_text(written)
-    other = type(tiny_tokenizer)({bytes([b]): b for b in range(256)})
-    other.save(folder / "tokenizer")
-    with pytest.raises(UserError, match="trained with another tokenizer"):
+    type(tiny_tokenizer)({bytes([b]): b for b in range(256)}).save(folder / "tokenizer")
+    with pytest.raises(UserError, match="another tokenizer"):
         run("-p", "?")
     tiny_tokenizer.save(folder / "tokenizer")

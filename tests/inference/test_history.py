@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.history import Answer, PromptTooLong, fit
+from nanochat_jax.inference.history import AnswerReader, PromptTooLong, fit_prompt
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -29,19 +29,19 @@ def test_fit_keeps_the_system_message_and_as_many_of_the_newest_turns_as_fit(
     whole, least = len(rendered(0)), len(rendered(4))
     for budget in range(least, whole + 2):
         dropped = next(n for n in range(5) if len(rendered(n)) <= budget)
-        assert fit(tiny_tokenizer, [*head, *tail], budget) == (rendered(dropped), dropped)
+        assert fit_prompt(tiny_tokenizer, [*head, *tail], budget) == (rendered(dropped), dropped)
     with pytest.raises(PromptTooLong, match=rf"is {least} tokens .* at most {least - 1}; shorten"):
-        fit(tiny_tokenizer, [*head, *tail], least - 1)
+        fit_prompt(tiny_tokenizer, [*head, *tail], least - 1)
 
 
 def test_fit_refuses_what_is_no_conversation(tiny_tokenizer):
     with pytest.raises(UserError, match="roles?"):
-        fit(tiny_tokenizer, [{"role": "assistant", "content": "hi"}], 100)
+        fit_prompt(tiny_tokenizer, [{"role": "assistant", "content": "hi"}], 100)
 
 
 def read(tokenizer, portions):
     """(pieces, content) of an answer fed in these portions."""
-    answer = Answer(tokenizer)
+    answer = AnswerReader(tokenizer)
     pieces = [piece for ids in portions for piece in answer.feed(ids)]
     return [*pieces, *answer.finish()], answer.content
 

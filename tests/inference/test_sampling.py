@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from nanochat_jax.inference.sampling import Plan, Settings, argmax, noise, sample, threefry
+from nanochat_jax.inference.sampling import Needs, Settings, argmax, noise, sample, threefry
 
 LOGITS = np.array([1.2, -0.3, 2.0, 0.1, 1.9, -2.0, 0.6, 1.2], np.float32)
 DRAWS = 4000
@@ -24,21 +24,18 @@ def plain_probs(temperature: float, top_k: int, top_p: float) -> np.ndarray:
     return np.array([kept.get(i, 0.0) for i in range(len(LOGITS))]) / sum(kept.values())
 
 
-def draw(ways, seeds, positions, plan: Plan) -> np.ndarray:
+def draw(ways, seeds, positions, needs: Needs) -> np.ndarray:
     """Ids [ways, DRAWS]; all ways stand in one batch."""
     rows = len(ways) * DRAWS
     temperature, top_k, top_p = (np.repeat(column, DRAWS) for column in zip(*ways, strict=True))
     seed = np.zeros((rows, 2), np.uint32)
     seed[:, 1] = np.tile(seeds, len(ways))
-    settings = Settings(
-        jnp.asarray(seed),
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(top_k, jnp.int32),
-        jnp.asarray(top_p, jnp.float32),
-    )
+    kinds = (np.uint32, np.float32, np.int32, np.float32)
+    columns = zip((seed, temperature, top_k, top_p), kinds, strict=True)
+    settings = Settings(*(jnp.asarray(column, kind) for column, kind in columns))
     position = jnp.asarray(np.tile(positions, len(ways)), jnp.int32)
     logits = jnp.broadcast_to(LOGITS, (rows, len(LOGITS)))
-    drawn = jax.jit(sample, static_argnums=3)(logits, settings, position, plan)
+    drawn = jax.jit(sample, static_argnums=3)(logits, settings, position, needs)
     return np.asarray(drawn).reshape(len(ways), DRAWS)
 
 
@@ -49,7 +46,7 @@ WAYS = [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (0.7, 0, 0.6), (1.5, 5, 0.8
 def test_ids_come_up_as_often_as_they_should(vary):
     count, still = np.arange(DRAWS), np.zeros(DRAWS, int)
     seeds, positions = (count, still) if vary == "seed" else (still, count)
-    drawn = draw(WAYS, seeds, positions, Plan(untruncated=True, candidates=8))
+    drawn = draw(WAYS, seeds, positions, Needs(untruncated=True, candidates=8))
     for way, ids in zip(WAYS, drawn, strict=True):
         probs, found = plain_probs(*way), np.bincount(ids, minlength=len(LOGITS))
         assert not found[probs == 0].any(), way
@@ -63,13 +60,13 @@ def test_truncation_and_company_do_not_change_the_noise():
     """A draw that truncation allows is the draw itself; temperature 0 is the largest."""
     seeds, positions = np.arange(DRAWS), np.full(DRAWS, 5)
     ways = [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.0, 3, 0.5), (0.0, 0, 1.0)]
-    free, three, *greedy = draw(ways, seeds, positions, Plan(True, 8))
+    free, three, *greedy = draw(ways, seeds, positions, Needs(True, 8))
     allowed = np.isin(free, np.flatnonzero(plain_probs(1.0, 3, 1.0)))
     assert 0.3 < allowed.mean() < 0.9
     np.testing.assert_array_equal(three[allowed], free[allowed])
     assert (np.array(greedy) == LOGITS.argmax()).all()
-    np.testing.assert_array_equal(draw(ways[:1], seeds, positions, Plan(True, 0))[0], free)
-    np.testing.assert_array_equal(draw(ways[1:2], seeds, positions, Plan(False, 4))[0], three)
+    np.testing.assert_array_equal(draw(ways[:1], seeds, positions, Needs(True, 0))[0], free)
+    np.testing.assert_array_equal(draw(ways[1:2], seeds, positions, Needs(False, 4))[0], three)
 
 
 def test_threefry_is_the_one_under_jax_random():

@@ -1,6 +1,6 @@
 """Problems in HumanEval's form: who passes, who does not, and what a row becomes."""
 
-import sys
+import json
 
 import pytest
 
@@ -93,16 +93,22 @@ def test_verdicts_keep_their_order_and_repeat():
 
 def test_rows_without_their_columns_are_named():
     row = {key: text for key, text in ROWS[0].items() if key != "test"} | {"prompt": 3}
-    with pytest.raises(UserError, match="row 1 has no text for prompt, test"):
+    with pytest.raises(UserError, match="row 1.*prompt, test"):
         HumanEval([ROWS[0], row])
-    with pytest.raises(UserError, match="row 1 got list, expected an object with task_id"):
+    with pytest.raises(UserError, match="row 1"):
         HumanEval([ROWS[0], [1]])
 
 
-def test_the_script_tells_bad_arguments(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["sandbox.py", "--workers=-1"])
-    with pytest.raises(UserError, match="^--workers got -1, expected 1 or more"):
-        script.main()
+def test_the_script_tells_bad_files(tmp_path):
     (tmp_path / "x.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match="row 0 got list, expected an object"):
-        script.check(tmp_path / "x.jsonl", None)
+    (tmp_path / "y.jsonl").write_text("{\n")
+    for name in ("x.jsonl", "y.jsonl", "none.jsonl"):
+        with pytest.raises(UserError):
+            script.check(tmp_path / name, None)
+
+
+def test_the_script_finds_wrong_verdicts(tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text("\n".join(map(json.dumps, ROWS)))
+    bad.write_text(json.dumps(ROWS[0] | {"canonical_solution": "    return 0\n"}))
+    assert (script.check(good, 2), script.check(bad, 2)) == (0, 1)

@@ -53,12 +53,12 @@ def test_a_tracker_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_lines_are_means_and_thinned_where_no_terminal_is(capsys):
-    console = Console(40, 0, flops_per_token=2e6, peak_flops=1e12, later_flops=4e11 * 90)
+    console = Console(40, 0, flops_per_token=2e6, peak_flops=1e12, later_tokens=199_000 * 90)
     for step in range(40):
         console.step(step, {"loss": 5.0}, tokens=50_000, secs=0.2 + 0.1 * (step % 2))
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step 00001/00040") and "dt 200 ms | 250,000 tok/s" in first
-    # 39 steps of 50,000 tokens in 9.9 s: 0.39 TFLOP/s, and 36 TFLOP to come
+    # 39 steps of 50,000 tokens in 9.8 s, and tokens for 90 s to come
     assert "dt 251 ms" in last and "mfu 39.8%" in last and "eta 0s" in last and "1m30s" in last
 
 

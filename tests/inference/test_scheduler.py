@@ -1,0 +1,133 @@
+"""Scheduling without a device: what each slot says is a function of its text alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from nanochat_jax.common import UserError
+from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Tool
+
+VOCAB, STOP, START, END = 20, 7, 11, 13
+TOOL = Tool(START, END, lambda ids: [STOP, START, *ids[:2], END])
+
+
+def likely(ids):
+    return (ids[-1] * 5 + len(ids) * 3 + sum(ids)) % VOCAB
+
+
+def run(scheduler: Scheduler, steps: int = 3) -> list[Completion]:
+    """One step of an engine whose device writes at most `steps` tokens for each slot."""
+    told, scheduler.cancelled = scheduler.cancelled, []
+    scheduler.admit()
+    slots = len(scheduler.texts)
+    tokens, count = np.zeros((slots, steps), int), np.zeros(slots, int)
+    for slot, text in scheduler.writing().items():
+        said = []
+        while len(said) < min(steps, scheduler.left(text)):
+            forced = len(said) < len(text.forced)
+            said.append(text.forced[len(said)] if forced else likely([*text.ids, *said]))
+            if not forced and said[-1] in (*scheduler.stop_ids, END):
+                break
+        tokens[slot, : len(said)], count[slot] = said, len(said)
+    return told + scheduler.advance(tokens, -tokens / VOCAB, count)
+
+
+def answer(asked, slots=2, steps=3, stop_ids=(STOP,), tool=TOOL, max_len=60) -> list[Completion]:
+    """All answers, and every request's pieces are in order and end once."""
+    scheduler = Scheduler(slots, max_len, VOCAB, stop_ids, tool)
+    ids, answers = [scheduler.submit(request) for request in asked], {}
+    while scheduler.busy():
+        for piece in run(scheduler, steps):
+            whole = answers.setdefault(piece.id, Completion())
+            assert not whole.finish
+            whole.add(piece)
+    return [answers[id] for id in ids]
+
+
+def by_hand(request: Request, max_len: int) -> Completion:
+    """One text, a token at a time."""
+    ids, forced, call, out = list(request.prompt), [], None, Completion()
+    while not out.finish:
+        sampled = not forced
+        token = likely(ids) if sampled else forced.pop(0)
+        ids.append(token)
+        out.tokens.append(token)
+        out.sampled.append(sampled)
+        out.logprobs.append(-token / VOCAB)
+        if sampled and token == STOP:
+            out.finish = "stop"
+        elif len(out.tokens) == request.max_new_tokens:
+            out.finish = "length"
+        elif len(ids) == max_len:
+            out.finish = "context"
+        elif sampled and token == START:
+            call = []
+        elif sampled and token == END and call is not None:
+            forced, call = list(TOOL.run(call)), None
+        elif sampled and call is not None:
+            call.append(token)
+    return out
+
+
+@pytest.mark.parametrize("slots, steps", [(1, 1), (2, 3), (5, 16)])
+def test_every_text_goes_on_as_if_it_were_alone(slots, steps):
+    """Queue, slots used again, bursts, stops, limits and a tool, against a loop for one text."""
+    asked = [Request([a, b], 3 + 5 * a) for a, b in itertools.product(range(11), range(8))]
+    expected = [by_hand(request, max_len=40) for request in asked]
+    assert {one.finish for one in expected} == {"stop", "length", "context"}
+    assert not all(all(one.sampled) for one in expected)  # the tool was called
+    ours = answer(asked, slots, steps, max_len=40)
+    assert ours == expected
+
+
+def test_slots_go_to_those_who_came_first():
+    scheduler = Scheduler(2, 60, VOCAB, (), None)
+    ids = [scheduler.submit(Request([1], n)) for n in (2, 4, 6, 2)]
+    assert [text.id for text in scheduler.admit().values()] == ids[:2]
+    finished = []
+    while scheduler.busy():
+        finished += [piece.id for piece in run(scheduler, steps=2) if piece.finish]
+    assert finished == [ids[0], ids[1], ids[3], ids[2]]
+
+
+def test_cancelling_leaves_the_others_alone():
+    asked = [Request([n], 12) for n in range(4)]
+    expected = answer(asked, stop_ids=(), tool=None)
+    scheduler = Scheduler(2, 60, VOCAB, (), None)
+    ids = [scheduler.submit(request) for request in asked]
+    pieces = run(scheduler)
+    scheduler.cancel(ids[0])  # it has a slot
+    scheduler.cancel(ids[3])  # it waits
+    scheduler.cancel(10**6)  # nobody
+    while scheduler.busy():
+        pieces += run(scheduler)
+    finish = {piece.id: piece.finish for piece in pieces if piece.finish}
+    assert [finish[id] for id in ids] == ["cancelled", "length", "length", "cancelled"]
+    for id, whole in zip(ids[1:3], expected[1:3], strict=True):
+        assert sum((piece.tokens for piece in pieces if piece.id == id), []) == whole.tokens
+    scheduler.cancel(ids[1])  # it has ended
+    assert not scheduler.busy()
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {"max_new_tokens": (0,), "temperature": (-0.1, NAN, INF), "top_k": (-1,)}
+BAD |= {"top_p": (0.0, 1.1), "seed": (-1,)}
+
+
+@pytest.mark.parametrize("name, value", [(name, bad) for name in BAD for bad in BAD[name]])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"^{name} got {value}"):
+        Request([1], **{"max_new_tokens": 5, name: value})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "got"),
+    [([], "0 tokens"), ([1, VOCAB], "id 20"), ([-1], "id -1"), ([1] * 60, "60 tokens")],
+    ids=["empty", "too large", "negative", "too long"],
+)
+def test_a_bad_prompt_is_refused(prompt, got):
+    scheduler = Scheduler(2, 60, VOCAB, (), None)
+    with pytest.raises(UserError, match=got):
+        scheduler.submit(Request(prompt, 5))
+    assert not scheduler.busy()
