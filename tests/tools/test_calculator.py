@@ -21,28 +21,22 @@ def test_goldens(row):
 
 
 numbers = st.integers(0, 10**12).map(str) | st.decimals(0, 10**6, places=3).map(str)
-arithmetic = st.recursive(
-    numbers,
-    lambda inner: (
-        st.tuples(inner, st.sampled_from(["+", " - ", "*", "/", " // "]), inner).map("".join)
-        | inner.map("({})".format)
-        | inner.map("-{}".format)
-    ),
-    max_leaves=12,
-)
+letters = st.text(alphabet="aAbB 1._", max_size=12)
+
+
+def larger(inner):
+    signs, wraps = st.sampled_from(["+", " - ", "*", "/", " // "]), st.sampled_from(["({})", "-{}"])
+    return st.tuples(inner, signs, inner).map("".join) | st.builds(str.format, wraps, inner)
 
 
 @settings(max_examples=150, deadline=None)
-@given(arithmetic)
+@given(st.recursive(numbers, larger, max_leaves=12))
 def test_arithmetic_is_pythons(expression):
     try:
         expected = str(eval(expression))
     except ArithmeticError:
         expected = None
     assert calculate(expression) == expected
-
-
-letters = st.text(alphabet="aAbB 1._", max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
