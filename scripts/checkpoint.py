@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("verb", choices=("list", "verify", "prune", "digest"))
     parser.add_argument("run")
     parser.add_argument("stage", nargs="?", choices=STAGES)
     parser.add_argument("--step", type=int)
@@ -33,50 +33,36 @@ def main() -> int:
     if args.verb in ("prune", "digest") and not args.stage:
         raise UserError(f"{args.verb} needs a stage, expected one of {', '.join(STAGES)}")
     stages = [args.stage] if args.stage else STAGES
-    folders = {s: run_dir(args.run) / s / "checkpoints" for s in stages}
-    steps = {s: ck.list_steps(folder) for s, folder in folders.items()}
-    if not any(steps.values()):
-        raise UserError(f"no checkpoints in {run_dir(args.run)} for {', '.join(stages)}")
-    if args.step is not None:
-        if args.step not in sum(steps.values(), []):
-            raise UserError(f"no checkpoint of step {args.step}, there are {steps}")
-        steps = {s: [n for n in known if n == args.step] for s, known in steps.items()}
-    return VERBS[args.verb](folders, steps, args.keep)
+    folders = {stage: run_dir(args.run) / stage / "checkpoints" for stage in stages}
+    found = [(stage, step) for stage in stages for step in ck.list_steps(folders[stage])]
+    chosen = [(stage, step) for stage, step in found if args.step in (None, step)]
+    if not chosen:
+        step = "" if args.step is None else f" of step {args.step}, there are {found}"
+        raise UserError(f"no checkpoints in {run_dir(args.run)} for {', '.join(stages)}{step}")
+    if args.verb == "prune":
+        folder = folders[args.stage]
+        log(f"deleted {ck.prune(folder, args.keep) or 'nothing'}, kept {ck.list_steps(folder)}")
+        return 0
+    if args.verb == "digest":
+        log(ck.digest(ck.restore_params(folders[args.stage], chosen[-1][1])))
+        return 0
+    check = show if args.verb == "list" else verify
+    return max(check(folders[stage], f"{stage:<5} step {step:>7}", step) for stage, step in chosen)
 
 
-def show(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) -> int:
-    for stage, folder in folders.items():
-        scores, best = ck.scores(folder), ck.best_step(folder)
-        for step in steps[stage]:
-            files = ck.step_dir(folder, step).rglob("*")
-            size = sum(p.stat().st_size for p in files if p.is_file()) / 1e6
-            score = f"val_bpb {scores[step]:.4f}" if step in scores else ""
-            log(f"{stage:<5} step {step:>7}  {size:>9.1f} MB  {score}{' best' * (step == best)}")
+def show(folder: Path, name: str, step: int) -> int:
+    files, scores = ck.step_dir(folder, step).rglob("*"), ck.scores(folder)
+    size = sum(path.stat().st_size for path in files if path.is_file()) / 1e6
+    score = f"val_bpb {scores[step]:.4f}" if step in scores else ""
+    log(f"{name}  {size:>9.1f} MB  {score}{' best' * (step == ck.best_step(folder))}")
     return 0
 
 
-def verify(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) -> int:
-    bad = 0
-    for stage, folder in folders.items():
-        for step in steps[stage]:
-            bad += bool(lines := ck.damage(folder, step))
-            log("\n  ".join([f"{stage:<5} step {step:>7}  {'DAMAGED' if lines else 'ok'}", *lines]))
-    return bool(bad)
+def verify(folder: Path, name: str, step: int) -> int:
+    damage = ck.damage(folder, step)
+    log("\n  ".join([f"{name}  {'DAMAGED' if damage else 'ok'}", *damage]))
+    return int(bool(damage))
 
-
-def prune(folders: dict[str, Path], _steps: dict[str, list[int]], keep: int) -> int:
-    for folder in folders.values():
-        log(f"deleted {ck.prune(folder, keep) or 'nothing'}, kept {ck.list_steps(folder)}")
-    return 0
-
-
-def digest(folders: dict[str, Path], steps: dict[str, list[int]], _keep: int) -> int:
-    for stage, folder in folders.items():
-        log(ck.digest(ck.restore_params(folder, steps[stage][-1])))
-    return 0
-
-
-VERBS = {"list": show, "verify": verify, "prune": prune, "digest": digest}
 
 if __name__ == "__main__":
     run_main(main)

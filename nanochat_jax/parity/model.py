@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.naive import generate_greedy
+from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.model import accounting
 from nanochat_jax.model.gpt import bind
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum, token_nll
@@ -127,8 +127,11 @@ def compare_greedy(case: Case) -> Iterable[Comparison]:
     for match in case.arrays.matching(r"(greedy\w*)_tokens"):
         prompt = case.arrays.take(f"{match[1]}_prompt").tolist()
         theirs = case.arrays.take(match[0]).tolist()
-        ours = generate_greedy(case.config, case.params, [prompt], len(theirs))[0]
-        yield case.arrays.compare(match[0], ours, theirs)
+        max_len = len(prompt) + len(theirs)
+        engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
+        engine.load(case.params)
+        (ours,) = engine.generate([Request(prompt, len(theirs))])
+        yield case.arrays.compare(match[0], ours.tokens, theirs)
 
 
 def compare_counts(case: Case) -> Iterable[Comparison]:

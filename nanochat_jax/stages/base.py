@@ -3,7 +3,7 @@
 import jax
 
 from nanochat_jax import recipe
-from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.stages.evals import make_core, make_samples, text_bpb
 from nanochat_jax.stages.run import Run
@@ -46,7 +46,7 @@ class Base(Stage):
             Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
         ]
         if config.eval.core and b.core_every:
-            bundle = eval_bundle.ensure(config.eval.core_dir)
+            bundle = hub.eval_bundle(config.eval.core_dir)
             core = make_core(run, self.tokenizer, bundle, config.eval.core_loop_per_task)
             self.evaluations.append(Evaluation("core", b.core_every, core))
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
-from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
@@ -50,7 +50,7 @@ def run_base_eval(config: Recipe) -> None:
         log(f"base_eval: {out} is there, of step {found.step}")
         return
     began = time.monotonic()
-    bundle = eval_bundle.ensure(e.core_dir) if e.core else None
+    bundle = hub.eval_bundle(e.core_dir) if e.core else None
     tokenizer, params = _open(run, found)
     train_paths, val_path = run_data(config)
 

@@ -8,7 +8,7 @@ from typing import Any
 from nanochat_jax import recipe
 from nanochat_jax.common import locked, log, read_json, run_dir, write_json
 from nanochat_jax.config import Recipe, flatten
-from nanochat_jax.data.prepare import ensure
+from nanochat_jax.data.datasets import ensure
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import compression
 from nanochat_jax.launch.provenance import RunInfo

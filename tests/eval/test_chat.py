@@ -8,14 +8,13 @@ from nanochat_jax.common import UserError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.inference.scheduler import Completion
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
+from scripts.bench.naive import generate_greedy
 
 # A context shorter than some prompts, windows and all.
 CONFIG = GPTConfig(384, 2, 32, 2, 1, 48, window_pattern="SL", extras=True)

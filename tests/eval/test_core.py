@@ -181,11 +181,6 @@ def test_prompts_are_those_of_the_protocol():
     for task in tasks():
         for index in range(len(task.items)):
             assert render(task, index) == naive_prompts(task.label, index)
-    choices, _, schemas, _, texts = tasks()
-    assert render(choices, 4)[1].endswith("\n\n\nAnswer: down")
-    assert render(schemas, 0) == ["The boy was late for school.", "The boys was late for school."]
-    alone, whole = render(texts, 1)
-    assert alone.endswith("\n\nOne, two,") and whole == alone + " three"
 
 
 CHOICE, SCHEMA, TEXT = KINDS
@@ -302,11 +297,9 @@ def test_core_is_the_mean_of_centred_scores(bundle, params, tokenizer, mesh):
     for i, (label, examples) in enumerate(zip(OWN, graded, strict=True)):
         accuracy, chance = np.mean([e.correct for e in examples]), i / 10
         score = result["tasks"][label]
-        assert score["accuracy"] == pytest.approx(accuracy) and score["num_examples"] == len(
-            examples
-        )
+        assert score["num_examples"] == len(examples)
         centred.append((accuracy - chance) / (1 - chance))
-        assert score["centered"] == pytest.approx(centred[-1])
+        assert (score["accuracy"], score["centered"]) == pytest.approx((accuracy, centred[-1]))
     assert result["core"] == pytest.approx(np.mean(centred)) and "core_partial" not in result
     assert result["missing"] == [] and result["partial"] == {}
     assert sum(score["secs"] for score in result["tasks"].values()) == pytest.approx(result["secs"])
@@ -324,17 +317,9 @@ def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh):
 
 
 def test_other_tasks_are_not_core_either(bundle, params, tokenizer, mesh):
-    assert len(NUM_EXAMPLES) == 22
     result = run(bundle, params, tokenizer, mesh, max_per_task=3)
-    assert result["missing"] == list(NUM_EXAMPLES) and "core" not in result
-
-
-def spoil(name, old, new):
-    def change(bundle):
-        path = bundle / name
-        path.write_text(path.read_text().replace(old, new))
-
-    return change
+    assert result["missing"] == list(NUM_EXAMPLES) and len(NUM_EXAMPLES) == 22
+    assert "core" not in result
 
 
 @pytest.mark.parametrize(

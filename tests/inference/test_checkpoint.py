@@ -9,10 +9,10 @@ import pytest
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, run_dir
 from nanochat_jax.config import CONFIGS, load
-from nanochat_jax.inference.naive import generate_greedy
 from nanochat_jax.train.checkpoint import Checkpoints, step_dir
 from nanochat_jax.train.state import TrainState
 from scripts import chat_cli as script
+from scripts.bench.naive import generate_greedy
 
 NAME = "test_chat_model"
 RECIPE = ["--config=configs/tiny.py", f"--config.run.name={NAME}"]

@@ -20,7 +20,22 @@ from nanochat_jax.launch.cluster import Launch, find
 from nanochat_jax.train.metrics import read_metrics
 
 ROOT = cfg.CONFIGS.parent
-STEPS = 40  # long enough to be interrupted: JAX looks for SIGTERM once a second
+KEYS = {
+    "data.name": "local",
+    "data.buffer_docs": 16,
+    "data.num_lanes": 4,
+    "tokenizer.vocab_size": 280,
+    "model.seq_len": 32,
+    "base.num_steps": 40,  # long enough to be interrupted: JAX looks for SIGTERM once a second
+    "base.total_batch_tokens": 512,
+    "base.device_batch_size": 2,
+    "base.eval_every": 20,
+    "base.save_every": 8,
+    "eval.val_tokens": 512,
+    "eval.device_batch_size": 1,
+    "eval.prompts": '("the cat",)',
+    "eval.sample_tokens": 2,
+}
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -31,17 +46,12 @@ SLURM = {
     "SLURM_LOCALID": "3",
     "SLURM_NTASKS": "16",
 }
-OPENMPI = {
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-}
-KUBERNETES = {
-    "JAX_COORDINATOR_ADDRESS": "run-workers-0-0.run:55527",
-    "JAX_NUM_PROCESSES": "4",
-    "JOB_COMPLETION_INDEX": "2",
-}
+OPENMPI = {"SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+OPENMPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in OPENMPI.items()}
+POD = "run-workers-0-0.run:55527"
+KUBERNETES = {"JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
+KUBERNETES["JAX_COORDINATOR_ADDRESS"] = POD
+FLAGS = {"coordinator": "h:1", "num_processes": 3, "process_id": 2}
 
 
 @pytest.mark.parametrize(
@@ -58,20 +68,15 @@ def test_slurm_coordinator_is_the_one_jax_finds(nodes, monkeypatch):
 
 def test_who_started_us():
     assert find(SLURM) == Launch("slurm", "gpu007:62016", 16, 11, (3,))
-    found = find(SLURM | {"SLURM_STEP_NODELIST": "gpu[12]"})
-    assert found and found.coordinator == "gpu12:62016"
     # One process for all GPUs of a node; GPUs already divided; as the recipe says.
     a_node_each = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
-    assert find(a_node_each) == Launch("slurm", "gpu007:62016", 2, 1, ())
+    assert find(a_node_each) == Launch("slurm", "gpu007:62016", 2, 1)
     assert find(SLURM | {"CUDA_VISIBLE_DEVICES": "5"}) == Launch("slurm", "gpu007:62016", 16, 11)
     found = find(SLURM, coordinator="ib0:99", local_device_ids="6,7")
     assert found == Launch("slurm", "ib0:99", 16, 11, (6, 7))
-
     assert find(OPENMPI) == Launch("openmpi", "127.0.0.1:55527", 2, 1, (1,))
-    assert find(KUBERNETES) == Launch("kubernetes", KUBERNETES["JAX_COORDINATOR_ADDRESS"], 4, 2)
-    flags = {"coordinator": "h:1", "num_processes": 3, "process_id": 2}
-    assert find(SLURM, **flags) == Launch("flags", "h:1", 3, 2)
-
+    assert find(KUBERNETES) == Launch("kubernetes", POD, 4, 2)
+    assert find(SLURM, **FLAGS) == Launch("flags", "h:1", 3, 2)
     assert find({}) is None
     assert find(SLURM, launcher="none") is None
     assert find(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # in a shell of a job of many tasks
@@ -79,22 +84,21 @@ def test_who_started_us():
 
 
 @pytest.mark.parametrize(
-    "env, keys, expected",
+    "env, keys, named",
     [
-        ({}, {"launcher": "slurp"}, "got 'slurp', expected auto, none, flags or one of openmpi"),
-        ({}, {"launcher": "slurm"}, "environment without SLURM_STEP_NUM_TASKS, .*start with that"),
-        ({}, {"num_processes": 2}, "got coordinator '', process 0 of 2; expected host:port"),
-        ({}, {"num_processes": 2, "coordinator": "h:1", "process_id": 2}, "process 2 of 2; expect"),
-        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {}, "several machines .*HOST:PORT"),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "8(x2)"}, {}, "got '8\\(x2\\)', expected a number"),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, {}, "needs JAX_NUM_PROCESSES and JOB_COMPLETION"),
-        (SLURM, {"local_device_ids": "one"}, "got 'one', expected numbers like 0,1"),
+        ({}, {"launcher": "slurp"}, "config.mesh.launcher got 'slurp'"),
+        ({}, {"launcher": "slurm"}, "SLURM_STEP_NUM_TASKS"),
+        ({}, {"num_processes": 2}, "coordinator ''"),
+        ({}, FLAGS | {"process_id": 3}, "process 3 of 3"),
+        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {}, "openmpi got coordinator ''"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "8(x2)"}, {}, "SLURM_STEP_NUM_TASKS got '8"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, {}, "JAX_NUM_PROCESSES"),
+        (SLURM, {"local_device_ids": "one"}, "config.mesh.local_device_ids got 'one'"),
     ],
 )
-def test_what_cannot_be_is_told(env, keys, expected):
-    with pytest.raises(UserError, match=expected) as error:
+def test_what_cannot_be_is_refused(env, keys, named):
+    with pytest.raises(UserError, match=named):
         find(env, **keys)
-    assert "\n" not in str(error.value)
 
 
 def test_strangers_do_not_join():
@@ -142,57 +146,37 @@ class Group:
     """scripts/train.py in some processes that find one another by flags; outputs in files."""
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        size: int,
-        devices: int = 2,
-        extra: str = "",
-        elsewhere: Path | None = None,
+        self, folder: Path, name: str, size: int, devices: int = 2, extra: str = "", **env
     ):
-        """extra: an argument for the last process; elsewhere: where it writes."""
+        """extra, env: an argument and variables for the last process."""
         self.folder, self.name = folder, name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        keys = {
+        keys = KEYS | {
             "run.name": name,
-            "data.name": "local",
             "data.local_dir": folder / "text",
-            "data.buffer_docs": 16,
-            "data.num_lanes": 4,
-            "tokenizer.vocab_size": 280,
-            "model.seq_len": 32,
-            "base.num_steps": STEPS,
-            "base.total_batch_tokens": 512,
-            "base.device_batch_size": 2,
-            "base.eval_every": 20,
-            "base.save_every": 8,
-            "eval.val_tokens": 512,
-            "eval.device_batch_size": 1,
-            "eval.prompts": '("the cat",)',
-            "eval.sample_tokens": 2,
             "mesh.coordinator": f"127.0.0.1:{port}",
             "mesh.num_processes": size,
         }
+        words = [sys.executable, "scripts/train.py", "--config=configs/tiny.py"]
+        words += [f"--config.{key}={value}" for key, value in keys.items()]
         flags = (
             f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         )
-        env = {"PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(folder), "XLA_FLAGS": flags}
+        base = {"PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(folder), "XLA_FLAGS": flags}
         self.processes, self.outputs = [], []
         for process in range(size):
-            words = [sys.executable, "scripts/train.py", "--config=configs/tiny.py"]
-            words += [f"--config.{k}={v}" for k, v in keys.items()]
-            words += [f"--config.mesh.process_id={process}"]
+            own = [f"--config.mesh.process_id={process}"]
+            variables = os.environ | base
             if process == size - 1:
-                words += [extra] if extra else []
-                env |= {"NANOCHAT_BASE_DIR": str(elsewhere or folder)}
+                own += [extra] if extra else []
+                variables |= env
             self.outputs.append(folder / f"{name}.{process}.{time.time_ns()}.log")
             with open(self.outputs[-1], "w") as file:
+                streams = {"stdout": file, "stderr": file}
                 self.processes.append(
-                    subprocess.Popen(
-                        words, cwd=ROOT, env=os.environ | env, stdout=file, stderr=file
-                    )
+                    subprocess.Popen(words + own, cwd=ROOT, env=variables, **streams)
                 )
 
     def lines(self) -> list[dict]:
@@ -240,7 +224,7 @@ def test_processes_train_as_one(folder, alone, size):
     group = Group(folder, f"together{size}", size)
     assert group.statuses() == [0] * size, group.output()
     assert_learned_the_same(group.lines(), alone)
-    assert "processes, waiting" in group.output(0) and "loss" not in group.output(1)
+    assert "loss" in group.output(0) and "loss" not in group.output(1)
 
 
 @pytest.mark.slow
@@ -272,15 +256,15 @@ def test_a_signal_to_one_process_saves_all(folder, alone):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all(folder):
-    group = Group(folder, "wrong", 2, extra="--config.data.num_workers=3")
+    group = Group(folder, "wrong", 2, extra="--config.data.num_lanes=3")
     assert group.statuses() == [1, 1]
-    assert "error: got config.data.num_workers = 3" in group.output(1)
+    assert "error: " in group.output(1) and "config.data.num_lanes" in group.output(1)
     assert "process 1 of 2 is gone" in group.output(0)
 
 
 @pytest.mark.long
 def test_processes_must_share_their_folder(folder, tmp_path):
-    group = Group(folder, "apart", 2, elsewhere=tmp_path)
+    group = Group(folder, "apart", 2, NANOCHAT_BASE_DIR=str(tmp_path))
     assert group.statuses() == [1, 1]
-    assert f"got {tmp_path}, which process 1 of 2 does not share with process 0" in group.output(1)
+    assert f"NANOCHAT_BASE_DIR got {tmp_path}" in group.output(1)
     assert "process 1 of 2 is gone" in group.output(0)

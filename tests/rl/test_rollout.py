@@ -27,13 +27,13 @@ def test_weights_are_the_mean_over_passes_of_the_policy_loss():
     targets = targets.astype(np.int32)
     targets[:pass_rows] = IGNORE  # a pass in which nothing was sampled
     rewards = rng.random((questions, samples)).astype(np.float32)
-    better = advantages(rewards)
-    for row, question in product(range(rows), range(questions)):
-        if row // samples == question:
-            mean = sum(rewards[question]) / samples
-            assert better.reshape(-1)[row] == pytest.approx(rewards.reshape(-1)[row] - mean)
+    better = advantages(rewards).reshape(-1)
+    for row in range(rows):
+        of_question = rewards[row // samples].tolist()
+        expected = of_question[row % samples] - sum(of_question) / samples
+        assert better[row] == pytest.approx(expected, abs=1e-6)
 
-    weights = token_weights(targets, better.reshape(-1), pass_rows)
+    weights = token_weights(targets, better, pass_rows)
     assert weights.dtype == np.float32
     logits = 15 * np.tanh(np.asarray(hidden @ head, np.float64)[..., :vocab] / 15)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -41,33 +41,25 @@ def test_weights_are_the_mean_over_passes_of_the_policy_loss():
     losses = []
     for first in range(0, rows, pass_rows):
         part = slice(first, first + pass_rows)
-        total, count = 0.0, 0
-        for row, t in product(range(first, first + pass_rows), range(T)):
-            if targets[row, t] != IGNORE:
-                total += nll[row, t] * better.reshape(-1)[row]
-                count += 1
-        losses.append(total / max(count, 1))
-        ours = policy_loss(hidden[part], head, targets[part], better.reshape(-1)[part], vocab, 4)
+        places = np.argwhere(targets[part] != IGNORE) + [first, 0]
+        losses.append(sum(nll[row, t] * better[row] for row, t in places) / max(len(places), 1))
+        ours = policy_loss(hidden[part], head, targets[part], better[part], vocab, 4)
         assert float(ours) == pytest.approx(losses[-1], abs=1e-5)
     assert float((weights * nll).sum()) == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_targets_are_the_sampled_tokens_alone():
-    prompts = [[1, 5, 6], [1, 7]]
+    requests = [Request([1, 5, 6], 9), Request([1, 7], 9)]
     answers = [
         # The tool's answer 30, 31 is forced; the stop token 9 is said.
         Completion([20, 21, 30, 31, 22, 9], [], [True, True, False, False, True, True], "stop"),
         Completion([23], [], [True], "length"),
     ]
-    inputs, targets = pad([Request(prompt, 9) for prompt in prompts], answers, PAD, longest=1000)
+    inputs, targets = pad(requests, answers, PAD, longest=1000)
     assert inputs.shape == targets.shape == (2, 64) and inputs.dtype == targets.dtype == np.int32
-    said = [1, 5, 6, 20, 21, 30, 31, 22]
-    assert inputs[0].tolist() == said + [PAD] * (64 - len(said))
-    ignored = [IGNORE] * 2
-    row = [*ignored, 20, 21, *ignored, 22, 9]
-    assert targets[0].tolist() == row + [IGNORE] * (64 - len(row))
-    assert inputs[1].tolist() == [1, 7] + [PAD] * 62
-    assert targets[1].tolist() == [IGNORE, 23] + [IGNORE] * 62
+    assert inputs.tolist() == [[1, 5, 6, 20, 21, 30, 31, 22] + [PAD] * 56, [1, 7] + [PAD] * 62]
+    first = [IGNORE, IGNORE, 20, 21, IGNORE, IGNORE, 22, 9]
+    assert targets.tolist() == [first + [IGNORE] * 56, [IGNORE, 23] + [IGNORE] * 62]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +77,7 @@ class Parrot(Task):
 
     kind = "generative"
 
-    def __init__(self, right):
+    def __init__(self, right=lambda index, said: True):
         self.right = right
 
     def __len__(self):
@@ -116,16 +108,19 @@ class Writer:
         return answers
 
 
-SETTINGS = {"samples": 4, "pass_rows": 2, "max_new_tokens": 8, "temperature": 1.0, "top_k": 0}
+def practised(tokenizer, task, questions, seed=(0, 0)):
+    """(batch, what the engine was asked)"""
+    engine = Writer(tokenizer)
+    settings = {"samples": 4, "pass_rows": 2, "max_new_tokens": 8, "temperature": 1.0, "top_k": 0}
+    return practise(engine, tokenizer, task, questions, seed=seed, **settings), engine.asked
 
 
 def test_a_batch_rewards_what_the_task_accepts(tiny_tokenizer):
-    engine = Writer(tiny_tokenizer)
     task = Parrot(lambda index, said: said == "even" or index == 7)
-    batch = practise(engine, tiny_tokenizer, task, [3, 7, 5], seed=(1, 2), **SETTINGS)
+    batch, asked = practised(tiny_tokenizer, task, [3, 7, 5], (1, 2))
     prompts = [render_for_completion(tiny_tokenizer, task[q]) for q in (3, 7, 5) for _ in range(4)]
-    assert [request.prompt for request in engine.asked] == prompts
-    even = np.array([request.seed % 2 == 0 for request in engine.asked]).reshape(3, 4)
+    assert [request.prompt for request in asked] == prompts
+    even = np.array([request.seed % 2 == 0 for request in asked]).reshape(3, 4)
     rewards = even | np.array([[False], [True], [False]])
     assert rewards[[0, 2]].any() and not rewards[[0, 2]].all()  # or this test says nothing
     expected = token_weights(batch["targets"], advantages(rewards * 1.0).reshape(-1), 2)
@@ -141,21 +136,14 @@ def test_a_batch_rewards_what_the_task_accepts(tiny_tokenizer):
 
 @pytest.mark.parametrize("verdict", [True, False])
 def test_all_right_or_all_wrong_has_no_weight(tiny_tokenizer, verdict):
-    batch = practise(
-        Writer(tiny_tokenizer), tiny_tokenizer, Parrot(lambda *_: verdict), [0, 1], seed=(0, 0),
-        **SETTINGS,
-    )  # fmt: skip
+    batch, _ = practised(tiny_tokenizer, Parrot(lambda *_: verdict), [0, 1])
     assert not batch["weights"].any() and (batch["targets"] != IGNORE).any()
 
 
 def test_seeds_differ_between_samples_questions_steps_and_runs_and_nothing_else(tiny_tokenizer):
     def seeds(questions, seed):
-        engine = Writer(tiny_tokenizer)
-        practise(engine, tiny_tokenizer, Parrot(lambda *_: True), questions, seed=seed, **SETTINGS)
-        return [request.seed for request in engine.asked]
+        return [request.seed for request in practised(tiny_tokenizer, Parrot(), questions, seed)[1]]
 
-    drawn = [
-        s for run, step in product((0, 1, 42), range(20)) for s in seeds([1, 2, 3], (run, step))
-    ]
-    assert len(set(drawn)) == len(drawn)
+    drawn = [seeds([1, 2, 3], (run, step)) for run, step in product((0, 1, 42), range(20))]
+    assert len(set(sum(drawn, []))) == 12 * len(drawn)
     assert seeds([4, 4], (0, 3)) == seeds([8, 9], (0, 3))  # by place, not by question

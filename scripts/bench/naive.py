@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from nanochat_jax.model.gpt import GPTConfig, bind
 
@@ -20,23 +19,18 @@ def generate_greedy(
     config: GPTConfig, params: dict, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """The most likely continuation of each prompt (ids, not empty): lists of max_new_tokens ids."""
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = -(-(lengths.max() + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP
     ids = np.zeros((len(prompts), width), np.int32)  # what lies right of the text is never seen
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    out = _continue(config, max_new_tokens, params, ids, lengths)
-    if not out.is_fully_addressable:
-        out = multihost_utils.process_allgather(out, tiled=True)
-    out = np.asarray(out)
+    out = np.asarray(_continue(config, max_new_tokens, params, ids, lengths))
     return [row[n : n + max_new_tokens].tolist() for row, n in zip(out, lengths, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _continue(config: GPTConfig, max_new_tokens: int, params: dict, ids: jax.Array, lengths):
-    model = bind(config, params)
-    rows = jnp.arange(ids.shape[0])
+    model, rows = bind(config, params), jnp.arange(ids.shape[0])
 
     def append(step, ids):
         last = model.hidden(ids)[rows, lengths + step - 1]  # [B, D]

@@ -1,0 +1,185 @@
+"""The speed of a training step, in turn with the naive loss or another program; one JSON line last.
+
+  python scripts/bench/train.py                        shapes that suit this machine
+  python scripts/bench/train.py --shape=d20 --fp8      all matrices in fp8 (Hopper and later)
+  python scripts/bench/train.py --shape=d4 --beside="COMMAND"
+
+A step is an optimizer step of --accumulate microbatches of --device-batch rows: on a GPU as many as
+make upstream's batch, on a CPU one. What does not fit into memory gets smaller microbatches. The
+batch is always the same, so the loss has to fall: where it does not the step is broken, and its
+speed is not told.
+
+By default the same step with the naive cross entropy, which holds all logits, takes turns with
+ours. --beside measures another program's step instead (dev/upstream_step.py is one). It is started
+once and speaks lines of JSON; what else it prints goes to its standard error:
+  we, on its standard input    {"platform": "cpu" or "gpu", "model": ..., "rows": ..., ...}: Shape
+  it, on its standard output   {"name": ..., "tokens": of a step, "loss": of its first, ...}
+  we                           {}: take a step
+  it, when the device is done  {"loss": of this step}
+  we close its standard input, and it ends.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from nanochat_jax import hardware
+from nanochat_jax.common import UserError, run_main
+from nanochat_jax.launch.runtime import keep_freed_memory, take_memory
+from nanochat_jax.model import fp8
+from nanochat_jax.model.accounting import train_flops_per_token
+from nanochat_jax.model.gpt import REMAT
+from nanochat_jax.model.loss import cross_entropy_naive
+from nanochat_jax.train import step as step_module
+from scripts.bench import common
+from scripts.bench.common import Row, Shape, Training
+
+STOP_SECS = 30  # that a program may take to end
+
+
+class Program:
+    """Another program's training; a call takes a step. `about` is what it said about itself."""
+
+    def __init__(self, command: str, process: subprocess.Popen[str], shape: dict):
+        self.command, self.process = command, process
+        self.about = self._ask(shape, "name", "tokens", "loss")
+        self.first_loss = self.loss = self.about["loss"]
+
+    def __call__(self) -> None:
+        self.loss = self._ask({}, "loss")["loss"]
+
+    def _ask(self, question: dict, *keys: str) -> dict:
+        assert self.process.stdin and self.process.stdout
+        try:  # past Python's buffer, which would complain again when it is closed
+            os.write(self.process.stdin.fileno(), f"{json.dumps(question)}\n".encode())
+        except BrokenPipeError:
+            pass  # it has ended, and does not answer
+        line = self.process.stdout.readline()
+        try:
+            answer = json.loads(line)
+            if set(keys) <= set(answer):
+                return answer
+        except (ValueError, TypeError):  # TypeError: a number
+            pass
+        said = f"said {line.strip()[:80]!r}"
+        if not line:
+            said = f"ended with status {self.process.wait(STOP_SECS)}"
+        expected = f"expected a line of JSON with {', '.join(keys)}"
+        raise UserError(f"--beside: {self.command} {said}, {expected}")
+
+
+@contextmanager
+def beside(command: str, shape: Shape):
+    """Start a program, and end it however the measurement ends."""
+    try:
+        words = shlex.split(command)
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    except (OSError, ValueError, IndexError) as error:
+        expected = "expected a command that can be started"
+        raise UserError(f"--beside got {command!r}, {expected}: {error}") from None
+    with process:
+        try:
+            yield Program(command, process, asdict(shape) | {"platform": jax.default_backend()})
+            assert process.stdin
+            process.stdin.close()
+            process.wait(STOP_SECS)
+        finally:
+            process.kill()
+
+
+def run(shape: Shape, steps: dict[str, Training | Program], secs: float) -> list[Row]:
+    """A row for each, in turn; they have been started and take as many tokens a step as `shape`."""
+    times, rows = common.time_in_turn(steps, secs, min_rounds=3), []
+    for name, step in steps.items():
+        first, last, rate = (
+            step.first_loss,
+            float(step.loss),
+            1e3 * shape.step_tokens / times[name].ms,
+        )
+        if not last < first < float("inf"):  # a loss that is no number fails as well
+            raise UserError(
+                f"the step of {name} got from loss {first:.4f} to {last:.4f}, expected a finite "
+                "and lower one; look for what computes wrongly"
+            )
+        row = Row(name, *times[name], value=rate, unit="tok/s", limit="bf16")
+        row.work, row.note = (
+            rate * train_flops_per_token(shape.model),
+            f"loss {first:.4f} to {last:.4f}",
+        )
+        if isinstance(step, Training):
+            s, row.bytes = step.shape, step.bytes
+            row.note = f"{s.accumulate} x {s.rows} x {s.model.seq_len:,} tokens, {row.note}"
+        rows.append(row)
+    return rows
+
+
+def compare(shape: Shape, secs: float, program: Program | None) -> list[Row]:
+    if program and program.about["tokens"] != shape.step_tokens:
+        raise UserError(
+            f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
+            f"{shape.step_tokens:,}; expected as many: set --device-batch and --accumulate"
+        )
+    ours = common.compile_fitting(shape, common.free_bytes()).start()
+    steps: dict[str, Training | Program] = {f"{shape.name} ours": ours}
+    if program:
+        steps[f"{shape.name} {program.about['name']}"] = program
+    else:
+        with mock.patch.object(step_module, "cross_entropy_sum", naive_sum):
+            naive = Training(ours.shape).compile()
+        if naive.bytes < common.free_bytes():
+            steps[f"{shape.name} naive loss"] = naive.start()
+    return run(shape, steps, secs)
+
+
+def naive_sum(x, head, targets, weights, vocab_size: int, tile: int):
+    """The same loss by its definition, left to automatic differentiation; its head not in fp8."""
+    head = head.kernel if isinstance(head, fp8.Weight) else head
+    return (cross_entropy_naive(x, head, targets, vocab_size) * weights).sum()
+
+
+def changed(shape: Shape, *, remat: str = "none", in_fp8: bool = False) -> Shape:
+    layers = tuple(fp8.LAYERS) if in_fp8 else ()
+    return replace(shape, model=replace(shape.model, remat=remat, fp8_layers=layers))
+
+
+def main() -> None:
+    parser = common.parser(__doc__, secs=20.0)
+    parser.add_argument("--device-batch", type=int, help="rows at once, at most")
+    parser.add_argument("--accumulate", type=int, help="microbatches of a step")
+    parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--fp8", action="store_true", help=f"in {', '.join(fp8.LAYERS)}")
+    parser.add_argument("--beside", metavar="COMMAND", help="another program's step, in turn")
+    args = parser.parse_args()
+    if args.beside:  # the other program needs memory of the same GPU
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    else:
+        take_memory()
+    if shutil.which("nvidia-smi") is None:  # as training does, and before JAX starts its threads
+        keep_freed_memory()
+    if args.fp8 and jax.default_backend() != "cpu":  # a CPU computes the same, slowly
+        hardware.check_fp8(jax.devices()[0], "bfloat16")
+    rows, programs = [], []
+    for shape in common.chosen_shapes(args):
+        shape = changed(shape, remat=args.remat, in_fp8=args.fp8)
+        sizes = args.device_batch or shape.rows, args.accumulate or shape.accumulate
+        shape = replace(shape, rows=sizes[0], accumulate=sizes[1])
+        with ExitStack() as stack:
+            program = stack.enter_context(beside(args.beside, shape)) if args.beside else None
+            rows += compare(shape, args.secs, program)
+        programs += [program.about] if program else []
+    common.finish("train", rows, programs=programs)
+
+
+if __name__ == "__main__":
+    run_main(main)
