@@ -32,7 +32,7 @@ def calculate(expression: str) -> str | None:
     expression = expression.replace(",", "").strip(" ")
     if sum(map(expression.count, "+-*/(.")) > MAX_OPERATORS:
         return None
-    # Counting: outside of its string literals it says a method's name: no number, no keyword.
+    # Outside of its string literals, counting says nothing but names of methods.
     words = set(re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", " ", expression)))
     counting = _COUNTING_ALPHABET.issuperset(expression) and words <= {name for name, _ in _METHODS}
     if not counting and not _ARITHMETIC_ALPHABET.issuperset(expression):
@@ -56,6 +56,6 @@ def _value(node: ast.expr, kind: type = float) -> Any:
             value = _METHODS[name, len(args)](*(_value(part, str) for part in (text, *args)))
         case _:
             raise ValueError("refused")
-    if isinstance(value, str) != (kind is str) or value in (math.inf, -math.inf):
+    if isinstance(value, str) != (kind is str) or value in (math.inf, -math.inf):  # so no nan
         raise ValueError("refused")
     return value
