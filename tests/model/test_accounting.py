@@ -28,12 +28,7 @@ CONFIGS = [
     replace(MODERN, num_layers=4, num_heads=8, num_kv_heads=1),
 ]
 D20 = GPTConfig(
-    vocab_size=65_536,
-    num_layers=20,
-    model_dim=1_280,
-    num_heads=10,
-    num_kv_heads=10,
-    seq_len=2_048,
+    vocab_size=65_536, num_layers=20, model_dim=1_280, num_heads=10, num_kv_heads=10, seq_len=2_048
 )
 COUNTED_AS = {
     "embed": "wte",

@@ -10,13 +10,7 @@ from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train.sharded import Owners
 
 CONFIG = GPTConfig(
-    vocab_size=100,
-    num_layers=3,
-    model_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    seq_len=8,
-    extras=True,
+    vocab_size=100, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2, seq_len=8, extras=True
 )
 
 

@@ -108,12 +108,7 @@ def one_device() -> Mesh:
 
 @pytest.mark.parametrize(
     ("config", "layout"),
-    [
-        (CLASSIC, (8, 1, 1)),
-        (CLASSIC, (1, 8, 1)),
-        (CLASSIC, (1, 1, 8)),
-        (MODERN, (2, 2, 2)),
-    ],
+    [(CLASSIC, (8, 1, 1)), (CLASSIC, (1, 8, 1)), (CLASSIC, (1, 1, 8)), (MODERN, (2, 2, 2))],
     ids=["data", "fsdp", "tensor", "modern-mixed"],
 )
 def test_eight_devices_give_the_losses_of_one(config, layout):
