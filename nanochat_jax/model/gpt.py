@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.model.attention import attention
@@ -257,8 +258,7 @@ class GPT(nnx.Module):
 
 def init_params(config: GPTConfig, key: jax.Array) -> dict[str, jax.Array]:
     """Fresh parameters; the same numbers however they are sharded."""
-    model = GPT(config, nnx.Rngs(params=key))
-    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return params_of(GPT(config, nnx.Rngs(params=key)))
 
 
 def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -267,29 +267,19 @@ def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def bind(config: GPTConfig, params: dict[str, jax.Array]) -> GPT:
     """The module with these parameters; cheap, meant to be called inside jit."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graphdef, unflatten(params))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    keys = flatten_dict(nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, unflatten_dict({key: params[dotted(key)] for key in keys}))
 
 
-def flatten(nested: dict, prefix: str = "") -> dict[str, jax.Array]:
-    flat = {}
-    for key, value in nested.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
-    return flat
+def params_of(model: GPT) -> dict[str, jax.Array]:
+    """The parameters of a module by path."""
+    flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return {dotted(key): value for key, value in flat.items()}
 
 
-def unflatten(flat: dict[str, jax.Array]) -> dict:
-    nested: dict = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = nested
-        for depth, parent in enumerate(parents):
-            # Modules in a list are keyed by int, those in a dict by str.
-            key = int(parent) if depth == 1 and parents[0] == "blocks" else parent
-            node = node.setdefault(key, {})
-        node[last] = value
-    return nested
+def dotted(key: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, key))
 
 
 # Uniform of the same spread as a normal, without its outliers.

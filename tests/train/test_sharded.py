@@ -15,11 +15,8 @@ CONFIG = GPTConfig(
 
 
 def random_params() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        path: rng.standard_normal(leaf.shape, np.float32)
-        for path, leaf in param_shapes(CONFIG).items()
-    }
+    rng, shapes = np.random.default_rng(0), param_shapes(CONFIG)
+    return {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (3, 1, 1)])
