@@ -72,11 +72,6 @@ def param_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
     return shardings
 
 
-def tensor_spec(path: str) -> P:
-    """The split over the tensor axis alone, of a weight that is whole in all else."""
-    return P(*(axis if axis == "tensor" else None for axis in param_spec(path)))
-
-
 def num_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

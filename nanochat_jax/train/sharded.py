@@ -20,29 +20,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.model.sharding import (
-    OWNERS,
-    ROW_AXES,
-    ROWS,
-    num_row_shards,
-    param_shardings,
-    param_spec,
-    tensor_spec,
-)
+from nanochat_jax.model.sharding import OWNERS, ROW_AXES, ROWS, param_shardings, param_spec
 
 
 class Owners:
     """The two forms of a model's parameters on a mesh, and the ways between them.
 
-    A "tree" is any pytree, a TrainState say: each dict in it that is keyed by parameters changes
-    its form, the rest stays. The on-disk form is by path, split by rows where rows divide.
+    A "tree" is any pytree, such as a TrainState: each dict in it that is keyed by parameters
+    changes its form. The on-disk form is by path, split by rows where rows divide.
 
     by_path(params): masters by path, placed for evaluation and inference
-    to_paths(tree), to_owned(tree): to and from the on-disk form; nothing is gathered in between
+    to_paths(tree), to_owned(tree): to and from the on-disk form, without gathering anything
     """
 
     def __init__(self, config: GPTConfig, mesh: Mesh):
-        self.config, self.mesh, self.alone = config, mesh, num_row_shards(mesh) == 1
+        self.config, self.mesh = config, mesh
+        self.alone = mesh.size == mesh.shape["tensor"]  # there is one row shard
         shapes = param_shapes(config)
         placed = param_shardings(mesh, shapes)
         self.rows = {path: leaf.shape[0] for path, leaf in shapes.items()}
@@ -116,10 +109,14 @@ class Owners:
             share = share.astype(dtype)
             return share if self.alone else lax.all_gather(share, ROW_AXES, tiled=True)
 
+        def split_by_tensor(path, weight):
+            spec = P(*(axis if axis == "tensor" else None for axis in param_spec(path)))
+            return lax.with_sharding_constraint(weight, spec)
+
         weights = self.split({name: gather_one(name, share) for name, share in shares.items()})
         if self.mesh.shape["tensor"] == 1:
             return weights
-        return {p: lax.with_sharding_constraint(w, tensor_spec(p)) for p, w in weights.items()}
+        return {path: split_by_tensor(path, weight) for path, weight in weights.items()}
 
     def scatter(self, grads: dict) -> dict:
         """This device's share of the sum over all devices of gradients by path."""

@@ -23,11 +23,9 @@ def parse_steps(text: str) -> range:
     """The steps of config.run.profile: "20:24" is 20 to 24, both included; "" is none."""
     if not text:
         return range(0)
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise UserError(
-            f"config.run.profile got {text!r}, expected first:last, like 20:24, or nothing"
-        )
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise UserError(f"config.run.profile got {text!r}, expected first:last, like 20:24, or ''")
     return range(int(first), int(last) + 1)
 
 
@@ -71,11 +69,9 @@ class Watch:
     def idle_secs(self, since: float) -> float:
         """How long the devices have had nothing to do, from `since` on."""
         self._compiled.clear()  # programs of evaluations, saves and sampling are not the step's
-        if self._end is None:
-            return time.perf_counter() - since
-        if not self._end.done():
+        if self._end and not self._end.done():
             return 0.0
-        return time.perf_counter() - max(since, self._end.result())
+        return time.perf_counter() - (max(since, self._end.result()) if self._end else since)
 
     def dispatched(self, step: int, shape: tuple[int, ...], results: Any) -> None:
         """Note that a step was dispatched; warn if it was compiled again for a known shape."""
