@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from nanochat_jax import config
 from nanochat_jax.common import UserError
@@ -24,6 +23,8 @@ from nanochat_jax.stages.train import train_stage
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
+from tests.model.programs import equations
+from tests.train.test_step import one_device
 
 RNG = np.random.default_rng(0)
 STEP = {fp8.E4M3: 2.0**-3, fp8.E5M2: 2.0**-2}  # between neighbours, from 1 to 2
@@ -174,10 +175,6 @@ ROWS = 16
 TX, SLOW = optax.adam(3e-3), pytest.mark.slow
 
 
-def one_device():
-    return make_mesh(devices=jax.devices()[:1])
-
-
 def make_step(owners, device_batch_size=ROWS):
     tile = 8 * device_batch_size
     return make_train_step(owners, TX, device_batch_size=device_batch_size, tile_tokens=tile)
@@ -211,14 +208,11 @@ def test_every_matmul_with_a_weight_has_fp8_operands():
     assert "f8" not in lower(BFLOAT16).lower().as_text()
 
 
-def quantised(jaxpr, in_loop=False):
+def quantised(jaxpr):
     """(whether inside a loop, shape) of every conversion to e4m3 in a program."""
-    for eqn in jaxpr.eqns:
+    for eqn, in_loop in equations(jaxpr):
         if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == fp8.E4M3:
             yield in_loop, eqn.outvars[0].aval.shape
-        inside = in_loop or eqn.primitive.name in ("scan", "while")
-        for inner in jaxprs_in_params(eqn.params):
-            yield from quantised(inner, inside)
 
 
 def test_weights_are_quantised_once_a_step():

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
-from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train import checkpoint as ck
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
+from tests.train.test_step import one_device, optimizer
 
 CONFIG = GPTConfig(
     vocab_size=64, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, seq_len=8
@@ -26,19 +25,13 @@ CONFIG = GPTConfig(
 
 @pytest.fixture(scope="module")
 def tx():
-    recipe = OptimConfig("classic", 0.3, 0.004, 0.02, 0.5, 0.2)
-    schedule = dict(lr_multiplier=lambda s: 1.0, momentum=lambda s: 0.9, weight_decay=lambda s: 0.0)
-    return build_optimizer(param_shapes(CONFIG), CONFIG.model_dim, recipe, **schedule)
+    return optimizer(CONFIG)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state(tx):
     owners = Owners(CONFIG, one_device())
     return owners.to_paths(create_state(owners, tx, seed=0))
-
-
-def one_device() -> Mesh:
-    return make_mesh(devices=jax.devices()[:1])
 
 
 def at(state, step: int):

@@ -63,11 +63,9 @@ def test_what_was_taken_is_taken_again_and_what_ran_out_never(tmp_path):
 def test_a_record_made_for_something_else_says_nothing(tmp_path):
     path = tmp_path / "layout.json"
     LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[3], 700)
-    for made_for, layouts in (
-        (MADE_FOR | {"mesh": {"data": 4}}, LAYOUTS),
-        (MADE_FOR, candidates(4, 2, 4_096, "auto")),
-        (MADE_FOR, candidates(4, 4, 4_096, "names")),
-    ):
+    others = candidates(4, 2, 4_096, "auto"), candidates(4, 4, 4_096, "names")
+    cases = [(MADE_FOR | {"mesh": {"data": 4}}, LAYOUTS), *((MADE_FOR, other) for other in others)]
+    for made_for, layouts in cases:
         record = LayoutRecord(path, made_for, layouts)
         assert record.taken is None and record.left() == layouts
     assert LayoutRecord(path, MADE_FOR, LAYOUTS).taken == LAYOUTS[3]
@@ -108,7 +106,7 @@ class Machine:
         self.path, self.layouts = tmp_path / "layout.json", candidates(8, 8, 4_096, remat)
 
     def compile(self, layout: Layout) -> int:
-        self.compiled.append(f"{layout.remat}{layout.rows}")
+        self.compiled.append(named([layout]))
         if layout in self.dies:
             raise self.error
         return int(GIB * (HELD + 1 + COST[layout.remat] * layout.rows))
@@ -135,7 +133,7 @@ def test_the_first_that_fits_is_taken_and_the_hopeless_are_not_compiled(tmp_path
     machine = Machine(tmp_path, gib)
     taken = machine.start()
     assert " ".join(machine.compiled) == compiled
-    assert f"{taken.remat}{taken.rows}" == machine.compiled[-1]
+    assert named([taken]) == machine.compiled[-1]
     fits = [one for one in machine.layouts if HELD + 1 + COST[one.remat] * one.rows <= gib]
     assert taken == fits[0]  # skipping lost nothing
 
@@ -153,8 +151,7 @@ def test_what_ran_out_sets_the_limit(tmp_path):
     """What needs more than that is not tried, whatever the device says it has."""
     machine = Machine(tmp_path, 20)
     for expected in ("none4", "none2", "names4", "names2"):  # 19, 11, 11 and 7 GiB; names8 19
-        taken = machine.start()
-        assert f"{taken.remat}{taken.rows}" == expected
+        assert named([machine.start()]) == expected
         note_too_large(machine.path)
         machine.gib = 30
 
