@@ -7,7 +7,8 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K, solution_parts
-from nanochat_jax.tasks.multiple_choice import ARC, MMLU, multiple_choice
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
+from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 
@@ -19,17 +20,12 @@ def arc_row(labels, key):
 @pytest.mark.parametrize(
     "labels, key, letter", [("ABCD", "D", "D"), ("1234", "2", "B"), ("123", "1", "A")]
 )
-def test_arc_has_as_many_letters_as_choices(labels, key, letter):
+def test_arc_has_a_letter_for_each_choice(tiny_tokenizer, labels, key, letter):
     (conversation,) = ARC([arc_row(labels, key)])
     assert "".join(conversation["letters"]) == "ABCD"[: len(labels)]
     question, answer = (message["content"] for message in conversation["messages"])
     assert answer == letter and f"- choice {key}={letter}\n" in question
-
-
-@pytest.mark.parametrize("labels, key, letter", [("1234", "4", "D"), ("ABC", "B", "B")])
-def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer, labels, key, letter):
-    """What the letters' probabilities are read from."""
-    (conversation,) = ARC([arc_row(labels, key)])
+    # The answer is the one token after the prompt, where the letters' probabilities are read.
     prompt = render_for_completion(tiny_tokenizer, conversation)
     (token,) = tiny_tokenizer.encode(letter)
     ids, _ = render_conversation(tiny_tokenizer, conversation)
@@ -38,24 +34,19 @@ def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer, labels, key, l
 
 def test_mmlu():
     (conversation,) = MMLU([{"question": "Bees make?", "choices": ["silk", "honey"], "answer": 1}])
-    assert conversation["messages"] == [
-        {
-            "role": "user",
-            "content": "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
-            "Reply with its letter alone.",
-        },
-        {"role": "assistant", "content": "B"},
-    ]
-    assert conversation["letters"] == ("A", "B")
+    question, answer = (message["content"] for message in conversation["messages"])
+    text = "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
+    assert question == text + "Reply with its letter alone."
+    assert (answer, conversation["letters"]) == ("B", ("A", "B"))
 
 
 def test_wrong_rows_are_told():
-    with pytest.raises(UserError, match="'E' .*Which one.* A, B, C, D"):
+    with pytest.raises(UserError, match="'E'.*Which one.* A, B, C, D"):
         ARC([arc_row("ABCD", "E")])[0]
     for choices, answer in ((["a"], 0), (["a", "b"], 2), (["a", "b"], -1), (["a"] * 27, 0)):
-        with pytest.raises(UserError, match="2 to 26"):
-            multiple_choice("?", choices, answer)
-    with pytest.raises(UserError, match="'#### number'"):
+        with pytest.raises(UserError, match="Which?"):
+            MMLU([{"question": "Which?", "choices": choices, "answer": answer}])[0]
+    with pytest.raises(UserError, match="seven"):
         GSM8K([{"question": "?", "answer": "seven"}]).grade([(0, "seven")])
 
 
@@ -72,17 +63,13 @@ def test_golden_gsm8k_parts(goldens):
 @pytest.mark.parametrize(
     "solution, parts",
     [
-        (
-            "<<1+2=3>><<3*4=12>>12\n#### 12",
-            ["python:1+2", "python_output:3", "python:3*4", "python_output:12", "text:12\n#### 12"],
-        ),
-        ("a<<1=1=1>>b", ["text:a", "python:1=1", "python_output:1", "text:b"]),
-        ("1 << 2 and <<2+2=4>>", ["text:1 << 2 and ", "python:2+2", "python_output:4"]),
-        ("no call #### 5", ["text:no call #### 5"]),
+        ("<<1+2=3>><<3=3=3>>3", "python:1+2 python_output:3 python:3=3 python_output:3 text:3"),
+        ("1<<2,<<2+2=4>>#", "text:1<<2, python:2+2 python_output:4 text:#"),
+        ("no call #### 5", "text:no call #### 5"),
     ],
 )
 def test_calculations_become_tool_calls(solution, parts):
-    assert [f"{part['type']}:{part['text']}" for part in solution_parts(solution)] == parts
+    assert " ".join(f"{it['type']}:{it['text']}" for it in solution_parts(solution)) == parts
 
 
 def test_gsm8k_is_graded_by_the_number_after_the_marks():
@@ -132,4 +119,4 @@ def test_a_file_of_no_conversations(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n \n")
     for name in ("own.jsonl", "none.jsonl"):
         with pytest.raises(UserError, match=name):
-            CustomJSON(tmp_path / name)
+            open_task(f"json {tmp_path / name}")

@@ -6,7 +6,6 @@ import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.humaneval import HumanEval, program
-from nanochat_jax.tools.sandbox import Limits
 from scripts import sandbox as script
 
 ROWS = [
@@ -34,7 +33,7 @@ ROWS = [
         "entry_point": "greet",
     },
 ]
-TASK = HumanEval(ROWS, limits=Limits(wall_secs=20))
+TASK = HumanEval(ROWS)
 
 
 def test_an_example_is_the_prompt_and_the_whole_program():
@@ -48,21 +47,11 @@ def test_an_example_is_the_prompt_and_the_whole_program():
 
 def test_the_program_brings_the_prompts_imports():
     answer = "Sure:\n```python\ndef f(x: List[int]):\n    return x\n```\nThat is it."
-    text = program("from typing import List\n\ndef f(x):\n", answer, "def check(f):\n    pass", "f")
-    parts = ["from typing import List", "def f(x: List[int]):\n    return x"]
-    assert text == "\n\n".join([*parts, "def check(f):\n    pass", "check(f)\n"])
-
-
-def test_canonical_solutions_pass_and_wrong_ones_do_not():
-    right = [(i, TASK[i]["messages"][1]["content"]) for i in range(3)]
-    wrong = [(i, row["prompt"] + "    return None\n") for i, row in enumerate(ROWS)]
-    assert TASK.grade(right) == [True] * 3
-    assert TASK.grade(wrong) == [False] * 3
+    parts = ["from typing import List", "def f(x: List[int]):\n    return x", ROWS[0]["test"]]
+    assert program(ROWS[0], answer) == "\n\n".join([*parts, "check(largest)\n"])
 
 
 HEAD = "def greet(name):\n"
-
-
 VERDICTS = [
     ("```python\ndef greet(name):\n    return 'hello ' + name\n```", True),
     ("```\ngreet = 'hello {}'.format\n```", True),
@@ -80,31 +69,19 @@ VERDICTS = [
 
 
 def test_verdicts():
-    verdicts = TASK.grade([(2, answer) for answer, _ in VERDICTS])
-    assert list(zip([answer for answer, _ in VERDICTS], verdicts, strict=True)) == VERDICTS
-
-
-def test_verdicts_keep_their_order_and_repeat():
-    right, wrong = "def greet(n):\n    return 'hello ' + n", "greet = 1"
-    verdicts = TASK.grade([(2, wrong), (2, right), (0, right), (2, right)])
-    assert verdicts == [False, True, False, True]
+    answers = [(2, answer) for answer, _ in VERDICTS] + [(0, VERDICTS[0][0])]
+    verdicts = TASK.grade(answers)
+    right = [verdict for _, verdict in VERDICTS] + [False]
+    assert list(zip(answers, verdicts, strict=True)) == list(zip(answers, right, strict=True))
     assert TASK.grade([]) == []
 
 
-def test_rows_without_their_columns_are_named():
-    row = {key: text for key, text in ROWS[0].items() if key != "test"} | {"prompt": 3}
-    with pytest.raises(UserError, match="row 1.*prompt, test"):
-        HumanEval([ROWS[0], row])
-    with pytest.raises(UserError, match="row 1"):
-        HumanEval([ROWS[0], [1]])
-
-
-def test_the_script_tells_bad_files(tmp_path):
-    (tmp_path / "x.jsonl").write_text("[1]\n")
-    (tmp_path / "y.jsonl").write_text("{\n")
-    for name in ("x.jsonl", "y.jsonl", "none.jsonl"):
-        with pytest.raises(UserError):
-            script.check(tmp_path / name, None)
+@pytest.mark.parametrize("line", ["[1]", "{", json.dumps(ROWS[0] | {"prompt": 3}), None])
+def test_the_script_tells_bad_files(tmp_path, line):
+    if line:
+        (tmp_path / "x.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"x\.jsonl"):
+        script.check(tmp_path / "x.jsonl", None)
 
 
 def test_the_script_finds_wrong_verdicts(tmp_path):
