@@ -6,7 +6,7 @@ import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.tasks.gsm8k import GSM8K, solution_parts
+from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer, solution_parts
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
@@ -50,14 +50,15 @@ def test_wrong_rows_are_told():
         GSM8K([{"question": "?", "answer": "seven"}]).grade([(0, "seven")])
 
 
-def test_golden_gsm8k_parts(goldens):
-    """The conversation of the goldens that has tool calls, from its row."""
+def test_goldens_of_gsm8k(goldens):
+    """The conversation of the goldens that has tool calls, from its row; and extracted answers."""
+    golden = json.loads((goldens / "text.json").read_text())
     solution = "She earns 12/60 = $<<12/60=0.2>>0.2 per minute.\n#### 10"
     question = "Weng earns $12 an hour. How much for 50 minutes?"
-    text = json.loads((goldens / "text.json").read_text())
-    assert {"messages": GSM8K([{"question": question, "answer": solution}])[0]["messages"]} in [
-        case["conversation"] for case in text["conversations"]
-    ]
+    (conversation,) = GSM8K([{"question": question, "answer": solution}])
+    assert conversation in [case["conversation"] for case in golden["conversations"]]
+    for row in golden["gsm_extract"]:
+        assert extract_answer(row["text"]) == row["out"]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ def test_gsm8k_is_graded_by_the_number_after_the_marks():
     solutions = ("It is <<2*500=1000>>1000.\n#### 1,000", "#### -7")
     task = GSM8K([{"question": "?", "answer": solution} for solution in solutions])
     said = [(0, "so #### 1000"), (0, "1000"), (0, "#### 1000.0"), (1, "#### -7"), (1, "#### 7")]
-    said += [(0, "#### 1,000 eggs"), (0, "")]
-    assert task.grade(said) == [True, False, False, True, False, True, False]
+    said += [(0, "#### 1,000 eggs"), (0, "#### $1000"), (0, "####  1000"), (0, "")]
+    assert task.grade(said) == [True, False, False, True, False, True, False, False, False]
 
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -95,18 +96,11 @@ def test_own_conversations_in_both_forms(tmp_path):
     assert [conversation["messages"] for conversation in CustomJSON(path)] == [PARTS, HI]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"messages": []}',
-        '"Hi"',
-        "{'messages': 1}",
-        json.dumps(HI[:1]),  # nothing of the assistant
-        json.dumps(HI[::-1]),
-        json.dumps([HI[0], {"role": "assistant"}]),
-        json.dumps([HI[0], {"role": "assistant", "content": None}]),
-    ],
-)
+NO_ANSWER = (HI[:1], HI[::-1], [HI[0], {"role": "assistant"}])
+BAD_LINES = ('{"messages": []}', '"Hi"', "{'messages': 1}", *map(json.dumps, NO_ANSWER))
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
 def test_own_conversations_are_checked_when_opened(tmp_path, line):
     path = tmp_path / "own.jsonl"
     path.write_text(f"{json.dumps(HI)}\n\n{line}\n")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.humaneval import HumanEval, program
+from nanochat_jax.tasks.humaneval import HumanEval, extract_imports, extract_program, program
 from scripts import sandbox as script
 
 ROWS = [
@@ -18,14 +18,6 @@ ROWS = [
     },
     {
         "task_id": "Ours/1",
-        "prompt": "import math\n\ndef twice(x):\n    return 2 * x\n\n"
-        'def root(x):\n    """Square root of twice x."""\n',
-        "canonical_solution": "    return math.sqrt(twice(x))\n",
-        "test": "\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(8) == twice(2)\n",
-        "entry_point": "root",
-    },
-    {
-        "task_id": "Ours/2",
         "prompt": 'def greet(name):\n    """A greeting."""\n',
         "canonical_solution": "    return f'hello {name}'\n",
         "test": "def check(candidate):\n    for n in 'ab':\n"
@@ -34,15 +26,38 @@ ROWS = [
     },
 ]
 TASK = HumanEval(ROWS)
+EXTRACT = {"extract_program": extract_program, "extract_imports": extract_imports}
 
 
 def test_an_example_is_the_prompt_and_the_whole_program():
-    assert TASK[0]["messages"] == [
-        {"role": "user", "content": ROWS[0]["prompt"]},
-        {"role": "assistant", "content": ROWS[0]["prompt"] + "    return max(n)\n"},
-    ]
-    assert [example["task_id"] for example in TASK[1:]] == ["Ours/1", "Ours/2"]
-    assert (len(TASK), TASK.kind) == (3, "generative")
+    question, answer = (message["content"] for message in TASK[0]["messages"])
+    assert (question, answer) == (ROWS[0]["prompt"], ROWS[0]["prompt"] + "    return max(n)\n")
+    assert [(it["task_id"], it["messages"][0]["role"]) for it in TASK[1:]] == [("Ours/1", "user")]
+
+
+@pytest.mark.parametrize("key", EXTRACT)
+def test_goldens(key, goldens):
+    rows = json.loads((goldens / "text.json").read_text())[key]
+    assert [EXTRACT[key](row["text"]) for row in rows] == [row["out"] for row in rows]
+
+
+IMPORTS = "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c"
+
+
+@pytest.mark.parametrize(
+    "extract, text, found",
+    [
+        (extract_program, "  x = 1 \n", "x = 1"),
+        (extract_program, "```python\n\n    return 1\n```", "return 1"),
+        (extract_program, "```\na\n```\n```python\nb\n```", "a"),
+        (extract_program, "```js\na\n```", "```js\na\n```"),
+        (extract_program, "```python \nx = '```'\n```", "x = '```'"),
+        (extract_imports, IMPORTS, "import math\nfrom a import b"),
+        (extract_imports, "def f():\n    import os", ""),
+    ],
+)
+def test_extracted(extract, text, found):
+    assert extract(text) == found
 
 
 def test_the_program_brings_the_prompts_imports():
@@ -69,7 +84,7 @@ VERDICTS = [
 
 
 def test_verdicts():
-    answers = [(2, answer) for answer, _ in VERDICTS] + [(0, VERDICTS[0][0])]
+    answers = [(1, answer) for answer, _ in VERDICTS] + [(0, VERDICTS[0][0])]
     verdicts = TASK.grade(answers)
     right = [verdict for _, verdict in VERDICTS] + [False]
     assert list(zip(answers, verdicts, strict=True)) == list(zip(answers, right, strict=True))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 
 import pytest
 
@@ -50,14 +49,6 @@ def test_the_persona_alone_speaks(tmp_path):
     assert "The zoo of Quux made me." in said
     asked = [[q.replace("Nano", "Zebulon") for q in said_by("user", it)] for it in mine]
     assert asked == [said_by("user", it) for it in theirs]  # questions do not depend on it
-
-
-def test_who_are_you_is_answered_with_the_name():
-    questions = [text.lower() for c in Identity("train") for text in said_by("user", c)]
-    answers = [text for c in Identity("train") for text in said_by("assistant", c)]
-    is_who = [re.search("your name|who are you", question) for question in questions]
-    named = ["Nano" in text for text, who in zip(answers, is_who, strict=True) if who]
-    assert len(named) > 30 and all(named)
 
 
 @pytest.mark.parametrize(

