@@ -11,28 +11,27 @@ from nanochat_jax.data import shards
 from nanochat_jax.tasks.base import SPLITS, messages, split_of
 from nanochat_jax.tasks.chitchat import MAX_CHARS, ChitChat, cut
 
-TALK = [
-    ("a", "Hello there, how are you doing today?"),
-    ("b", "I am doing very well, and how are you doing today?"),
-    ("a", "I am well too. What did you do today?"),
-    ("b", "I went to the lake with my dog and we had a good time."),
-]
-TEXTS = [text for _, text in TALK]
+TEXTS = (
+    "Hello there, how are you doing today?",
+    "I am doing very well, and how are you doing today?",
+    "I am well too. What did you do today?",
+    "I went to the lake with my dog and we had a good time.",
+)
+
+
+def raw_talk(*texts):
+    return {"messages": [[{"text": text, "sender": i % 2}] for i, text in enumerate(texts)]}
 
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
     """The file of a package chitchat_dataset with 60 conversations, in place of the real one."""
-    talks = {f"key {i}": [*TALK[:3], ("b", f"{TEXTS[3]} Day {i}.")] for i in range(60)}
-    talks["rude"] = [*TALK, ("a", "my number is 5")]
-    raw = {
-        key: {"messages": [[{"text": text, "sender": speaker}] for speaker, text in turns]}
-        for key, turns in talks.items()
-    }
+    talks = {f"key {i}": raw_talk(*TEXTS[:3], f"{TEXTS[3]} Day {i}.") for i in range(60)}
+    talks["rude"] = raw_talk(*TEXTS, "my number is 5")
     package = tmp_path / "chitchat_dataset"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "dataset.json").write_text(json.dumps(raw))
+    (package / "dataset.json").write_text(json.dumps(talks))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "chitchat_dataset", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
@@ -45,8 +44,7 @@ def dataset(tmp_path, monkeypatch):
     [
         ("a:Hi!|b:Hey.|a:Yes?|b:No.", ["Hi!|Hey.|Yes?|No."]),
         ("a:Hi!|b:Hey.|a:Yes?", ["Hi!|Hey."]),  # ends with an answer
-        ("a:Hi!", []),
-        ("", []),
+        ("a:Hi!|b:", []),
         ("a:Hi!|b:|a:You?|b:I?|b:Ok.", ["Hi! You?|I? Ok."]),  # in a row: one message
         ("a:I left.|b:Why?|a:Home.|b:Nice.", ["Why?|Home."]),  # starts with a question
         ("a:It is long.|b:Hey you|a:Yes.", ["Hey you|Yes."]),  # or a greeting

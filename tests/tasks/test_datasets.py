@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nanochat_jax.common import UserError
+from nanochat_jax.tasks.base import messages
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer, solution_parts
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
@@ -34,10 +35,9 @@ def test_arc_has_a_letter_for_each_choice(tiny_tokenizer, labels, key, letter):
 
 def test_mmlu():
     (conversation,) = MMLU([{"question": "Bees make?", "choices": ["silk", "honey"], "answer": 1}])
-    question, answer = (message["content"] for message in conversation["messages"])
     text = "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
-    assert question == text + "Reply with its letter alone."
-    assert (answer, conversation["letters"]) == ("B", ("A", "B"))
+    expected = messages(text + "Reply with its letter alone.", "B")
+    assert conversation == expected | {"letters": ("A", "B")}
 
 
 def test_wrong_rows_are_told():
@@ -81,12 +81,8 @@ def test_gsm8k_is_graded_by_the_number_after_the_marks():
     assert task.grade(said) == [True, False, False, True, False, True, False, False, False]
 
 
-HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-PARTS = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "2+2"},
-    {"role": "assistant", "content": [{"type": "python", "text": "2+2"}]},
-]
+HI = messages("Hi", "Hello.")["messages"]
+PARTS = messages("2+2", [{"type": "python", "text": "2+2"}])["messages"]
 
 
 def test_own_conversations_in_both_forms(tmp_path):

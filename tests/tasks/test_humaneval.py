@@ -35,10 +35,10 @@ def test_an_example_is_the_prompt_and_the_whole_program():
     assert [(it["task_id"], it["messages"][0]["role"]) for it in TASK[1:]] == [("Ours/1", "user")]
 
 
-@pytest.mark.parametrize("key", EXTRACT)
-def test_goldens(key, goldens):
-    rows = json.loads((goldens / "text.json").read_text())[key]
-    assert [EXTRACT[key](row["text"]) for row in rows] == [row["out"] for row in rows]
+def test_goldens(goldens):
+    golden = json.loads((goldens / "text.json").read_text())
+    for key, extract in EXTRACT.items():
+        assert [extract(row["text"]) for row in golden[key]] == [row["out"] for row in golden[key]]
 
 
 IMPORTS = "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c"
@@ -72,13 +72,11 @@ VERDICTS = [
     ("```\ngreet = 'hello {}'.format\n```", True),
     (HEAD + "    return 'hello ' + name\nif __name__ == '__main__':\n    input()", True),
     (HEAD + "    return 'hello a'", False),
-    (HEAD + "    return 'hello b'", False),
     (HEAD + "    import sys; sys.exit(0)", False),
     (HEAD + "    import os; os._exit(0)", False),
     ("import sys\nprint('ok')\nsys.exit()", False),
     ("import atexit, os\natexit.register(os._exit, 0)\n" + HEAD + "    return 1", False),
     ("def other(name):\n    return 'hello ' + name", False),
-    ("I cannot help with that.", False),
     ("", False),
 ]
 

@@ -62,10 +62,3 @@ def test_a_malformed_persona(tmp_path, key, value):
     with pytest.raises(UserError, match=rf"p\.toml.* {key}\b") as caught:
         Identity("train", path)
     assert "\n" not in str(caught.value)
-
-
-def test_no_persona(tmp_path):
-    (tmp_path / "p.toml").write_text("name = \n")
-    for name in ("none.toml", "p.toml"):
-        with pytest.raises(UserError, match=name):
-            Identity("train", tmp_path / name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,6 @@ ROOT = Path(__file__).parents[2]
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
 # numpy.random.default_rng(42).permutation(20), the order of datasets.Dataset.shuffle(seed=42)
 SHUFFLED = [15, 9, 14, 7, 12, 10, 6, 19, 3, 0, 16, 5, 11, 18, 2, 4, 17, 1, 13, 8]
-
-
-@pytest.fixture(autouse=True)
-def base_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
 
 
 def write(path, rows):
@@ -45,7 +41,6 @@ def test_rows_of_a_folder_in_fixed_order(tmp_path, suffix):
     [
         ("arc_easy", "train", "arc/arc_easy_train.jsonl"),
         ("arc_challenge", "dev", "arc/arc_challenge_validation.jsonl"),  # one split of two names
-        ("arc_challenge", "validation", "arc/arc_challenge_dev.jsonl"),
         ("mmlu", "test", "mmlu/test.jsonl"),
         ("mmlu", "auxiliary_train", "mmlu/auxiliary_train_from_elsewhere.jsonl"),
         ("gsm8k", "train", "gsm8k/train.jsonl"),
@@ -75,16 +70,14 @@ def test_a_folder_needs_one_file_for_a_split(tmp_path):
             write(tmp_path / f"gsm8k/test.{suffix}", GSM8K)
 
 
-DAMAGE = ('{"question": "?"}', '{"question": "?", "answer": 5}', "[1]", '{"question"', "\udcff")
-
-
-@pytest.mark.parametrize("damage", [*DAMAGE, None])
-def test_a_damaged_file_is_told(tmp_path, damage):
-    path = tmp_path / ("gsm8k/test.jsonl" if damage else "gsm8k/test.parquet")
+@pytest.mark.parametrize(
+    "suffix, damage", [("jsonl", b"[1]"), ("jsonl", b"\xff"), ("parquet", b"no more")]
+)
+def test_a_damaged_file_is_told(tmp_path, suffix, damage):
+    path = tmp_path / f"gsm8k/test.{suffix}"
     write(path, GSM8K[:1])
-    path.write_bytes(path.read_bytes() + (damage or "no more").encode(errors="surrogateescape"))
-    where = rf"{path}:2: " if damage else str(path)
-    with pytest.raises(UserError, match=where) as error:
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(UserError, match=f"{path}:2: " if suffix == "jsonl" else str(path)) as error:
         load_rows("gsm8k", "test", str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -130,5 +123,4 @@ def test_no_network(tmp_path):
     own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=60)
-    assert "UserError: allenai/ai2_arc cannot be read (" in done.stderr.splitlines()[-1]
-    assert "config.data.task_dir" in done.stderr.splitlines()[-1]
+    assert re.search("UserError: allenai/ai2_arc .*config.data.task_dir", done.stderr)

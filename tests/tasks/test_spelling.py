@@ -7,7 +7,7 @@ import regex
 
 from nanochat_jax.data.demo import is_decent
 from nanochat_jax.tasks.base import SPLITS, split_of
-from nanochat_jax.tasks.spelling import WORDS, SimpleSpelling, SpellingBee, number_letter
+from nanochat_jax.tasks.spelling import WORDS, SimpleSpelling, SpellingBee
 from nanochat_jax.tokenizer.bpe import SPLIT_PATTERN
 
 
@@ -35,11 +35,6 @@ def test_counts_are_right(split):
         counts.append(count)
     assert {0, 1, 2, 3} <= set(counts)
     assert 100 < counts.count(0) < 200
-
-
-def test_letters_are_numbered():
-    assert number_letter("strawberry", "r") == "s t r1 a w b e r2 r3 y"
-    assert number_letter("fan", "z") == "f a n"
 
 
 @pytest.mark.parametrize("split", SPLITS)
