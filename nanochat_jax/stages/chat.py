@@ -9,7 +9,7 @@ from nanochat_jax.stages.evals import validation_bpb
 from nanochat_jax.stages.run import Run, finished_parent
 from nanochat_jax.stages.text import run_tokenizer
 from nanochat_jax.stages.train import Stage
-from nanochat_jax.tasks.registry import file_stamps, mixture
+from nanochat_jax.tasks.registry import Mixture, file_stamps
 from nanochat_jax.train.loop import Evaluation
 
 
@@ -45,7 +45,7 @@ class _Chat(Stage):
         }
 
         def make() -> conv.Rendered:
-            mixed = mixture(specs, task_dir=data.task_dir, persona=data.persona)
+            mixed = Mixture(specs, task_dir=data.task_dir, persona=data.persona)
             log(f"{self.name}: rendering {len(mixed):,} conversations to {split} on")
             for spec, count in mixed.counts().items():
                 log(f"  {count:>9,} {spec}")
