@@ -33,28 +33,25 @@ class Accelerator:
 
 
 # The first row wins whose words all occur in a name ("L4" does not in "L40S").
+# Sources: the makers' datasheets; for GeForce and RTX architecture papers; for TPUs (a chip)
+# cloud.google.com/tpu/docs and list prices. V100 and T4 have no bfloat16 units: float16 rates.
 # Prices: H100, A100 and V100 are upstream's ($24 an hour for 8xH100), to compare costs with it; the
 # others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
-# V100 and T4 have no bfloat16 units: theirs is the float16 rate.
 ACCELERATORS = (
-    # NVIDIA Blackwell: HGX B200 and GB200 NVL72 datasheets; RTX Blackwell architecture paper
     Accelerator(("gb200",), 2.5e15, 186 * GB, 8.0e12, 6.00),
     Accelerator(("b200",), 2.25e15, 180 * GB, 7.7e12, 5.50),
     Accelerator(("5090",), 209.5e12, 32 * GB, 1.792e12, 0.80),
-    # NVIDIA Hopper: H100, H200 and GH200 datasheets
     Accelerator(("gh200",), 989e12, 96 * GB, 4.0e12, 2.00),
     Accelerator(("h200", "nvl"), 835.5e12, 141 * GB, 4.8e12, 3.50),
     Accelerator(("h200",), 989e12, 141 * GB, 4.8e12, 3.50),
     Accelerator(("h100", "nvl"), 835.5e12, 94 * GB, 3.9e12, 3.00),
     Accelerator(("h100", "pcie"), 756e12, 80 * GB, 2.0e12, 3.00),
     Accelerator(("h100",), 989e12, 80 * GB, 3.35e12, 3.00),
-    # NVIDIA Ada: L40S and L4 datasheets; Ada architecture paper
     Accelerator(("l40s",), 362e12, 48 * GB, 864e9, 0.90),
     Accelerator(("l40",), 181e12, 48 * GB, 864e9, 0.80),
     Accelerator(("l4",), 121e12, 24 * GB, 300e9, 0.50),
     Accelerator(("4090",), 165.2e12, 24 * GB, 1.008e12, 0.40),
     Accelerator(("6000", "ada"), 364.2e12, 48 * GB, 960e9, 0.80),
-    # NVIDIA Ampere: A100 and A10 datasheets; GA102 architecture paper
     Accelerator(("a100", "40gb"), 312e12, 40 * GB, 1.555e12, 1.79),
     Accelerator(("a100", "pcie"), 312e12, 80 * GB, 1.935e12, 1.79),
     Accelerator(("a100",), 312e12, 80 * GB, 2.039e12, 1.79),
@@ -63,14 +60,11 @@ ACCELERATORS = (
     Accelerator(("a6000",), 154.8e12, 48 * GB, 768e9, 0.50),
     Accelerator(("3090", "ti"), 80e12, 24 * GB, 1.008e12, 0.25),
     Accelerator(("3090",), 71e12, 24 * GB, 936e9, 0.25),
-    # NVIDIA Volta and Turing: V100 and T4 datasheets
     Accelerator(("v100", "pcie"), 112e12, 16 * GB, 900e9, 0.55),
     Accelerator(("v100",), 125e12, 16 * GB, 900e9, 0.55),
     Accelerator(("t4",), 65e12, 16 * GB, 300e9, 0.35),
-    # AMD Instinct: MI300X and MI325X data sheets
     Accelerator(("mi325x",), 1307.4e12, 256 * GB, 6.0e12, 2.50),
     Accelerator(("mi300x",), 1307.4e12, 192 * GB, 5.3e12, 2.50),
-    # Google TPU, per chip: cloud.google.com/tpu/docs system architecture and list prices
     Accelerator(("tpu", "v6", "lite"), 918e12, 32 * GB, 1.64e12, 2.70),
     Accelerator(("tpu", "v6e"), 918e12, 32 * GB, 1.64e12, 2.70),
     Accelerator(("tpu", "v5", "lite"), 197e12, 16 * GB, 819e9, 1.20),

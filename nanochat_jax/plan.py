@@ -112,7 +112,8 @@ def step_bytes(config: Recipe, layout: Layout, share: int, num_gpus: int) -> dic
     kept = tokens * c.num_layers * SAVED_VALUES[layout.remat] * 2 * c.model_dim
     logits = LOGIT_VALUES * 4 * config.model.loss_tile_tokens * c.padded_vocab_size
     return {
-        **{kind: state[kind] / num_gpus for kind in ("params", "optimizer")},
+        "params": state["params"] / num_gpus,
+        "optimizer": state["optimizer"] / num_gpus,
         "weights gathered": state["params"] / 2 / tensor,
         "gradients": parts * state["grads"] / tensor,
         "kept for backward": kept / tensor,
@@ -208,9 +209,10 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -
     recipe.rows_per_step(config, m.data * m.fsdp)  # UserError unless the batch divides evenly
     on = functools.partial(step_on, config, card, mfu=mfu, network=network)
     step, price = on(num_gpus), f"${card.usd_per_hour:.2f} each and hour"
+    counts = param_counts(recipe.gpt_config(config))
     sections = {
         "derived": {d.key: f"{d.text:<14} {d.formula}" for d in derived},
-        "model": _model(recipe.gpt_config(config)),
+        "parameters": {k.replace("_", " "): f"{n:>15,}" for k, n in counts.items() if n},
         "text": _text(config),
         "memory per device": _memory(config, card, step),
         f"on {num_gpus} x {gpu}, {price}": _time(config, card, step, mfu),
@@ -220,15 +222,6 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -
     for title, entries in sections.items():
         lines += ["", title, *(f"  {name:<24} {value}" for name, value in entries.items())]
     return "\n".join(lines)
-
-
-def _model(c: GPTConfig) -> dict[str, str]:
-    shape = f"{c.num_layers} layers, width {c.model_dim}, {c.num_heads} heads of {c.head_dim}"
-    lines = {"shape": f"{shape}, {c.seq_len} tokens a row"}
-    for name, count in param_counts(c).items():
-        if count:
-            lines[name.replace("_", " ")] = f"{count:>15,} parameters"
-    return lines | {"FLOPs per token": f"{train_flops_per_token(c):>15,}"}
 
 
 def _base_tokens(config: Recipe) -> int:
@@ -268,11 +261,10 @@ def _time_and_cost(tokens: float, card: Accelerator, step: Step) -> tuple[str, s
 
 
 def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> dict[str, str]:
+    flops = train_flops_per_token(recipe.gpt_config(config))
     rows, peak = step.layout.rows, f"{step.num_gpus} x {card.peak_flops / 1e12:,.0f} TFLOP/s"
-    lines = {
-        "a step": f"{step.rows} rows: {rows} a device at once, {step.share // rows} in turn",
-        "speed of the model": f"{mfu:.0%} of {peak}",
-    }
+    lines = {"a step": f"{step.rows} rows: {rows} a device at once, {step.share // rows} in turn"}
+    lines["speed of the model"] = f"{mfu:.0%} of {peak}, {flops:,} FLOPs a token"
     if not step.fits:
         return lines | {"time and cost": "none: a step does not fit into the memory"}
     lines["tokens per second"] = f"{step.tokens / step.secs:,.0f}, communication included"

@@ -84,6 +84,12 @@ def _check_values(config: Recipe) -> None:
             raise UserError(f"config.{key} got {value}, expected {least} or more")
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             raise UserError(f"config.{key} got {value!r}, expected strings in it")
+    r = config.rl
+    if r.samples % r.pass_rows:
+        expected = f"a divisor of config.rl.samples ({r.samples})"
+        raise UserError(f"config.rl.pass_rows got {r.pass_rows}, expected {expected}")
+    if r.temperature <= 0:
+        raise UserError(f"config.rl.temperature got {r.temperature}, expected more than 0")
 
 
 def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
@@ -194,15 +200,6 @@ def rows_at_once(stage: str, rows: int, row_shards: int, limit: int) -> int:
         raise UserError(f"{stage}: got {rows} rows a step, expected a multiple of {row_shards}")
     share = rows // row_shards
     return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
-
-
-def check_rl(config: Recipe) -> None:
-    r = config.rl
-    if r.samples % r.pass_rows:
-        expected = f"a divisor of config.rl.samples ({r.samples})"
-        raise UserError(f"config.rl.pass_rows got {r.pass_rows}, expected {expected}")
-    if r.temperature <= 0:
-        raise UserError(f"config.rl.temperature got {r.temperature}, expected more than 0")
 
 
 def _at_depth(config: Recipe, depth: int) -> Recipe:

@@ -1,10 +1,7 @@
-# The environment of speedrun.sh and scripts/test.sh, which source this file. Works with bash 3.2.
-#
-#   . scripts/env.sh
-#   ensure_env demo dev       # afterwards $PY is a Python that has the package and these extras
-#
-# It makes ./.venv when that is missing and brings it up to date when pyproject.toml or the
-# constraints changed: with uv where that is installed, else with venv and pip. From the environment:
+# Sourced by speedrun.sh and scripts/test.sh; works with bash 3.2. `ensure_env demo dev` sets $PY to a
+# Python that has the package and these extras. It makes ./.venv when that is missing and brings it up
+# to date when pyproject.toml or the constraints changed: with uv where that is installed, else with
+# venv and pip. From the environment:
 #   PYTHON=python3.12         the interpreter to make ./.venv with
 #   NANOCHAT_PYTHON=/a/python use this one as it is, and make nothing
 

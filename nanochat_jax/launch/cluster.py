@@ -1,13 +1,10 @@
 """Several processes as one run: who started them, how they meet, and how they end together.
 
-  find()   the launcher's environment, or the recipe's flags -> Launch; None: one process
-  join()   jax.distributed, before JAX starts its devices
-  watch()  one connection from each process to process 0, held open as long as both live
-
-The system closes the connection of a process that is killed (TCP's keepalive finds a machine that
-lost its power): process 0 says which one is gone and ends, which ends the others. JAX's heartbeats
-find a process that hangs. We read the environment ourselves, because jax.distributed takes SLURM's
-job for its step, gives one GPU to a process that is for all, and does not know Open MPI 5.
+Every process holds a connection to process 0. The system closes that of a process that is killed
+(TCP's keepalive finds a machine that lost its power): process 0 says which one is gone and ends,
+which ends the others. JAX's heartbeats find a process that hangs. We read the launchers' variables
+ourselves, because jax.distributed takes SLURM's job for its step, gives one GPU to a process that
+is for all, and does not know Open MPI 5.
 """
 
 import atexit
@@ -145,18 +142,18 @@ def _started_by(launcher: str, env: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def join(launch: Launch, timeout_secs: float = MEET_SECS) -> None:
+def join(launch: Launch) -> None:
     """Meet the other processes; ends this one, with a line, when they are not all there in time."""
     os.environ["NANOCHAT_PROCESS_INDEX"] = str(launch.process_id)  # all but 0 are silent from here
     gpus = f", GPUs {launch.local_device_ids} here" if launch.local_device_ids else ""
-    where = f"for them at {launch.coordinator}{gpus}"
-    log(f"launcher {launch.launcher}: {launch.num_processes} processes, waiting {where}")
+    who = f"launcher {launch.launcher}: {launch.num_processes} processes"
+    log(f"{who}, waiting for them at {launch.coordinator}{gpus}")
     message = (
-        f"{launch.name} did not meet the others within {timeout_secs:g} s, expected all of them to "
+        f"{launch.name} did not meet the others within {MEET_SECS} s, expected all of them to "
         f"reach process 0 at {launch.coordinator}; see config.mesh"
     )
     # Ours, because jax.distributed aborts with a stack trace when its own time is up.
-    too_late = threading.Timer(timeout_secs, _end, [message])
+    too_late = threading.Timer(MEET_SECS, _end, [message])
     too_late.daemon = True
     too_late.start()
     sys.excepthook = _end_with_traceback
@@ -191,10 +188,11 @@ def watch(launch: Launch) -> None:
         server = socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=dual)
         server.settimeout(MEET_SECS)
         port, secret = server.getsockname()[1], secrets.randbits(31)
-        base_dir().mkdir(parents=True, exist_ok=True)
-        _mark(secret).touch()
     port, secret = multihost_utils.broadcast_one_to_all(np.array([port, secret], np.int32)).tolist()
+    mark = base_dir() / f".together_{secret}"
     if server:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         lines = _accept(server, secret, set(range(1, launch.num_processes)))
     else:
         host = launch.coordinator.rsplit(":", 1)[0].strip("[]")
@@ -209,11 +207,7 @@ def watch(launch: Launch) -> None:
         for name in KEEPALIVE.keys() & vars(socket).keys():
             line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE[name])
     threading.Thread(target=_wait_for_an_end, args=(lines, leaving, launch), daemon=True).start()
-    _require_one_folder(launch, _mark(secret))
-
-
-def _mark(secret: int) -> Path:
-    return base_dir() / f".together_{secret}"
+    _require_one_folder(launch, mark)
 
 
 def _require_one_folder(launch: Launch, mark: Path) -> None:
