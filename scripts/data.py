@@ -16,8 +16,7 @@ import sys
 
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.config import load, parse_argv
-from nanochat_jax.data import datasets as registry
-from nanochat_jax.data import prepare
+from nanochat_jax.data import datasets
 
 COMMANDS = ("list", "ensure", "download", "pack", "demo")
 
@@ -28,14 +27,14 @@ def main() -> None:
         raise UserError(f"got {' '.join(rest) or 'no command'}, expected one of {COMMANDS}; --help")
     command, config = rest[0], load(path, overrides).data
     if command == "list":
-        log(prepare.table(config.local_dir))
+        log(datasets.table(config.local_dir))
         return
     name = {"pack": "local", "demo": "demo"}.get(command, config.name)
-    if command == "download" and not registry.get(name).repo_id:
+    if command == "download" and not datasets.get(name).repo_id:
         verb = "pack" if name == "local" else "demo"
         raise UserError(f"{name} is made on this machine; run `python scripts/data.py {verb}`")
     again = command in ("pack", "demo")
-    train, validation = prepare.ensure(
+    train, validation = datasets.ensure(
         name, num_shards=config.num_shards, local_dir=config.local_dir, again=again
     )
     log(f"{name}: {len(train)} training shards and {validation.name} in {validation.parent}")

@@ -84,3 +84,15 @@ def test_driver_and_memory_come_from_nvidia_smi(tmp_path, monkeypatch, script, t
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.nvidia_driver_and_memory() == told
+
+
+@pytest.mark.parametrize("quota, cpus", [("100000", 1), ("50000", 1), ("-1", hardware.cpu_cores())])
+def test_usable_cpus_follow_the_containers_quota(tmp_path, quota, cpus):
+    assert hardware.usable_cpus(tmp_path) == hardware.cpu_cores()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert hardware.usable_cpus(tmp_path) == cpus  # cgroups version 1
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1")
+    (tmp_path / "cpu.max").write_text(f"{quota.replace('-1', 'max')} 100000\n")
+    assert hardware.usable_cpus(tmp_path) == cpus  # and 2
