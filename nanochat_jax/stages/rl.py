@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
 from nanochat_jax.data.conversations import bucket
@@ -59,7 +58,6 @@ class RL(Stage):
         self.parent = finished_parent(run, "rl")
         self.tokenizer = run_tokenizer(config)
         self.task, self.val_task = (_graded_task(config, spec) for spec in (r.task, r.val_task))
-        recipe.check_rl(config)
         super().__init__(run)
         self.use_rows(r.questions_per_step * r.samples)
         all_steps = max(1, len(self.task) // r.questions_per_step)

@@ -61,9 +61,8 @@ def start(config: Recipe) -> Run:
     )
     lines = [start_runtime(compile_cache=config.run.compile_cache, launch=launch)]
     platform, num_devices = jax.default_backend(), jax.device_count()
-    for key, value, formula in recipe.resolve(config, platform=platform, num_devices=num_devices):
-        lines.append(f"  {key} = {value:,}" if isinstance(value, int) else f"  {key} = {value}")
-        lines[-1] += f"  ({formula})"
+    derived = recipe.resolve(config, platform=platform, num_devices=num_devices)
+    lines += [f"  {d.key} = {d.text}  ({d.formula})" for d in derived]
     mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
     run = Run(config, mesh, recipe.gpt_config(config), run_dir(config.run.name))
     if run.row_shards % jax.process_count():
