@@ -13,7 +13,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import jax
 
@@ -21,36 +20,22 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import UserError, run_main
 from nanochat_jax.model import fp8
+from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.train import step as step_module
 from scripts.bench import common
-from scripts.bench.common import Row, Shape, Training
 from scripts.bench.train import naive_sum
 
-MEASURES = {  # name: changes of the model, and the options of `measure`
-    "tiled loss, bfloat16": ({}, {}),
-    "attention [T, T]": ({"attention_backend": "xla"}, {}),
-    "all logits at once": ({}, {"naive_loss": True}),
-    "state not donated": ({}, {"donated": False}),
-    "float32": ({"compute_dtype": "float32"}, {}),
-    "fp8": ({"fp8_layers": tuple(fp8.LAYERS)}, {}),
-    "remat names": ({"remat": "names"}, {}),
-    "remat full": ({"remat": "full"}, {}),
-    "state shared by all devices": ({}, {"shared": True}),
-    "remat full, shared by all": ({"remat": "full"}, {"shared": True}),
+MEASURES = {  # name: (changes of the model, loss, whether all devices share the state)
+    "tiled loss, bfloat16": ({}, cross_entropy_sum, False),
+    "attention [T, T]": ({"attention_backend": "xla"}, cross_entropy_sum, False),
+    "all logits at once": ({}, naive_sum, False),
+    "float32": ({"compute_dtype": "float32"}, cross_entropy_sum, False),
+    "fp8": ({"fp8_layers": tuple(fp8.LAYERS)}, cross_entropy_sum, False),
+    "remat names": ({"remat": "names"}, cross_entropy_sum, False),
+    "remat full": ({"remat": "full"}, cross_entropy_sum, False),
+    "state shared by all devices": ({}, cross_entropy_sum, True),
+    "remat full, shared by all": ({"remat": "full"}, cross_entropy_sum, True),
 }
-
-
-def measure(shape: Shape, *, naive_loss=False, donated=True, shared=False) -> int:
-    """Bytes of a device."""
-    num_devices = len(jax.devices()) if shared else 1
-    mesh = make_mesh(data=num_devices, devices=jax.devices()[:num_devices])
-    loss = naive_sum if naive_loss else step_module.cross_entropy_sum
-    with mock.patch.object(step_module, "cross_entropy_sum", loss):
-        training = Training(shape, mesh)
-        if not donated:
-            training.step = jax.jit(lambda *args, step=training.step: step(*args))
-        return training.compile().bytes
 
 
 def main() -> None:
@@ -67,9 +52,11 @@ def main() -> None:
     shape = common.load_shape(args.shape or "d20", "gpu")
     shape = replace(shape, rows=args.rows or shape.rows, accumulate=1)
     rows = []
-    for name, (changes, options) in MEASURES.items():
+    for name, (changes, loss_sum, shared) in MEASURES.items():
         changed = replace(shape, model=replace(shape.model, **changes))
-        rows.append(Row(name, bytes=measure(changed, **options)))
+        devices = jax.devices()[: args.devices if shared else 1]
+        mesh = make_mesh(data=len(devices), devices=devices)
+        rows.append({"what": name, "mib": common.Training(changed, mesh, loss_sum).bytes / 2**20})
     common.finish("memory", rows, shape=shape.name, rows_at_once=shape.rows, devices=args.devices)
 
 
