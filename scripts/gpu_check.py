@@ -160,7 +160,8 @@ def make_parts(secs: float, out: Path | None) -> list[Part]:
 
     def check(what: str, function: Callable[[], float]) -> Part:
         what = f"right: {what}"
-        return Part(what, lambda _: [{"what": what, "value": function(), "unit": "difference"}])
+        unit = "thousandths off"
+        return Part(what, lambda _: [{"what": what, "value": 1e3 * function(), "unit": unit}])
 
     def step(label: str) -> Part:
         what = f"train step {label}"

@@ -47,7 +47,7 @@ COLUMNS = {  # of a result: how the table shows it
     "spread": "{:.1%}",  # half the distance between the quartiles, of the median
     "best_ms": "{:,.2f}",  # the fastest: least disturbed by whatever else the machine does
     "times_first": "{:.2f}",  # ms over that of the first candidate
-    "value": "{:,.4g}",
+    "value": "{:,.3f}",
     "unit": "{}",
     "of_peak": "{:.1%}",  # of the rate on the device's data sheet; of a training step that is MFU
     "of_ceiling": "{:.0%}",
@@ -180,22 +180,16 @@ class Training:
 
 def compile_fitting(shape: Shape, free: float) -> Training:
     """The compiled step of a shape; if it needs too much memory, in smaller microbatches."""
-    while True:
-        try:
-            training = Training(shape)
-            if training.bytes <= free:
-                return training
-            needs = memory.format_bytes(training.bytes)
-        except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
-            if not memory.is_out_of_memory(error):
-                raise
-            needs = "more memory"
-        what = f"{shape.name}: {shape.rows} rows at once need {needs}"
-        what = f"{what}, {memory.format_bytes(free)} are free"
+    training = Training(shape)
+    while training.bytes > free:
+        needed, free_text = map(memory.format_bytes, (training.bytes, free))
+        what = f"{shape.name}: {shape.rows} rows at once need {needed}, {free_text} are free"
         if shape.rows % 2:
             raise UserError(f"{what}; expected a step that fits: set --remat=full")
-        log(f"{what}; halved")
+        log(f"{what}: halved")
         shape = replace(shape, rows=shape.rows // 2, accumulate=shape.accumulate * 2)
+        training = Training(shape)
+    return training
 
 
 def random_batch(seed: int, rows: int, seq_len: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -276,23 +270,22 @@ def measure(forms: dict[str, Form], secs: float) -> list[dict]:
 
 def reached(work: float, ms: float, limit: str) -> dict:
     """`work` in `ms` as a rate: bytes/s if limit is "copy", FLOP/s of "bf16" or "fp8" products."""
-    rate, best = 1e3 * work / ms, peak(limit)
+    rate, best = 1e3 * work / ms, peaks().get(limit)
     unit = "TB/s" if limit == "copy" else "TFLOP/s"
     found = {"value": rate / 1e12, "unit": unit, "rate": rate, "limit": limit}
     return found | {"of_peak": rate / best if best else None}
 
 
 @functools.cache
-def peak(limit: str) -> float | None:
-    """FLOP/s or bytes/s from the device's data sheet; on a CPU, as measured, products in float32
-    alone."""
+def peaks() -> dict[str, float]:
+    """FLOP/s or bytes/s by data sheet; of a CPU those of products in float32, measured."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return hardware.measured_matmul_flops() if limit == "bf16" else None
+        return {"bf16": hardware.measured_matmul_flops()}
     card = hardware.find_accelerator(device.device_kind)
     # In fp8 the tensor cores of Ada, Hopper and Blackwell are twice as fast.
     rates = card and {"bf16": card.peak_flops, "fp8": 2 * card.peak_flops, "copy": card.bandwidth}
-    return rates[limit] if rates else None
+    return rates or {}
 
 
 def named(shape: str, rows: list[dict]) -> list[dict]:
@@ -302,16 +295,12 @@ def named(shape: str, rows: list[dict]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The columns that any row has."""
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
+    lines = [names]
+    for row in rows:
+        values = [(name, row.get(name)) for name in names]
+        lines.append(["" if v is None else COLUMNS[name].format(v) for name, v in values])
     left = [index for index, name in enumerate(names) if COLUMNS[name] == "{}"]
     return "\n".join(aligned(lines, left))
-
-
-def cell(name: str, value) -> str:
-    if value is None:
-        return ""
-    is_large = name == "value" and value >= 1e3
-    return f"{value:,.0f}" if is_large else COLUMNS[name].format(value)
 
 
 def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:

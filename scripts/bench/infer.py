@@ -5,14 +5,12 @@
 
 For some counts of texts at once, each with a prompt of its own, in turn in one run:
   engine       the whole job, greedy; also sampled (temperature 1, top-k 50)
-  first token  of texts that come together
   one by one   the first texts through an engine of one slot, taken in proportion
-  naive        the first tokens by full forward passes (naive.py), taken in proportion: too fast,
-               because rows are shortest then
-  a token      what each one after the first takes. Bytes are all that a step has to read: every
-               weight but the embedding tables, and the cache as it is allocated
-and prefill: prompts as long as the recipe's rows. FLOPs are of the visible pairs, without the head
-and what follows the last layer's keys and values, which prefill does not need.
+  naive        the first tokens by full forward passes (naive.py), taken in proportion
+  a token      what each one after the first takes; its bytes are the weights that are multiplied
+               with and the cache
+and prefill of prompts as long as the recipe's rows, without what it need not compute in the last
+layer and the head.
 """
 
 import sys

@@ -2,13 +2,12 @@
 
 python scripts/bench/kernels.py attention loss --shape=d20     also: optimizer, matmul
 
-attention  one layer with its gradients, by every backend that runs here and by its definition;
-           full and with a window of a quarter of the row. FLOPs are those of the visible pairs
-loss       cross entropy with its gradients: in tiles of several sizes, and by its definition
-optimizer  the update: of everything, by Muon alone, by AdamW alone
-matmul     products MxKxN in bfloat16 and fp8, in the layouts that training has: y = x w,
-           dx = dy w', dw = x' dy. Large ones, and a copy (bytes read and written), show what this
-           device reaches; then those of a step. Quantising is not timed
+attention  one layer with its gradients, by every backend that runs here and by its definition,
+           full and with a window of a quarter of the row; FLOPs of the visible pairs
+loss       cross entropy with its gradients, in tiles of several sizes and by its definition
+optimizer  the update of everything, by Muon alone, by AdamW alone
+matmul     products MxKxN in bfloat16 and fp8 (without quantising), as training has them: y = x w,
+           dx = dy w', dw = x' dy. Large ones and a copy show what this device reaches
 """
 
 import sys

@@ -25,16 +25,16 @@ from nanochat_jax.model.sharding import make_mesh
 from scripts.bench import common
 from scripts.bench.train import naive_sum
 
-MEASURES = {  # name: (changes of the model, loss, whether all devices share the state)
-    "tiled loss, bfloat16": ({}, cross_entropy_sum, False),
-    "attention [T, T]": ({"attention_backend": "xla"}, cross_entropy_sum, False),
-    "all logits at once": ({}, naive_sum, False),
-    "float32": ({"compute_dtype": "float32"}, cross_entropy_sum, False),
-    "fp8": ({"fp8_layers": tuple(fp8.LAYERS)}, cross_entropy_sum, False),
-    "remat names": ({"remat": "names"}, cross_entropy_sum, False),
-    "remat full": ({"remat": "full"}, cross_entropy_sum, False),
-    "state shared by all devices": ({}, cross_entropy_sum, True),
-    "remat full, shared by all": ({"remat": "full"}, cross_entropy_sum, True),
+MEASURES = {  # name: changes of the model
+    "tiled loss, bfloat16": {},
+    "attention [T, T]": {"attention_backend": "xla"},
+    "all logits at once": {},
+    "float32": {"compute_dtype": "float32"},
+    "fp8": {"fp8_layers": tuple(fp8.LAYERS)},
+    "remat names": {"remat": "names"},
+    "remat full": {"remat": "full"},
+    "state shared by all devices": {},
+    "remat full, state shared by all devices": {"remat": "full"},
 }
 
 
@@ -52,10 +52,11 @@ def main() -> None:
     shape = common.load_shape(args.shape or "d20", "gpu")
     shape = replace(shape, rows=args.rows or shape.rows, accumulate=1)
     rows = []
-    for name, (changes, loss_sum, shared) in MEASURES.items():
+    for name, changes in MEASURES.items():
         changed = replace(shape, model=replace(shape.model, **changes))
-        devices = jax.devices()[: args.devices if shared else 1]
+        devices = jax.devices()[: args.devices if "shared" in name else 1]
         mesh = make_mesh(data=len(devices), devices=devices)
+        loss_sum = naive_sum if "logits" in name else cross_entropy_sum
         rows.append({"what": name, "mib": common.Training(changed, mesh, loss_sum).bytes / 2**20})
     common.finish("memory", rows, shape=shape.name, rows_at_once=shape.rows, devices=args.devices)
 

@@ -23,7 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,30 +47,32 @@ STOP_SECS = 30  # that a program may take to end
 class Program:
     """Another program's training; a call takes a step. `about` is what it said about itself."""
 
-    def __init__(self, command: str, process: subprocess.Popen[str], shape: dict):
+    def __init__(self, command: str, process: subprocess.Popen[str], shape: Shape):
         self.command, self.process = command, process
-        self.about = self._ask(shape, "name", "tokens", "loss")
-        self.first_loss = self.loss = self.about["loss"]
+        self.about = self._ask(asdict(shape) | {"platform": jax.default_backend()})
+        self.first_loss = self.loss
+        if self.about.get("tokens") != shape.step_tokens:
+            raise UserError(
+                f"--beside: the program takes {self.about.get('tokens')} tokens a step, ours "
+                f"{shape.step_tokens}; set --device-batch and --accumulate"
+            )
 
     def __call__(self) -> None:
-        self.loss = self._ask({}, "loss")["loss"]
+        self._ask({})
 
-    def _ask(self, question: dict, *keys: str) -> dict:
+    def _ask(self, question: dict) -> dict:
         assert self.process.stdin and self.process.stdout
+        line = ""
         try:  # past Python's buffer, which would complain again when it is closed
             os.write(self.process.stdin.fileno(), f"{json.dumps(question)}\n".encode())
-        except BrokenPipeError:
-            pass  # it has ended, and does not answer
-        line = self.process.stdout.readline()
-        try:
+            line = self.process.stdout.readline()
             answer = json.loads(line)
-            if set(keys) <= set(answer):
-                return answer
-        except (ValueError, TypeError):  # TypeError: a number
-            pass
-        end = "" if line else f", and ended with status {self.process.wait(STOP_SECS)}"
-        expected = f"expected a line of JSON with {', '.join(keys)}"
-        raise UserError(f"--beside: {self.command} said {line.strip()[:80]!r}{end}; {expected}")
+            self.loss = float(answer["loss"])
+        except (BrokenPipeError, ValueError, TypeError, KeyError):
+            end = "" if line else f" and ended with status {self.process.wait(STOP_SECS)}"
+            said = f"--beside: {self.command} said {line.strip()[:80]!r}{end}"
+            raise UserError(f"{said}; expected a line of JSON with its loss") from None
+        return answer
 
 
 @contextmanager
@@ -84,13 +86,7 @@ def beside(command: str, shape: Shape):
         raise UserError(f"--beside got {command!r}, {expected}: {error}") from None
     with process:
         try:
-            program = Program(command, process, asdict(shape) | {"platform": jax.default_backend()})
-            if program.about["tokens"] != shape.step_tokens:
-                raise UserError(
-                    f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
-                    f"{shape.step_tokens:,}; set --device-batch and --accumulate"
-                )
-            yield program
+            yield Program(command, process, shape)
             assert process.stdin
             process.stdin.close()
             process.wait(STOP_SECS)
@@ -101,20 +97,17 @@ def beside(command: str, shape: Shape):
 def run(shape: Shape, steps: dict[str, Training | Program], secs: float) -> list[dict]:
     """A row for each, in turn; they have been started and take as many tokens a step as `shape`."""
     times, rows = common.turns(steps, secs, min_rounds=3), []
+    work = shape.step_tokens * train_flops_per_token(shape.model)
     for name, step in steps.items():
         first, last, ms = step.first_loss, float(step.loss), times[name]["ms"]
+        note = f"loss {first:.4f} to {last:.4f}"
         if not last < first < float("inf"):  # a loss that is no number fails as well
-            raise UserError(
-                f"the step of {name} got from loss {first:.4f} to {last:.4f}, expected a finite "
-                "and lower one; look for what computes wrongly"
-            )
-        work = shape.step_tokens * train_flops_per_token(shape.model)
+            raise UserError(f"{name}: {note}, expected finite and lower; its step is broken")
         row = {"what": name} | times[name] | common.reached(work, ms, "bf16")
-        row |= {"value": 1e3 * shape.step_tokens / ms, "unit": "tok/s"}
-        row["note"] = f"loss {first:.4f} to {last:.4f}"
+        row |= {"value": 1e3 * shape.step_tokens / ms, "unit": "tok/s", "note": note}
         if isinstance(step, Training):
             s, row["mib"] = step.shape, step.bytes / 2**20
-            row["note"] = f"{s.accumulate} x {s.rows} x {s.model.seq_len:,} tokens, {row['note']}"
+            row["note"] = f"{s.accumulate} x {s.rows} x {s.model.seq_len:,} tokens, {note}"
         rows.append(row)
     return rows
 
@@ -123,11 +116,11 @@ def compare(shape: Shape, secs: float, program: Program | None) -> list[dict]:
     ours = common.compile_fitting(shape, common.free_bytes()).start()
     steps: dict[str, Training | Program] = {f"{shape.name} ours": ours}
     if program:
-        steps[f"{shape.name} {program.about['name']}"] = program
-    else:
-        naive = Training(ours.shape, loss_sum=naive_sum)
-        if naive.bytes < common.free_bytes():
-            steps[f"{shape.name} naive loss"] = naive.start()
+        steps[f"{shape.name} {program.about.get('name', 'other')}"] = program
+        return run(shape, steps, secs)
+    naive = Training(ours.shape, loss_sum=naive_sum)
+    if naive.bytes < common.free_bytes():
+        steps[f"{shape.name} naive loss"] = naive.start()
     return run(shape, steps, secs)
 
 
@@ -160,10 +153,12 @@ def main() -> None:
         shape = changed(shape, remat=args.remat, in_fp8=args.fp8)
         sizes = args.device_batch or shape.rows, args.accumulate or shape.accumulate
         shape = replace(shape, rows=sizes[0], accumulate=sizes[1])
-        with ExitStack() as stack:
-            program = stack.enter_context(beside(args.beside, shape)) if args.beside else None
+        if not args.beside:
+            rows += compare(shape, args.secs, None)
+            continue
+        with beside(args.beside, shape) as program:
             rows += compare(shape, args.secs, program)
-        programs += [program.about] if program else []
+            programs.append(program.about)
     common.finish("train", rows, programs=programs)
 
 

@@ -37,13 +37,11 @@ def test_shapes_are_the_recipes_with_upstreams_batch(name, params, rows, accumul
 
 def test_candidates_take_turns():
     calls = []
-    times = common.time_in_turn(
+    times = common.turns(
         {name: lambda name=name: calls.append(name) for name in "abc"}, 0, min_rounds=4
     )
-    warm_up, timed = calls[:3], calls[3:]
-    assert "".join(warm_up) == "abc"
-    assert "".join(timed) == "abc" + "bca" + "cab" + "abc"
-    assert times["a"].times_first == 1 and times["b"].best_ms <= times["b"].ms
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"  # first to warm up
+    assert times["a"]["times_first"] == 1 and times["b"]["best_ms"] <= times["b"]["ms"]
 
 
 def test_what_does_not_fit_is_compiled_and_not_run():
@@ -53,8 +51,8 @@ def test_what_does_not_fit_is_compiled_and_not_run():
         "large": Form(lambda x: jnp.broadcast_to(x, (2**45,)), (one,)),
     }
     small, large = common.measure(forms, 0)
-    assert small.work == pytest.approx(8e3 / small.ms) and small.unit == "TB/s"
-    assert large.ms is None and large.bytes >= 4 * 2**45 and large.note == "does not fit"
+    assert small["rate"] == pytest.approx(8e3 / small["ms"]) and small["unit"] == "TB/s"
+    assert large["mib"] >= 4 * 2**25 and "ms" not in large
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])
@@ -66,7 +64,7 @@ def test_visible_pairs_are_those_of_the_mask(window):
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_gets_smaller_microbatches(tiny):
-    whole = common.Training(tiny).compile()
+    whole = common.Training(tiny)
     fitting = common.compile_fitting(tiny, whole.bytes - 1)
     assert fitting.bytes < whole.bytes
     assert (fitting.shape.rows, fitting.shape.accumulate) == (tiny.rows // 2, 2)
@@ -99,23 +97,17 @@ def test_a_program_takes_turns_with_ours_and_is_told_to_end(tiny, tmp_path):
         assert program.about == {"name": "tiny", "tokens": 512, "loss": 3.5}
         (row,) = train.run(tiny, {"it": program}, 0)
     assert notes.read_text().split() == ["step"] * 4 + ["end"]
-    assert row.value == pytest.approx(512 / row.ms * 1e3)
+    assert row["value"] == pytest.approx(512 / row["ms"] * 1e3)
 
 
-@pytest.mark.parametrize("loss", [3.5, 4.0, "nan"])
-def test_a_step_that_does_not_learn_has_no_speed(tiny, tmp_path, loss):
-    with train.beside(command(FAKE, tmp_path / "notes", 512, loss), tiny) as program:
-        with pytest.raises(UserError, match="finite"):
+@pytest.mark.parametrize("tokens, loss", [(512, 3.5), (512, 4.0), (512, "nan"), (10, 1.0)])
+def test_a_step_that_does_not_learn_or_has_another_size_has_no_speed(tiny, tmp_path, tokens, loss):
+    with pytest.raises(UserError):
+        with train.beside(command(FAKE, tmp_path / "notes", tokens, loss), tiny) as program:
             train.run(tiny, {"it": program}, 0)
 
 
-def test_steps_of_other_sizes_are_not_compared(tiny, tmp_path):
-    with train.beside(command(FAKE, tmp_path / "notes", 10, 1.0), tiny) as program:
-        with pytest.raises(UserError, match="--accumulate"):
-            train.compare(tiny, 0, program)
-
-
-SAY = "import json; print(json.dumps({'name': 'x', 'tokens': 1, 'loss': 2.0}), flush=True);"
+SAY = "import json; print(json.dumps({'tokens': 512, 'loss': 2.0}), flush=True);"
 
 
 @pytest.mark.parametrize(
@@ -123,10 +115,9 @@ SAY = "import json; print(json.dumps({'name': 'x', 'tokens': 1, 'loss': 2.0}), f
     [
         (command("raise SystemExit(7)"), "status 7"),
         (command(SAY + "input(); raise SystemExit(4)"), "status 4"),
-        (command("print('compiling'); input()"), "'compiling'"),
-        (command("print('[1]'); input()"), "'.1.'"),
-        (command("print('1'); input()"), "'1'"),
-        (command(SAY + "print('{}'); input(); input()"), "'{}'"),
+        (command("print('compiling'); input()"), "compiling"),
+        (command("print('[1]'); input()"), "1"),
+        (command(SAY + "print('{}'); input(); input()"), "{}"),
         ("/nowhere/program --x", "/nowhere/program"),
         ("", "''"),
         ("'unclosed", "unclosed"),
@@ -155,7 +146,6 @@ TINY = "--shape=tiny --secs=0"
     [
         ("kernels", f"attention loss optimizer matmul {TINY}"),
         ("train", f"--fp8 {TINY}"),
-        ("eval", "--shape=tiny --problems=4 --max-new-tokens=4 --slots=2"),
         ("data", "--config=configs/tiny.py --config.tokenizer.vocab_size=300 --tokens=4000"),
         pytest.param("infer", f"--texts 1 2 {TINY}", marks=pytest.mark.long),
         pytest.param("memory", "--shape=tiny --devices=2", marks=pytest.mark.long),
@@ -167,9 +157,8 @@ def test_every_benchmark_ends_with_a_line_of_json(script, options):
     done = subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    values = [row["ms"] or row["bytes"] or row["value"] for row in result["rows"]]
+    values = [row.get("ms") or row.get("mib") or row["value"] for row in result["rows"]]
     assert result["bench"] == script and values and min(values) > 0
     if script == "memory":
-        bytes_of = {row["what"]: row["bytes"] for row in result["rows"]}
-        assert bytes_of["remat full"] < bytes_of["tiled loss, bfloat16"]
-        assert bytes_of["tiled loss, bfloat16"] < bytes_of["all logits at once"]
+        mib = {row["what"]: row["mib"] for row in result["rows"]}
+        assert mib["remat full"] < mib["tiled loss, bfloat16"] < mib["all logits at once"]
