@@ -50,8 +50,6 @@ def prepare(shape: dict, rows: int) -> tuple[Callable[[], float], dict]:
     if classic != (o["recipe"] == "classic"):
         sys.exit(f"error: {shape['name']} is {o['recipe']}, the checkout in --repo is not")
     on_gpu, dtype = shape["platform"] == "gpu", m["compute_dtype"]
-    if classic and (m["fp8_layers"] or (on_gpu and dtype == "float32")):
-        sys.exit("error: upstream's classic code trains in bfloat16 on GPUs and has no fp8")
     device, accumulate = "cuda" if on_gpu else "cpu", shape["rows"] * shape["accumulate"] // rows
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))

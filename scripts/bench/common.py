@@ -50,7 +50,6 @@ COLUMNS = {  # of a result: how the table shows it
     "value": "{:,.3f}",
     "unit": "{}",
     "of_peak": "{:.1%}",  # of the rate on the device's data sheet; of a training step that is MFU
-    "of_ceiling": "{:.0%}",
     "of_target": "{:.0%}",
     "mib": "{:,.0f}",  # of memory, by the compiler's analysis
     "note": "{}",

@@ -4,10 +4,10 @@ python scripts/bench/kernels.py attention loss --shape=d20     also: optimizer, 
 
 attention  one layer with its gradients, by every backend that runs here and by its definition,
            full and with a window of a quarter of the row; FLOPs of the visible pairs
-loss       cross entropy with its gradients, in tiles of several sizes and by its definition
+loss       cross entropy with its gradients, in tiles and by its definition
 optimizer  the update of everything, by Muon alone, by AdamW alone
-matmul     products MxKxN in bfloat16 and fp8 (without quantising), as training has them: y = x w,
-           dx = dy w', dw = x' dy. Large ones and a copy show what this device reaches
+matmul     what this device reaches: a copy, and products x w' of MxK and NxK in bfloat16 and fp8
+           (quantised before), large ones and those of a step
 """
 
 import sys
@@ -31,10 +31,6 @@ from nanochat_jax.train.step import loss_tile
 from scripts.bench import common
 from scripts.bench.common import Form, Shape
 from scripts.bench.train import naive_sum
-
-# Operands, and the axes they are summed over; x [M, K], w [K, N], dy [M, N].
-PRODUCTS = {"y": ("x", "w", 1, 0), "dx": ("dy", "w", 1, 1), "dw": ("x", "dy", 0, 0)}
-FORMATS = {"x": fp8.E4M3, "w": fp8.E4M3, "dy": fp8.E5M2}
 
 
 def attention(shape: Shape, secs: float) -> list[dict]:
@@ -83,12 +79,8 @@ def loss(shape: Shape, secs: float) -> list[dict]:
 
         return Form(jax.value_and_grad(function, (0, 1)), (x, head), flops)
 
-    sizes = (shape.tile_tokens, shape.tile_tokens // 2, shape.tile_tokens * 2)
-    forms = {
-        f"loss, tiles of {size}": form(cross_entropy_sum, loss_tile(size, rows, c.seq_len))
-        for size in sizes
-    }
-    return common.measure(forms | {"loss naive": form(naive_sum, 0)}, secs)
+    tiled = form(cross_entropy_sum, loss_tile(shape.tile_tokens, rows, c.seq_len))
+    return common.measure({"loss tiled": tiled, "loss naive": form(naive_sum, 0)}, secs)
 
 
 def optimizer(shape: Shape, secs: float) -> list[dict]:
@@ -123,25 +115,17 @@ def muon_flops(shape: tuple[int, ...]) -> int:
 
 def matmul(shape: Shape, secs: float) -> list[dict]:
     c, tokens, gpu = shape.model, shape.rows * shape.model.seq_len, jax.default_backend() == "gpu"
-    D, V = c.model_dim, c.padded_vocab_size
-    sizes = {"ceiling": (8_192, 8_192, 8_192) if gpu else (256, 256, 256)}
-    sizes |= {"attn": (tokens, D, D), "mlp up": (tokens, D, 4 * D), "mlp down": (tokens, 4 * D, D)}
-    sizes["head, a tile"] = (min(tokens, shape.tile_tokens), D, V)
-    (large,) = common.random_arrays("float32", (2**30 if gpu else 2**22,))
-    copy = Form(jnp.negative, (large,), 2 * large.nbytes, "copy")
-    rows = common.measure({"ceiling copy": copy}, secs / 10)
-    for what, (M, K, N) in sizes.items():
-        arrays = common.random_arrays("bfloat16", (M, K), (K, N), (M, N))
-        plain = dict(zip(FORMATS, arrays, strict=True))
-        in_fp8 = {name: fp8.quantise(plain[name], FORMATS[name]) for name in plain}
-        forms = {}
-        for product, (a, b, axis_a, axis_b) in PRODUCTS.items():
-            multiply = partial(fp8.product, axis_a=(axis_a,), axis_b=(axis_b,), dtype=jnp.bfloat16)
-            for kind, given in (("bf16", plain), ("fp8", in_fp8)):
-                name = f"{what} {M}x{K}x{N} {product} {kind}"
-                forms[name] = Form(multiply, (given[a], given[b]), 2 * M * K * N, kind)
-        rows += common.measure(forms, secs / len(sizes))
-    return rows
+    D, V, large = c.model_dim, c.padded_vocab_size, 8_192 if gpu else 256
+    (array,) = common.random_arrays("float32", (2**30 if gpu else 2**22,))
+    forms = {"copy": Form(jnp.negative, (array,), 2 * array.nbytes, "copy")}
+    tile = min(tokens, shape.tile_tokens)
+    for M, K, N in ((large, large, large), (tokens, D, D), (tokens, D, 4 * D), (tile, D, V)):
+        x, w = common.random_arrays("bfloat16", (M, K), (N, K))
+        in_fp8 = [fp8.quantise(array, fp8.E4M3) for array in (x, w)]
+        multiply = partial(fp8.product, axis_a=(1,), axis_b=(1,), dtype=jnp.bfloat16)
+        for kind, operands in (("bf16", (x, w)), ("fp8", in_fp8)):
+            forms[f"matmul {M}x{K}x{N} {kind}"] = Form(multiply, operands, 2 * M * K * N, kind)
+    return common.measure(forms, secs)
 
 
 KERNELS = {"attention": attention, "loss": loss, "optimizer": optimizer, "matmul": matmul}

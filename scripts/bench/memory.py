@@ -1,7 +1,7 @@
 """Peak memory of a training step with and without each measure against it; one JSON line last.
 
   python scripts/bench/memory.py                       d20, 32 rows of 2,048 tokens a device
-  python scripts/bench/memory.py --shape=tiny --rows=8 --devices=2
+  python scripts/bench/memory.py --shape=tiny --devices=2
 
 Nothing is allocated and nothing runs: each step is compiled from shapes alone, on a CPU too. Every
 line differs from the first by one measure. By the compiler's own analysis, of a device: weights,
@@ -40,7 +40,6 @@ MEASURES = {  # name: changes of the model
 
 def main() -> None:
     parser = common.parser(__doc__, secs=0)
-    parser.add_argument("--rows", type=int, help="of a device, by default the shape's")
     parser.add_argument("--devices", type=int, default=8, help="that share the state")
     args = parser.parse_args()
     # Before the devices start: fake ones, where there is no GPU, and no time spent on machine code.
@@ -50,7 +49,7 @@ def main() -> None:
     if len(jax.devices()) < args.devices:
         raise UserError(f"--devices got {args.devices}, expected at most {len(jax.devices())}")
     shape = common.load_shape(args.shape or "d20", "gpu")
-    shape = replace(shape, rows=args.rows or shape.rows, accumulate=1)
+    shape = replace(shape, accumulate=1)
     rows = []
     for name, changes in MEASURES.items():
         changed = replace(shape, model=replace(shape.model, **changes))
