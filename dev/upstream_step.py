@@ -10,7 +10,6 @@ scripts/bench/train.py has the protocol that brings them.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -72,16 +71,14 @@ def prepare(shape: dict, rows: int) -> tuple[Callable[[], float], dict]:
     ids = torch.randint(m["vocab_size"], (accumulate, rows, m["seq_len"] + 1), device=device)
     inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
     inputs = inputs.int() if classic else inputs
-    autocast = contextlib.nullcontext()
-    if classic and dtype == "bfloat16":
-        autocast = torch.autocast(device, torch.bfloat16)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=classic and dtype == "bfloat16")
     run = torch.compile(model, dynamic=False)
 
     def step() -> float:
         total = torch.zeros((), device=device)
-        for some_inputs, some_targets in zip(inputs, targets, strict=True):
+        for micro_inputs, micro_targets in zip(inputs, targets, strict=True):
             with autocast:
-                loss = run(some_inputs, some_targets) / accumulate
+                loss = run(micro_inputs, micro_targets) / accumulate
             loss.backward()
             total += loss.detach()
         if classic:

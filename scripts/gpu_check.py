@@ -54,7 +54,6 @@ STEPS = 20  # of the comparison of losses
 MODERN = dict(extras=True, window_pattern="SL", qk_scale=1.2, rope_base=100_000.0)
 CALLS = {  # how XLA's text names what a library computes
     "f8": '"__cublas$lt$matmul$f8"',
-    "cublas": '"__cublas$',
     "cudnn": '"__cudnn$fmhaSoftmax',
 }
 # Row: of_peak, or the value. A step: products at 720 TFLOP/s, attention at 400, 285 GB of other
@@ -71,7 +70,7 @@ TARGETS = {
     "d20 a token, 1 at once": ("value", 1_500),
     "d20 a token, 64 at once": ("value", 20_000),
     "d20 prefill, 16 x 2,048": ("of_peak", 0.45),
-    "d20 Muon": ("of_peak", 0.26),
+    "d20 optimizer": ("of_peak", 0.26),
 }
 
 
@@ -151,9 +150,8 @@ def make_parts(secs: float, out: Path | None) -> list[Part]:
     name, plain = ("d20", "bf16") if on_gpu() else ("tiny", "float32")
 
     def check(what: str, function: Callable[[], float]) -> Part:
-        what = f"right: {what}"
-        unit = "thousandths off"
-        return Part(what, lambda _: [{"what": what, "value": 1e3 * function(), "unit": unit}])
+        row = {"what": f"right: {what}", "unit": "thousandths off"}
+        return Part(row["what"], lambda _: [row | {"value": 1e3 * function()}])
 
     def step(label: str) -> Part:
         what = f"train step {label}"
@@ -269,9 +267,8 @@ def difference(a, b, tolerance: float) -> float:
 
 
 def main(make_parts=make_parts) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--budget", type=float, default=450.0, help="seconds, for everything")
     parser.add_argument("--secs", type=float, help="of measuring, in each part (GPU: 6, CPU: 1)")
     parser.add_argument("--out", type=Path, help="folder for what is found")

@@ -1,9 +1,8 @@
 """What all benchmarks share: the recipes' shapes, the training step, fair timing, results.
 
-Times are compared only within one run: candidates are warmed up, take turns, another one first in
-each round, and are waited for. Data is random: on zeros a GPU draws less power and runs faster.
-Only JAX, Flax and Optax are needed, and nothing that reads data, so that a borrowed machine can be
-measured. A result is a dict, with the keys of COLUMNS that apply to it.
+Candidates are timed in one run, in turn, another one first in each round, warmed up and waited for.
+Data is random: on zeros a GPU draws less power and runs faster. Nothing that reads data is needed,
+so that a borrowed machine can be measured. A result is a dict, with keys of COLUMNS.
 """
 
 import argparse
@@ -124,10 +123,10 @@ def free_bytes() -> float:
     return memory.available_bytes(one_device())
 
 
-def optimizer(shape: Shape, paths=None):
-    """The shape's, with constant schedules; of all parameters or of those at `paths`."""
+def optimizer(shape: Shape):
+    """The shape's, with constant schedules."""
     return build_optimizer(
-        param_shapes(shape.model) if paths is None else paths,
+        param_shapes(shape.model),
         shape.model.model_dim,
         shape.optim,
         lr_multiplier=lambda step: jnp.float32(1.0),
@@ -181,10 +180,10 @@ def compile_fitting(shape: Shape, free: float) -> Training:
     """The compiled step of a shape; if it needs too much memory, in smaller microbatches."""
     training = Training(shape)
     while training.bytes > free:
-        needed, free_text = map(memory.format_bytes, (training.bytes, free))
-        what = f"{shape.name}: {shape.rows} rows at once need {needed}, {free_text} are free"
+        needed = memory.format_bytes(training.bytes)
+        what = f"{shape.name}: {shape.rows} rows at once need {needed}, more than there is"
         if shape.rows % 2:
-            raise UserError(f"{what}; expected a step that fits: set --remat=full")
+            raise UserError(f"{what}; set --remat=full")
         log(f"{what}: halved")
         shape = replace(shape, rows=shape.rows // 2, accumulate=shape.accumulate * 2)
         training = Training(shape)

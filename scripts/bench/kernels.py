@@ -5,7 +5,7 @@ python scripts/bench/kernels.py attention loss --shape=d20     also: optimizer, 
 attention  one layer with its gradients, by every backend that runs here and by its definition,
            full and with a window of a quarter of the row; FLOPs of the visible pairs
 loss       cross entropy with its gradients, in tiles and by its definition
-optimizer  the update of everything, by Muon alone, by AdamW alone
+optimizer  the update of all parameters; FLOPs of Muon
 matmul     what this device reaches: a copy, and products x w' of MxK and NxK in bfloat16 and fp8
            (quantised before), large ones and those of a step
 """
@@ -38,22 +38,19 @@ def attention(shape: Shape, secs: float) -> list[dict]:
     of_q, of_k = ((shape.rows, c.seq_len, n, c.head_dim) for n in (c.num_heads, c.num_kv_heads))
     arrays = common.random_arrays(c.compute_dtype, of_q, of_k, of_k, of_q)
     for what, window in (("full", None), ("quarter", c.seq_len // 4)):
-        functions = {
-            name: partial(att.attention, window=window, backend=name) for name in att.candidates()
-        }
-        functions["naive"] = partial(att.attention_naive, window=window)
         flops = 3.5 * 4 * shape.rows * c.model_dim * visible_pairs(c.seq_len, window)
+        attends = {name: partial(att.attention, backend=name) for name in att.candidates()}
         forms = {
-            f"attention {name} {what}": Form(with_gradients(function), arrays, flops)
-            for name, function in functions.items()
+            f"attention {name} {what}": Form(with_gradients(attend, window), arrays, flops)
+            for name, attend in (attends | {"naive": att.attention_naive}).items()
         }
         rows += common.measure(forms, secs / 2)
     return rows
 
 
-def with_gradients(attend):
+def with_gradients(attend, window: int | None):
     def function(q, k, v, dy):
-        y, pull = jax.vjp(attend, q, k, v)
+        y, pull = jax.vjp(partial(attend, window=window), q, k, v)
         return y, *pull(dy)
 
     return function
@@ -84,27 +81,20 @@ def loss(shape: Shape, secs: float) -> list[dict]:
 
 
 def optimizer(shape: Shape, secs: float) -> list[dict]:
-    owners = Owners(shape.model, common.one_device())  # stacks, as in training
-    params = owners.to_owned(init_params(shape.model, jax.random.key(0)))
+    owners, tx = Owners(shape.model, common.one_device()), common.optimizer(shape)
+    params = owners.to_owned(init_params(shape.model, jax.random.key(0)))  # stacks, as in training
     arrays = common.random_arrays("float32", *(p.shape for p in params.values()))
     grads = dict(zip(params, arrays, strict=True))
 
-    def form(paths: list[str], work: float | None = None) -> Form:
-        tx = common.optimizer(shape, paths)
-        some = {path: params[path] for path in paths}
+    def update(params, grads, state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
 
-        def update(params, grads, state):
-            with jax.numpy_dtype_promotion("standard"):
-                updates, state = tx.update(grads, state, params)
-            return jax.tree.map(jnp.add, params, updates), state
-
-        return Form(update, (some, {path: grads[path] for path in paths}, tx.init(some)), work)
-
-    muon = [path for path in params if label(path) == "muon"]
-    adamw = [path for path in params if path not in muon]
-    flops = sum(muon_flops(params[path].shape) for path in muon)
-    forms = {"optimizer": form([*params]), "Muon": form(muon, flops), "AdamW": form(adamw)}
-    return common.measure(forms, secs)
+    flops = sum(muon_flops(p.shape) for path, p in params.items() if label(path) == "muon")
+    return common.measure(
+        {"optimizer": Form(update, (params, grads, tx.init(params)), flops)}, secs
+    )
 
 
 def muon_flops(shape: tuple[int, ...]) -> int:

@@ -3,10 +3,9 @@
   python scripts/bench/memory.py                       d20, 32 rows of 2,048 tokens a device
   python scripts/bench/memory.py --shape=tiny --devices=2
 
-Nothing is allocated and nothing runs: each step is compiled from shapes alone, on a CPU too. Every
-line differs from the first by one measure. By the compiler's own analysis, of a device: weights,
-optimizer state, gradients and temporaries. On a CPU all is too high: its compiler computes bfloat16
-in float32, and without fused attention the scores are kept, in blocks unless all is recomputed.
+Nothing runs: each step is compiled from shapes alone, on a CPU too. Every line differs from the
+first by one measure. By the compiler's own analysis, of a device. On a CPU all is too high: its
+compiler computes bfloat16 in float32, and without fused attention the scores are kept.
 """
 
 import os

@@ -1,21 +1,24 @@
-"""Benchmarks measure what the recipes train, time fairly, and tell a program's faults."""
+"""Benchmarks measure what the recipes train, time fairly, and tell a program's faults; gpu_check.py
+loses nothing that it has found."""
 
 import json
 import os
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.config import CONFIGS
 from nanochat_jax.model.accounting import param_counts
-from scripts.bench import common, kernels, train
-from scripts.bench.common import Form
+from scripts import gpu_check
+from scripts.bench import common, train
+from scripts.gpu_check import Found, Part
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +42,6 @@ def test_candidates_take_turns():
     times = common.turns({n: lambda n=n: calls.append(n) for n in "abc"}, 0, min_rounds=4)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"  # first to warm up
     assert times["a"]["times_first"] == 1 and times["b"]["best_ms"] <= times["b"]["ms"]
-
-
-def test_what_does_not_fit_is_compiled_and_not_run():
-    one = jnp.ones(())
-    forms = {
-        "small": Form(lambda x: x + 1, (one,), work=8, limit="copy"),
-        "large": Form(lambda x: jnp.broadcast_to(x, (2**45,)), (one,)),
-    }
-    small, large = common.measure(forms, 0)
-    assert small["rate"] == pytest.approx(8e3 / small["ms"]) and small["unit"] == "TB/s"
-    assert large["mib"] >= 4 * 2**25 and "ms" not in large
-
-
-@pytest.mark.parametrize("window", [None, 3, 100])
-def test_visible_pairs_are_those_of_the_mask(window):
-    distance = np.arange(16)[:, None] - np.arange(16)
-    visible = (distance >= 0) & (distance <= (16 if window is None else window))
-    assert kernels.visible_pairs(16, window) == visible.sum()
 
 
 @pytest.mark.slow
@@ -145,3 +130,86 @@ def test_every_benchmark_ends_with_a_line_of_json(script, options):
     if script == "memory":
         mib = {row["what"]: row["mib"] for row in rows}
         assert mib["remat full"] < mib["tiled loss, bfloat16"] < mib["all logits at once"]
+
+
+def test_parts_that_fail_hide_no_other(tmp_path, capsys):
+    found, seen, results = Found(tmp_path), [], tmp_path / "results.json"
+
+    def fail(*_):
+        seen.append(json.loads(results.read_text())["parts"])  # what a kill now would leave
+        raise RuntimeError("out of luck")
+
+    parts = [
+        Part("first", lambda _: [{"what": "d20 a token, 1 at once", "value": 3_000}]),
+        Part("bad", fail),
+        Part("not compiled", lambda step: [], fail),
+        Part("last", lambda given: [{"what": given}], lambda: "b"),
+    ]
+    gpu_check.run_parts(parts, found, 60)
+    assert seen[-1]["bad"] == "the time was up in the middle of it"
+    assert list(found.parts.values()) == ["ok", "FAILED", "FAILED", "ok"]
+    first, last = json.loads(results.read_text())["rows"]
+    assert first["of_target"] == 2.0 and last["what"] == "b"
+    assert "RuntimeError: out of luck" in capsys.readouterr().err
+    found.show()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last) == {"bench": "gpu_check", "failed": ["bad", "not compiled"]}
+
+
+def test_nothing_is_timed_while_others_compile():
+    found, compiled = Found(None), threading.Event()
+    parts = [
+        Part("right: a", lambda _: compiled.set() or []),  # checks do not wait
+        Part("b", lambda _: [{"what": str(compiled.is_set())}]),
+        Part("c", lambda _: [], compiled.wait),
+    ]
+    gpu_check.run_parts(parts, found, 60)
+    assert set(found.parts.values()) == {"ok"} and found.rows == [{"what": "True"}]
+
+
+BARE = """
+import sys
+for name in ("grain", "ml_collections", "datasets", "rustbpe", "torch"):
+    sys.modules[name] = None
+from scripts import gpu_check
+from scripts.bench import common, infer, kernels, memory, train
+"""
+
+
+def test_shapes_are_the_same_without_the_data_libraries():
+    done = check("print([common.load_shape(n, 'gpu') for n in common.SHAPES])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([common.load_shape(n, "gpu") for n in common.SHAPES])
+
+
+def check(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    program = f"{BARE}sys.argv = ['gpu_check.py', *{arguments}]\n{program}"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_when_the_time_is_up_the_table_is_printed_all_the_same(tmp_path):
+    program = """
+import time
+quick = gpu_check.Part("a", lambda _: [{"what": "quick", "ms": 1.0}])
+slow = gpu_check.Part("b", lambda _: time.sleep(100))
+gpu_check.main(lambda *_: [quick, slow])
+"""
+    began = time.monotonic()
+    done = check(program, "--budget=2", f"--out={tmp_path}")
+    assert done.returncode == 1 and time.monotonic() - began < 50
+    assert "quick  1.00" in done.stdout and "b: the time was up" in done.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["a"] == "ok"
+
+
+@pytest.mark.long
+def test_all_of_it_on_the_tiny_shape(tmp_path):
+    done = check("gpu_check.main()", "--secs=0", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["parts"].values()) == {"ok"}
+    files = {"results.json", "train_step_tiny_float32.hlo.gz", "train_step_tiny_fp8.hlo.gz"}
+    assert {file.name for file in tmp_path.iterdir()} == files | {"profile"}
+    values = {row["what"]: row.get("value") for row in found["rows"]}
+    assert 0 < values["right: bf16 losses"] < values["right: fp8 losses"] < 30
