@@ -46,7 +46,7 @@ COLUMNS = {  # of a result: how the table shows it
     "spread": "{:.1%}",  # half the distance between the quartiles, of the median
     "best_ms": "{:,.2f}",  # the fastest: least disturbed by whatever else the machine does
     "times_first": "{:.2f}",  # ms over that of the first candidate
-    "value": "{:,.3f}",
+    "value": "{:,.3f}",  # from 1,000 on without decimals
     "unit": "{}",
     "of_peak": "{:.1%}",  # of the rate on the device's data sheet; of a training step that is MFU
     "of_target": "{:.0%}",
@@ -293,12 +293,16 @@ def named(shape: str, rows: list[dict]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The columns that any row has."""
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    lines = [names]
-    for row in rows:
-        values = [(name, row.get(name)) for name in names]
-        lines.append(["" if v is None else COLUMNS[name].format(v) for name, v in values])
+    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
     left = [index for index, name in enumerate(names) if COLUMNS[name] == "{}"]
     return "\n".join(aligned(lines, left))
+
+
+def cell(column: str, value) -> str:
+    if value is None:
+        return ""
+    large = column == "value" and value >= 1e3
+    return ("{:,.0f}" if large else COLUMNS[column]).format(value)
 
 
 def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:
