@@ -49,11 +49,13 @@ def make_train_step(
     tile_tokens: int,
     remat: str = "none",
     grad_clip: float = 0.0,
+    loss_sum: Callable = cross_entropy_sum,
 ) -> Step:
     """The jitted (state, batch) -> (state, metrics); the state given is consumed (donated).
 
     device_batch_size: rows that a row shard works on at once; the rest is accumulated.
     remat: how much of a block is recomputed, one of model.gpt.REMAT.
+    loss_sum: what the loss is computed with, another form for benchmarks.
     metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
     config, mesh = replace(owners.config, remat=remat), owners.mesh
@@ -65,7 +67,7 @@ def make_train_step(
         weights = micro.get("weights", jnp.broadcast_to(scale, micro["targets"].shape))
         tile = loss_tile(tile_tokens, device_batch_size, micro["inputs"].shape[1])
         head = params["lm_head.kernel"]
-        return cross_entropy_sum(hidden, head, micro["targets"], weights, config.vocab_size, tile)
+        return loss_sum(hidden, head, micro["targets"], weights, config.vocab_size, tile)
 
     def sum_gradients(shares, batch: Batch, scale: jax.Array):
         """On one row shard, with its rows: (loss of all, its share of the gradient of all)."""

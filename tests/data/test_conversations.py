@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanochat_jax.common import UserError
 from nanochat_jax.data import conversations as conv
 from nanochat_jax.data.conversations import TRAINED, ChatBatches, Rendered, row_ranges
+from nanochat_jax.tasks.registry import Mixture
 from nanochat_jax.tokenizer.chat import IGNORE, render_whole
 
 SEQ_LEN = 12
