@@ -1,7 +1,7 @@
 """A reference model, rebuilt as ours from the numbers in its files.
 
-Sizes come from the json; what makes the generation (rotary base, extras, optimizer) comes from the
-recipe people train with, so that the recipe itself is compared too.
+Sizes come from the json. What a generation fixes (rotary base, extras, optimizer) comes from the
+recipe that people train with, so that the recipe itself is compared too.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nanochat_jax.config import CONFIGS, Recipe, load
 from nanochat_jax.interop.upstream import params_from_upstream
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.parity.reference import Comparison, Reference
+from nanochat_jax.parity.reference import Reference, Row
 from nanochat_jax.recipe import gpt_config
 
 RECIPES = {"classic": CONFIGS / "d20.py", "modern": CONFIGS / "gpt2.py"}
@@ -41,11 +41,21 @@ class Case:
     params: dict[str, jax.Array]
     mesh: Mesh
 
-    def take_params(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays by upstream's names below `prefix`, under our names and in our layout."""
-        return params_from_upstream(self.arrays.under(prefix))
+    @property
+    def batch(self) -> dict[str, jax.Array]:
+        keys = {"inputs": "idx", "targets": "targets"}
+        return {ours: jnp.asarray(self.arrays[key], jnp.int32) for ours, key in keys.items()}
 
-    def compare_shapes(self, what: str) -> Comparison:
+    @property
+    def tile(self) -> int:
+        """Time steps of a loss tile, so that there are several and the last one is not full."""
+        return next((n for n in (7, 5, 3) if self.arrays["idx"].shape[1] % n), 7)
+
+    def arrays_of_params(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays below `prefix`, by our names and in our layout."""
+        return params_from_upstream(self.arrays[prefix])
+
+    def compare_shapes(self, what: str) -> Row:
         ours = {path: leaf.shape for path, leaf in param_shapes(self.config).items()}
         return self.arrays.compare(what, ours, {path: v.shape for path, v in self.params.items()})
 
@@ -54,16 +64,16 @@ def read_case(
     arrays: Reference,
     settings: Reference,
     generation: str,
-    weights: str = "state/",
-    sizes: str = "config.",
+    weights: str = "state",
+    sizes: str = "config",
 ) -> Case:
-    """weights, sizes: what the keys of the weights and of the sizes begin with."""
+    """weights, sizes: what stands before the keys of the weights ("": nothing) and the sizes."""
     overrides = {"model.compute_dtype": "float32"}
     for theirs, ours in SIZES.items():
-        if theirs != "window_pattern" or sizes + theirs in settings:
-            overrides[ours] = str(settings.take(sizes + theirs)).upper()
+        if f"{sizes}.{theirs}" in settings or theirs != "window_pattern":
+            overrides[ours] = str(settings[f"{sizes}.{theirs}"]).upper()
     recipe = load(RECIPES[generation], overrides)
-    params = params_from_upstream(arrays.under(weights))
+    params = params_from_upstream(arrays[weights] if weights else arrays)
     return Case(
         arrays=arrays,
         settings=settings,

@@ -1,11 +1,12 @@
-"""Parity of the optimizer: who is in which group, the steps from given gradients, a short training.
+"""Parity of the optimizer: its groups, steps from given gradients, a short training.
 
-The steps use build_optimizer with the reference's learning rates and schedules; the training is
+The steps use build_optimizer with the reference's learning rates and schedules. The training is
 the loop's own jitted step, with one row at a time so that accumulation is part of it.
 """
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,17 @@ import numpy as np
 import optax
 
 from nanochat_jax.interop.upstream import our_path
-from nanochat_jax.optim.build import ADAM_EPS, OptimConfig, adam_groups, build_optimizer, label
+from nanochat_jax.optim.build import (
+    ADAM_EPS,
+    AdamGroup,
+    OptimConfig,
+    adam_groups,
+    build_optimizer,
+    label,
+)
 from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
 from nanochat_jax.parity.case import Case
-from nanochat_jax.parity.reference import Comparison, Reference
+from nanochat_jax.parity.reference import Reference, Row
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
 from nanochat_jax.train.step import make_train_step
@@ -32,67 +40,64 @@ MAX_ROUNDED_SIGNS = 3  # elements a step
 def optim_config(case: Case) -> OptimConfig:
     """The recipe's optimizer with the learning rates of the reference."""
     o, settings = case.recipe.optim, case.settings
-    has_scalar_lr = "optimizer.scalar_lr" in settings
     return OptimConfig(
         recipe=o.recipe,
-        embed_lr=settings.take("optimizer.embedding_lr"),
-        unembed_lr=settings.take("optimizer.unembedding_lr"),
-        matrix_lr=settings.take("optimizer.matrix_lr"),
-        scalar_lr=settings.take("optimizer.scalar_lr") if has_scalar_lr else o.scalar_lr,
+        embed_lr=settings["optimizer.embedding_lr"],
+        unembed_lr=settings["optimizer.unembedding_lr"],
+        matrix_lr=settings["optimizer.matrix_lr"],
+        scalar_lr=settings.get("optimizer.scalar_lr", o.scalar_lr),
         smear_lr=o.smear_lr,
     )
 
 
-def compare_groups(case: Case) -> Iterable[Comparison]:
+def compare_groups(case: Case) -> Iterable[Row]:
     settings, o = case.settings, optim_config(case)
     groups = adam_groups(o, case.config.model_dim)
     if "optimizer.adam_betas" in settings:  # classic: one setting for all
         for key, ours in (
-            ("adam_betas", [[g.b1, g.b2] for g in groups.values()]),
-            ("adam_eps", [ADAM_EPS] * len(groups)),
-            ("weight_decay", [g.weight_decay for g in groups.values()]),
+            ("optimizer.adam_betas", [[g.b1, g.b2] for g in groups.values()]),
+            ("optimizer.adam_eps", [ADAM_EPS] * len(groups)),
+            ("optimizer.weight_decay", [g.weight_decay for g in groups.values()]),
         ):
-            theirs = [settings.take(f"optimizer.{key}")] * len(groups)
-            yield settings.compare(f"optimizer.{key}", ours, theirs)
+            yield settings.compare(key, ours, [settings[key]] * len(groups))
     if "param_groups" not in settings:
         return
-    members, their_settings, their_lrs, our_settings, our_lrs = [], {}, {}, {}, {}
-    for index, group in enumerate(settings.take("param_groups")):
-        given = dict(group)
-        members.append(sorted(our_path(name)[0] for name in given.pop("params")))
+    members, lrs, others = [], ({}, {}), ({}, {})  # of ours and of theirs
+    for index, group in enumerate(settings["param_groups"]):
+        theirs = dict(group)
+        members.append(sorted(our_path(name)[0] for name in theirs.pop("params")))
         name = label(members[-1][0])
-        where = f"group {index} ({name})"
-        their_lrs[where] = given.pop("lr_after_dim_scaling")
-        their_settings |= {f"{where} {key}": value for key, value in given.items()}
-        if name == "muon":
-            ours = {"kind": "muon", "ns_steps": len(POLAR_EXPRESS), "beta2": VARIANCE_DECAY}
-            our_lrs[where] = o.matrix_lr
-        else:
-            g = groups[name]
-            ours = {"kind": "adamw", "betas": [g.b1, g.b2], "eps": ADAM_EPS}
-            ours["weight_decay"] = g.weight_decay
-            our_lrs[where] = g.lr
-        our_settings |= {f"{where} {key}": value for key, value in ours.items()}
-    # Who is together with whom: AdamW by our labels, Muon by label and shape, as we stack them.
+        for side, values in enumerate((_group_settings(o, groups.get(name)), theirs)):
+            lrs[side][f"group {index} ({name})"] = values.pop("lr_after_dim_scaling")
+            others[side].update({f"group {index} ({name}) {k}": v for k, v in values.items()})
+    # AdamW's groups are our labels; Muon's have one shape each, as we stack them.
     together: dict[tuple, list[str]] = {}
     for path, value in sorted(case.params.items()):
         shape = value.shape if label(path) == "muon" else None
         together.setdefault((label(path), shape), []).append(path)
     row = settings.compare("param_groups members", sorted(together.values()), sorted(members))
     yield row._replace(compared=sum(map(len, members)))
-    yield settings.compare("param_groups settings", our_settings, their_settings)
-    yield settings.compare("param_groups lr", our_lrs, their_lrs, LR_TOLERANCE, relative=True)
+    yield settings.compare("param_groups settings", *others)
+    yield settings.compare("param_groups lr", *lrs, LR_TOLERANCE, relative=True)
 
 
-def compare_steps(case: Case) -> Iterable[Comparison]:
+def _group_settings(o: OptimConfig, adam: AdamGroup | None) -> dict[str, Any]:
+    """In the reference's words; `adam` is None for a group of Muon's."""
+    if not adam:
+        settings = {"kind": "muon", "ns_steps": len(POLAR_EXPRESS), "beta2": VARIANCE_DECAY}
+        return settings | {"lr_after_dim_scaling": o.matrix_lr}
+    settings = {"kind": "adamw", "betas": [adam.b1, adam.b2], "eps": ADAM_EPS}
+    return settings | {"weight_decay": adam.weight_decay, "lr_after_dim_scaling": adam.lr}
+
+
+def compare_steps(case: Case) -> Iterable[Row]:
     """One row a step: the weights after it, from the state and the gradients given."""
-    given, o = case.settings, optim_config(case)
-    multipliers = given.take("optimizer.lr_multiplier")
-    momentum = "momentum" if "optimizer.momentum" in given else "muon_momentum"
-    decays = [0.0] * len(multipliers)
-    if "optimizer.weight_decay_per_step" in given:
-        decays = given.take("optimizer.weight_decay_per_step")
-    tx = _optimizer(case, multipliers, given.take(f"optimizer.{momentum}"), decays)
+    settings, o = case.settings, optim_config(case)
+    multipliers = settings["optimizer.lr_multiplier"]
+    decays = settings.get("optimizer.weight_decay_per_step", [0.0] * len(multipliers))
+    is_classic = "optimizer.muon_momentum" in settings
+    momentum = settings["optimizer.muon_momentum" if is_classic else "optimizer.momentum"]
+    tx = _optimizer(case, multipliers, momentum, decays)
 
     @jax.jit
     def update(grads, opt_state, params):
@@ -102,10 +107,10 @@ def compare_steps(case: Case) -> Iterable[Comparison]:
 
     params, opt_state = case.params, tx.init(case.params)
     for step, (multiplier, weight_decay) in enumerate(zip(multipliers, decays, strict=True)):
-        grads = case.take_params(f"opt/grad{step}/")
-        theirs = case.take_params(f"opt/param{step + 1}/")
         lr_decay = o.matrix_lr * multiplier * weight_decay
         decay = {path: _decay(path, value, lr_decay) for path, value in params.items()}
+        grads = case.arrays_of_params(f"opt/grad{step}")
+        theirs = case.arrays_of_params(f"opt/param{step + 1}")
         params, opt_state = update(grads, opt_state, params)
         what = f"opt/param{step + 1}/*"
         row, params = compare_step(case.arrays, what, params, theirs, decay)
@@ -118,15 +123,14 @@ def _optimizer(
     """Ours, with the reference's learning rates and a value of each schedule for every step."""
     if not len(lr_multiplier) == len(momentum) == len(weight_decay):
         raise ValueError("the optimizer's settings are of different numbers of steps")
-    schedules = {}
-    for name, values in (
-        ("lr_multiplier", lr_multiplier),
-        ("momentum", momentum),
-        ("weight_decay", weight_decay),
-    ):
-        table = jnp.asarray(values, jnp.float32)
-        schedules[name] = lambda step, table=table: table[step]
-    return build_optimizer(case.params, case.config.model_dim, optim_config(case), **schedules)
+    return build_optimizer(
+        case.params,
+        case.config.model_dim,
+        optim_config(case),
+        lr_multiplier=jnp.asarray(lr_multiplier, jnp.float32).__getitem__,
+        momentum=jnp.asarray(momentum, jnp.float32).__getitem__,
+        weight_decay=jnp.asarray(weight_decay, jnp.float32).__getitem__,
+    )
 
 
 def _decay(path: str, value: jax.Array, lr_decay: float) -> np.ndarray | float:
@@ -138,48 +142,42 @@ def _decay(path: str, value: jax.Array, lr_decay: float) -> np.ndarray | float:
 
 def compare_step(
     file: Reference, what: str, ours: dict, theirs: dict, decay: dict
-) -> tuple[Comparison, dict[str, jax.Array]]:
-    """The row, and the weights to go on from: ours, but the reference's where rounding decided the
-    sign."""
-    settled, num_rounded = {}, 0
-    for path in ours.keys() & theirs.keys():
-        if ours[path].shape == theirs[path].shape:
-            difference = np.abs(np.asarray(ours[path]) - theirs[path])
-            off_by_decay = np.abs(difference - decay[path]) <= STEP_TOLERANCE
-            rounded = (difference > STEP_TOLERANCE) & off_by_decay
-            num_rounded += int(np.sum(rounded))
-            settled[path] = np.where(rounded, theirs[path], ours[path])
+) -> tuple[Row, dict[str, jax.Array]]:
+    """The row, and the weights to go on from: ours, or the reference's where a rounding error
+    decided the sign."""
+    settled, num_rounded = dict(ours), 0
+    for path, value in theirs.items():
+        difference = np.abs(np.asarray(ours[path]) - value)
+        off_by_decay = np.abs(difference - decay[path]) <= STEP_TOLERANCE
+        rounded = (difference > STEP_TOLERANCE) & off_by_decay
+        num_rounded += int(np.sum(rounded))
+        settled[path] = jnp.asarray(np.where(rounded, value, ours[path]))
     if num_rounded > MAX_ROUNDED_SIGNS:
-        settled = {}
-    row = file.compare(what, ours | settled, theirs, STEP_TOLERANCE)
+        settled = ours
+    row = file.compare(what, settled, theirs, STEP_TOLERANCE)
     if num_rounded and row.ok:
-        row = row._replace(
-            note=f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs are rounding's"
-        )
-    return row, ours | {path: jnp.asarray(value) for path, value in settled.items()}
+        note = f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs come from rounding"
+        row = row._replace(note=note)
+    return row, settled
 
 
-def compare_trajectory(case: Case, batch: dict, tile: int) -> Iterable[Comparison]:
-    """Training on the one batch, loss before each update. Its settings are given in prose."""
-    note = str(case.settings.take("optimizer.note"))
-    theirs = case.arrays.take("trajectory_loss")
-
-    def stated(name: str, otherwise: float | None = None) -> list[float]:
-        match = re.search(rf"trajectory:.*?\b{name} ([0-9]+(?:\.[0-9]+)?)", note)
-        if not match and otherwise is None:
-            raise ValueError(f"optimizer.note does not say the trajectory's {name}: {note!r}")
-        return [float(match[1] if match else otherwise or 0.0)] * len(theirs)
-
-    decay = stated("weight decay", case.settings.take("optimizer.weight_decay"))
-    tx = _optimizer(case, stated("multiplier"), stated("momentum"), decay)
+def compare_trajectory(case: Case) -> Iterable[Row]:
+    """Training on the one batch, loss before each update. Its settings stand in a note."""
+    note, theirs = str(case.settings["optimizer.note"]), case.arrays["trajectory_loss"]
+    stated = dict(re.findall(r"\b(multiplier|momentum|weight decay) (\d+(?:\.\d+)?)", note))
+    decay = stated.get("weight decay", case.settings["optimizer.weight_decay"])
+    if not {"multiplier", "momentum"} <= stated.keys():
+        raise ValueError(f"optimizer.note lacks the trajectory's multiplier or momentum: {note!r}")
+    constants = (stated["multiplier"], stated["momentum"], decay)
+    tx = _optimizer(case, *([float(value)] * len(theirs) for value in constants))
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
     owners = Owners(case.config, case.mesh)
     state = owners.to_owned(state)
-    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=tile)
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=case.tile)
     losses = []
     with jax.set_mesh(case.mesh):
         for _ in theirs:
-            state, metrics = step(state, batch)
+            state, metrics = step(state, case.batch)
             losses.append(float(metrics["loss"]))
     yield case.arrays.compare("trajectory_loss", np.array(losses), theirs, TRAJECTORY_TOLERANCE)
