@@ -1,7 +1,7 @@
 """A reference model, rebuilt as ours from the numbers in its files.
 
-Sizes come from the json. What a generation fixes (rotary base, extras, optimizer) comes from the
-recipe that people train with, so that the recipe itself is compared too.
+Sizes and learning rates come from the json. What a generation fixes (rotary base, extras, betas)
+comes from the recipe that people train with, so that the recipe itself is compared too.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.config import CONFIGS, Recipe, load
+from nanochat_jax import recipe
+from nanochat_jax.config import CONFIGS, load
 from nanochat_jax.interop.upstream import params_from_upstream
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.optim.build import OptimConfig
 from nanochat_jax.parity.reference import Reference, Row
-from nanochat_jax.recipe import gpt_config
 
 RECIPES = {"classic": CONFIGS / "d20.py", "modern": CONFIGS / "gpt2.py"}
-SIZES = {
-    "sequence_len": "model.seq_len",
-    "vocab_size": "tokenizer.vocab_size",
-    "n_layer": "model.depth",
-    "n_head": "model.num_heads",
-    "n_kv_head": "model.num_kv_heads",
-    "n_embd": "model.model_dim",
-    "window_pattern": "model.window_pattern",  # classic has none
+KEYS = {  # the reference's word: ours
+    "config.sequence_len": "model.seq_len",
+    "config.vocab_size": "tokenizer.vocab_size",
+    "config.n_layer": "model.depth",
+    "config.n_head": "model.num_heads",
+    "config.n_kv_head": "model.num_kv_heads",
+    "config.n_embd": "model.model_dim",
+    "config.window_pattern": "model.window_pattern",
+    "optimizer.embedding_lr": "optim.embed_lr",
+    "optimizer.unembedding_lr": "optim.unembed_lr",
+    "optimizer.matrix_lr": "optim.matrix_lr",
+    "optimizer.scalar_lr": "optim.scalar_lr",
 }
 
 
@@ -36,8 +41,8 @@ class Case:
 
     arrays: Reference
     settings: Reference
-    recipe: Recipe  # of the generation, with the sizes of the json
     config: GPTConfig
+    optim: OptimConfig
     params: dict[str, jax.Array]
     mesh: Mesh
 
@@ -60,25 +65,19 @@ class Case:
         return self.arrays.compare(what, ours, {path: v.shape for path, v in self.params.items()})
 
 
-def read_case(
-    arrays: Reference,
-    settings: Reference,
-    generation: str,
-    weights: str = "state",
-    sizes: str = "config",
-) -> Case:
-    """weights, sizes: what stands before the keys of the weights ("": nothing) and the sizes."""
+def read_case(arrays: Reference, settings: Reference, generation: str) -> Case:
     overrides = {"model.compute_dtype": "float32"}
-    for theirs, ours in SIZES.items():
-        if f"{sizes}.{theirs}" in settings or theirs != "window_pattern":
-            overrides[ours] = str(settings[f"{sizes}.{theirs}"]).upper()
-    recipe = load(RECIPES[generation], overrides)
-    params = params_from_upstream(arrays[weights] if weights else arrays)
+    for theirs, ours in KEYS.items():
+        if theirs in settings:
+            overrides[ours] = str(settings[theirs]).upper()
+    config = load(RECIPES[generation], overrides)
+    o = config.optim
+    params = params_from_upstream(arrays["state"])
     return Case(
         arrays=arrays,
         settings=settings,
-        recipe=recipe,
-        config=gpt_config(recipe),
+        config=recipe.gpt_config(config),
+        optim=recipe.optim_config(config, "cpu", embed_lr=o.embed_lr, unembed_lr=o.unembed_lr),
         params={path: jnp.asarray(value, jnp.float32) for path, value in params.items()},
         mesh=make_mesh(devices=jax.devices()[:1]),
     )

@@ -36,7 +36,9 @@ def compare_core(
     folder: Path, arrays: Reference, settings: Reference, data: Path | None
 ) -> Iterable[Row]:
     """data: a folder like the evaluation bundle."""
-    case = read_case(arrays, settings, "classic", weights="", sizes="model_config")
+    weights = Reference(arrays.file, {f"state/{name}": value for name, value in arrays.items()})
+    sizes = {f"config.{key}": value for key, value in settings["model_config"].items()}
+    case = read_case(weights, Reference(settings.file, sizes), "classic")
     row = case.compare_shapes("names, shapes")
     yield row
     if not row.ok:

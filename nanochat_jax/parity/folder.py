@@ -52,7 +52,7 @@ def compare_folder(folder: Path, core_data: Path | None) -> tuple[list[Row], lis
 
 
 def compare_files(folder: Path, files: tuple[str, ...], core_data: Path | None = None) -> list[Row]:
-    """Everything in files that are read together; a key that no comparison takes out is a miss."""
+    """Everything in files that are read together; a key that no comparison reads is a miss."""
     references = []
     for file in files:
         try:
@@ -64,9 +64,9 @@ def compare_files(folder: Path, files: tuple[str, ...], core_data: Path | None =
     highest, one = jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[0])
     with highest, one, jax.enable_x64(False):
         rows = list(collect(files[0], "all", COMPARISONS[files](folder, *references, **more)))
-    if any(row.what == "all" for row in rows):
-        return rows
-    return rows + [row for reference in references for row in reference.unread()]
+    if not any(row.what == "all" for row in rows):
+        rows += [row for reference in references for row in reference.unread()]
+    return rows
 
 
 def table(rows: list[Row], not_covered: list[str]) -> str:

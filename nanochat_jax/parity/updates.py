@@ -24,7 +24,7 @@ from nanochat_jax.optim.build import (
 )
 from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
 from nanochat_jax.parity.case import Case
-from nanochat_jax.parity.reference import Reference, Row
+from nanochat_jax.parity.reference import Row
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
 from nanochat_jax.train.step import make_train_step
@@ -37,21 +37,8 @@ LR_TOLERANCE = 1e-9  # relative; both are computed in float64
 MAX_ROUNDED_SIGNS = 3  # elements a step
 
 
-def optim_config(case: Case) -> OptimConfig:
-    """The recipe's optimizer with the learning rates of the reference."""
-    o, settings = case.recipe.optim, case.settings
-    return OptimConfig(
-        recipe=o.recipe,
-        embed_lr=settings["optimizer.embedding_lr"],
-        unembed_lr=settings["optimizer.unembedding_lr"],
-        matrix_lr=settings["optimizer.matrix_lr"],
-        scalar_lr=settings.get("optimizer.scalar_lr", o.scalar_lr),
-        smear_lr=o.smear_lr,
-    )
-
-
 def compare_groups(case: Case) -> Iterable[Row]:
-    settings, o = case.settings, optim_config(case)
+    settings, o = case.settings, case.optim
     groups = adam_groups(o, case.config.model_dim)
     if "optimizer.adam_betas" in settings:  # classic: one setting for all
         for key, ours in (
@@ -92,11 +79,11 @@ def _group_settings(o: OptimConfig, adam: AdamGroup | None) -> dict[str, Any]:
 
 def compare_steps(case: Case) -> Iterable[Row]:
     """One row a step: the weights after it, from the state and the gradients given."""
-    settings, o = case.settings, optim_config(case)
+    settings = case.settings
     multipliers = settings["optimizer.lr_multiplier"]
+    prefix = "muon_" if "optimizer.muon_momentum" in settings else ""
+    momentum = settings[f"optimizer.{prefix}momentum"]
     decays = settings.get("optimizer.weight_decay_per_step", [0.0] * len(multipliers))
-    is_classic = "optimizer.muon_momentum" in settings
-    momentum = settings["optimizer.muon_momentum" if is_classic else "optimizer.momentum"]
     tx = _optimizer(case, multipliers, momentum, decays)
 
     @jax.jit
@@ -106,69 +93,55 @@ def compare_steps(case: Case) -> Iterable[Row]:
         return optax.apply_updates(params, updates), opt_state
 
     params, opt_state = case.params, tx.init(case.params)
-    for step, (multiplier, weight_decay) in enumerate(zip(multipliers, decays, strict=True)):
-        lr_decay = o.matrix_lr * multiplier * weight_decay
-        decay = {path: _decay(path, value, lr_decay) for path, value in params.items()}
-        grads = case.arrays_of_params(f"opt/grad{step}")
-        theirs = case.arrays_of_params(f"opt/param{step + 1}")
+    for step, (lr, _, decay) in enumerate(zip(multipliers, momentum, decays, strict=True)):
+        before, grads = params, case.arrays_of_params(f"opt/grad{step}")
         params, opt_state = update(grads, opt_state, params)
-        what = f"opt/param{step + 1}/*"
-        row, params = compare_step(case.arrays, what, params, theirs, decay)
-        yield row
+        theirs = case.arrays_of_params(f"opt/param{step + 1}")
+        lr_decay = case.optim.matrix_lr * lr * decay
+        params, note = settle_signs(before, params, theirs, lr_decay)
+        row = case.arrays.compare(f"opt/param{step + 1}/*", params, theirs, STEP_TOLERANCE)
+        yield row._replace(note=note) if row.ok else row
 
 
 def _optimizer(
     case: Case, lr_multiplier: list[float], momentum: list[float], weight_decay: list[float]
 ) -> optax.GradientTransformation:
-    """Ours, with the reference's learning rates and a value of each schedule for every step."""
-    if not len(lr_multiplier) == len(momentum) == len(weight_decay):
-        raise ValueError("the optimizer's settings are of different numbers of steps")
+    """Ours, with a value of each schedule for every step."""
     return build_optimizer(
         case.params,
         case.config.model_dim,
-        optim_config(case),
+        case.optim,
         lr_multiplier=jnp.asarray(lr_multiplier, jnp.float32).__getitem__,
         momentum=jnp.asarray(momentum, jnp.float32).__getitem__,
         weight_decay=jnp.asarray(weight_decay, jnp.float32).__getitem__,
     )
 
 
-def _decay(path: str, value: jax.Array, lr_decay: float) -> np.ndarray | float:
-    """How much cautious decay changes each element where it is applied; 0 for AdamW's."""
-    if label(path) != "muon":
-        return 0.0
-    return lr_decay * max(1.0, value.shape[1] / value.shape[0]) ** 0.5 * np.abs(np.asarray(value))
-
-
-def compare_step(
-    file: Reference, what: str, ours: dict, theirs: dict, decay: dict
-) -> tuple[Row, dict[str, jax.Array]]:
-    """The row, and the weights to go on from: ours, or the reference's where a rounding error
-    decided the sign."""
+def settle_signs(before: dict, ours: dict, theirs: dict, lr_decay: float) -> tuple[dict, str]:
+    """Our weights after a step, and a note: the reference's where a rounding error decided the
+    sign, for then weights of Muon differ by lr_decay * |weight before|, scaled as the update is."""
     settled, num_rounded = dict(ours), 0
     for path, value in theirs.items():
-        difference = np.abs(np.asarray(ours[path]) - value)
-        off_by_decay = np.abs(difference - decay[path]) <= STEP_TOLERANCE
-        rounded = (difference > STEP_TOLERANCE) & off_by_decay
-        num_rounded += int(np.sum(rounded))
-        settled[path] = jnp.asarray(np.where(rounded, value, ours[path]))
+        if label(path) == "muon":
+            rows, columns = value.shape
+            decay = lr_decay * max(1.0, columns / rows) ** 0.5 * np.abs(np.asarray(before[path]))
+            difference = np.abs(np.asarray(ours[path]) - value)
+            off_by_decay = np.abs(difference - decay) <= STEP_TOLERANCE
+            rounded = (difference > STEP_TOLERANCE) & off_by_decay
+            num_rounded += int(np.sum(rounded))
+            settled[path] = jnp.asarray(np.where(rounded, value, ours[path]))
     if num_rounded > MAX_ROUNDED_SIGNS:
-        settled = ours
-    row = file.compare(what, settled, theirs, STEP_TOLERANCE)
-    if num_rounded and row.ok:
-        note = f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs come from rounding"
-        row = row._replace(note=note)
-    return row, settled
+        return ours, ""
+    note = f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs come from rounding"
+    return settled, note if num_rounded else ""
 
 
 def compare_trajectory(case: Case) -> Iterable[Row]:
     """Training on the one batch, loss before each update. Its settings stand in a note."""
     note, theirs = str(case.settings["optimizer.note"]), case.arrays["trajectory_loss"]
-    stated = dict(re.findall(r"\b(multiplier|momentum|weight decay) (\d+(?:\.\d+)?)", note))
-    decay = stated.get("weight decay", case.settings["optimizer.weight_decay"])
-    if not {"multiplier", "momentum"} <= stated.keys():
-        raise ValueError(f"optimizer.note lacks the trajectory's multiplier or momentum: {note!r}")
-    constants = (stated["multiplier"], stated["momentum"], decay)
+    stated = {"weight decay": case.settings["optimizer.weight_decay"]}
+    stated |= re.findall(r"\b(multiplier|momentum|weight decay) (\d+(?:\.\d+)?)", note)
+    constants = (stated["multiplier"], stated["momentum"], stated["weight decay"])
     tx = _optimizer(case, *([float(value)] * len(theirs) for value in constants))
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
