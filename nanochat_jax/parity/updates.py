@@ -52,7 +52,7 @@ def compare_groups(case: Case) -> Iterable[Row]:
     members, lrs, others = [], ({}, {}), ({}, {})  # of ours and of theirs
     for index, group in enumerate(settings["param_groups"]):
         theirs = dict(group)
-        members.append(sorted(our_path(name)[0] for name in theirs.pop("params")))
+        members.append(sorted(our_path(name) for name in theirs.pop("params")))
         name = label(members[-1][0])
         for side, values in enumerate((_group_settings(o, groups.get(name)), theirs)):
             lrs[side][f"group {index} ({name})"] = values.pop("lr_after_dim_scaling")
