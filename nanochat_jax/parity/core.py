@@ -17,7 +17,7 @@ import numpy as np
 from nanochat_jax.eval.core import Graded, Score, grade
 from nanochat_jax.eval.core_score import Candidate, score_candidates
 from nanochat_jax.eval.core_tasks import CoreTask, make_candidates, read_tasks, to_example
-from nanochat_jax.parity.case import read_case
+from nanochat_jax.parity.model import read_case
 from nanochat_jax.parity.reference import ABSENT, Reference, Row, collect
 from nanochat_jax.tokenizer.bpe import Tokenizer
 

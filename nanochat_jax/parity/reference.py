@@ -48,10 +48,10 @@ class Reference(UserDict[str, Any]):
         if key in self.data:
             self._unread.pop(key, None)
             return self.data[key]
-        if key not in self:
+        names = [name for name in self if name.startswith((f"{key}.", f"{key}/"))]
+        if not names:
             raise KeyError(f"{key} is missing")
-        below = [name for name in self if name.startswith((f"{key}.", f"{key}/"))]
-        return {name[len(key) + 1 :]: self[name] for name in below}
+        return {name[len(key) + 1 :]: self[name] for name in names}
 
     def unread(self) -> list[Row]:
         """A miss for each key that no comparison has read."""

@@ -14,7 +14,7 @@ from nanochat_jax.config import Recipe, load
 from nanochat_jax.model.accounting import param_counts, train_flops_per_token
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import adam_groups
-from nanochat_jax.parity.case import RECIPES
+from nanochat_jax.parity.model import RECIPES
 from nanochat_jax.parity.reference import Reference, Row, collect, dotted
 
 TOLERANCE = 1e-9

@@ -10,7 +10,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Engine, prompt_batches
 from nanochat_jax.inference.scheduler import Completion, Request, Text, Tool
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.parity.case import read_case
+from nanochat_jax.parity.model import read_case
 from nanochat_jax.parity.reference import read
 from scripts.bench.naive import generate_greedy
 

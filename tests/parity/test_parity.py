@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.parity.case import read_case
 from nanochat_jax.parity.folder import NOT_COVERED, compare_files, compare_folder, table
-from nanochat_jax.parity.reference import Reference, Row, collect, read
-from nanochat_jax.parity.updates import (
+from nanochat_jax.parity.model import (
     MAX_ROUNDED_SIGNS,
     STEP_TOLERANCE,
     compare_groups,
+    read_case,
     settle_signs,
 )
+from nanochat_jax.parity.reference import Reference, Row, collect, read
 from scripts import parity as script
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
