@@ -49,7 +49,7 @@ def compare_core(
     tasks, references = [], []
     for label in dict.fromkeys(key.partition(".")[0] for key in settings["tasks"]):
         reference = Reference(settings.file, settings[f"tasks.{label}"])
-        meta = {META.get(key, key): value for key, value in reference["meta"].items()}
+        meta = {META.get(key, str(key)): value for key, value in reference["meta"].items()}
         if "items" in reference:
             items = [to_example(meta["kind"], item) for item in reference["items"]]
             given = {"uri": "", "num_shots": 0, "delimiter": " ", "baseline": 0.0} | meta

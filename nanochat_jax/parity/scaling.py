@@ -15,7 +15,7 @@ from nanochat_jax.model.accounting import param_counts, train_flops_per_token
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import adam_groups
 from nanochat_jax.parity.model import RECIPES
-from nanochat_jax.parity.reference import Reference, Row, collect, dotted
+from nanochat_jax.parity.reference import ABSENT, Reference, Row, collect, dotted
 
 TOLERANCE = 1e-9
 KEYS = {"depth": "model.depth", "vocab": "tokenizer.vocab_size", "ratio": "base.tokens_per_param"}
@@ -25,38 +25,33 @@ Values = dict[str, Any]  # {column: number} of one row
 
 
 def compare_scaling(folder: Path, reference: Reference, generation: str) -> Iterable[Row]:
-    sizes = SIZES[generation]
+    sizes, names = SIZES[generation], dict.fromkeys(key.partition(".")[0] for key in reference)
     yield from collect(reference.file, sizes, _compare_sizes(reference, sizes, generation))
-    tables = dict.fromkeys(
-        match[0] for key in reference if (match := re.match("schedule[^.]*", key))
-    )
-    for name in tables or ["schedules"]:
+    for name in [name for name in names if name.startswith("schedule")] or ["schedules"]:
         yield from collect(reference.file, name, _compare_schedule(reference, name, generation))
 
 
 def _compare_columns(
-    reference: Reference, prefix: str, rows: list[tuple[str, Values, Values]]
+    reference: Reference, prefix: str, ours: list[Values], theirs: list[Values]
 ) -> Iterable[Row]:
-    """A comparison for each column of a table, given (name, ours, theirs) of its rows."""
-    columns = dict.fromkeys(column for _, ours, theirs in rows for column in ours | theirs)
-    for column in columns:
-        ours = {name: row[column] for name, row, _ in rows if column in row}
-        theirs = {name: row[column] for name, _, row in rows if column in row}
-        yield reference.compare(prefix + column, ours, theirs, TOLERANCE, relative=True)
+    """A comparison for each column of a table, given its rows."""
+    for column in dict.fromkeys(column for row in [*ours, *theirs] for column in row):
+        got, expected = ([row.get(column, ABSENT) for row in rows] for rows in (ours, theirs))
+        yield reference.compare(prefix + column, got, expected, TOLERANCE, relative=True)
 
 
 def _compare_sizes(reference: Reference, sizes: str, generation: str) -> Iterable[Row]:
     stated = re.search(r"seq_len (\d+)", str(reference.get("note")))
-    rows = []
-    for row in map(dotted, reference[sizes]):
+    ours, theirs = [], [dotted(row) for row in reference[sizes]]
+    for row in theirs:
         for column in list(row):  # the ratio may be part of a column's name
             if match := re.fullmatch(r"(num_iterations)_ratio(\d+)", column):
                 row |= {match[1]: row.pop(column), "ratio": float(match[2])}
         keys = {key: str(row.pop(column)) for column, key in KEYS.items() if column in row}
         config = load(RECIPES[generation], keys | ({"model.seq_len": stated[1]} if stated else {}))
         recipe.resolve(config, platform="cpu", num_devices=1)
-        rows.append((", ".join(map("=".join, keys.items())), _sizes(config, generation), row))
-    yield from _compare_columns(reference, f"{sizes}: ", rows)
+        ours.append(_sizes(config, generation))
+    yield from _compare_columns(reference, f"{sizes}: ", ours, theirs)
 
 
 def _sizes(config: Recipe, generation: str) -> Values:
@@ -85,23 +80,17 @@ def _compare_schedule(reference: Reference, name: str, generation: str) -> Itera
     """The table `name`, like schedules_1000_iterations: settings, and rows of chosen steps."""
     table = Reference(reference.file, reference[name])
     num_steps, c = int(re.findall(r"\d+", name)[0]), load(RECIPES[generation])
-    rows = []
-    for theirs in map(dict, table["rows"]):
-        step = theirs.pop("it")
-        ours = _schedules(table, step, num_steps, c).items()
-        rows.append((f"it {step}", {column: float(value) for column, value in ours}, theirs))
-    yield from _compare_columns(reference, f"{name}.", rows)
+    theirs = [dict(row) for row in table["rows"]]
+    ours = [_schedules(table, row.pop("it"), num_steps, c) for row in theirs]
+    yield from _compare_columns(reference, f"{name}.", ours, theirs)
     yield from table.unread()
 
 
 def _schedules(table: Reference, step: int, num_steps: int, c: Recipe) -> Values:
     def lr(warmup_steps: int, warmdown_frac: float, final_frac: float):
+        fracs = {"warmdown_frac": warmdown_frac, "final_frac": final_frac}
         return schedules.lr_multiplier(
-            step,
-            num_steps=num_steps,
-            warmup_steps=warmup_steps,
-            warmdown_frac=warmdown_frac,
-            final_frac=final_frac,
+            step, num_steps=num_steps, warmup_steps=warmup_steps, **fracs
         )
 
     def stated_lr(of: str):
