@@ -49,9 +49,9 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     return config.lock()
 
 
-def run_stage(stage: Callable[..., int | None], doc: str | None, *arguments: Any) -> None:
-    """A stage script: call `stage` with the recipe of the command line; `doc` is for --help."""
-    run_main(lambda: stage(load_from_argv(doc), *arguments))
+def run_stage(stage: Callable[[Recipe], int | None], doc: str | None) -> None:
+    """A stage script: run `stage` with the recipe of the command line; `doc` is for --help."""
+    run_main(lambda: stage(load_from_argv(doc)))
 
 
 def load_from_argv(doc: str | None, argv: list[str] | None = None) -> Recipe:

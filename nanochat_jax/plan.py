@@ -19,8 +19,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
@@ -83,22 +81,12 @@ class Step:
 
     @property
     def secs(self) -> float:
-        return self.model_secs + self.muon_secs + self.communication_secs
-
-    @property
-    def communication_secs(self) -> float:
-        return self.reduce_secs + self.gather_secs
+        return self.model_secs + self.muon_secs + self.reduce_secs + self.gather_secs
 
     @property
     def efficiency(self) -> float:
-        """Share of the time that goes into the model when nothing overlaps."""
+        """Share of the time that goes into the model; more if communication overlaps with it."""
         return self.model_secs / self.secs
-
-    @property
-    def overlapped_efficiency(self) -> float:
-        """The same when communication hides behind one part's work, as far as that lasts."""
-        part_secs = self.model_secs * self.layout.rows / self.share
-        return self.model_secs / (self.secs - min(self.communication_secs, part_secs))
 
 
 def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, network: str) -> Step:
@@ -169,7 +157,8 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     same time. A recipe's own numbers of steps count; the rest is assumed (see the constants above).
     Compiling, starting and preparing data are left out."""
     b, e, r = config.base, config.eval, config.rl
-    seq_len, write, read = config.model.seq_len, WRITE_COST[platform], 1 / 3
+    seq_len, read = config.model.seq_len, 1 / 3
+    write = WRITE_COST["cpu" if platform == "cpu" else "gpu"]
 
     def checks(section, steps: float) -> float:  # validations, the one at the end included
         return 1 + (steps // section.eval_every if section.eval_every else 0)
@@ -203,10 +192,10 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     return costs
 
 
-def later_tokens(config: Recipe, stage: str) -> float:
-    """Tokens that base could train on while the parts of a run after `stage` last, about."""
-    costs = stage_costs(config, "cpu" if jax.default_backend() == "cpu" else "gpu")
-    return sum(list(costs.values())[list(costs).index(stage) + 1 :])
+def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
+    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
+    costs = stage_costs(config, platform)
+    return secs_per_token * sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
 
 def _rows(spec: str) -> int:
@@ -325,26 +314,25 @@ def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> Lines:
 
 def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> Lines:
     """The pretraining on other numbers of GPUs, weights and batch divided over all of them."""
-    titles = "rows model Muon reduce gather useful hidden GiB time cost".split()
+    titles = "rows model Muon reduce gather useful GiB time cost".split()
     lines = [("ms of a step, a GPU's", "".join(f"{title:>10}" for title in titles))]
     tensor, rows = config.mesh.tensor, config.base.total_batch_tokens // config.model.seq_len
     for step in (on(n) for n in SCALE if n % tensor == 0):
         secs = _base_secs(config, step)
         terms = (step.model_secs, step.muon_secs, step.reduce_secs, step.gather_secs)
         cells = [f"{step.share}", *(f"{1e3 * term:,.1f}" for term in terms)]
-        cells += [f"{step.efficiency:.0%}", f"{step.overlapped_efficiency:.0%}"]
-        cells += [f"{sum(step.memory.values()) / GIB:.0f}", "too much", "-"]
+        memory = f"{sum(step.memory.values()) / GIB:.0f}"
+        cells += [f"{step.efficiency:.0%}", memory, "too much", "-"]
         if step.fits:
             cells[-2:] = format_secs(secs), _cost(secs, card, step)[:-3]
         note = f"  batch x {step.rows / rows:g}: learns less from a token" * (step.rows > rows)
         lines.append((f"{step.num_gpus:,} GPUs", "".join(f"{cell:>10}" for cell in cells) + note))
     best = most_gpus(config, on)
-    lost = f"{best.communication_secs / best.secs:.0%} communication"
-    efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful, {lost}"
+    efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful"
     return [
         *lines,
         ("assumed", "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided"),
-        ("useful, hidden", "share of the time in the model; the same if communication overlaps"),
+        ("useful", "share of the time in the model; more if communication overlaps with it"),
         ("efficient up to", efficient if best.fits else "none: too much for the memory"),
     ]
 

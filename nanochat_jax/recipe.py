@@ -105,10 +105,8 @@ def gpt_config(config: Recipe) -> GPTConfig:
     """The model of a resolved recipe; a training step recomputes as its layout says."""
     m = config.model
     if m.model_dim % m.num_heads or m.num_heads % m.num_kv_heads:
-        raise UserError(
-            f"config.model got model_dim {m.model_dim}, num_heads {m.num_heads}, num_kv_heads "
-            f"{m.num_kv_heads}; expected each to be a multiple of the next"
-        )
+        sizes = f"model_dim {m.model_dim}, num_heads {m.num_heads}, num_kv_heads {m.num_kv_heads}"
+        raise UserError(f"config.model got {sizes}; expected each to be a multiple of the next")
     _expect("model.window_pattern", m.window_pattern, ("S", "L"), list(m.window_pattern) or [""])
     _expect("model.remat", m.remat, ("auto", *REMAT))
     _expect("model.fp8_layers", m.fp8_layers, tuple(fp8.LAYERS), m.fp8_layers)
@@ -198,9 +196,9 @@ def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
     tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
     rows, rest = divmod(tokens, seq_len)
     if rest or rows % row_shards or not rows:
+        what = f"{row_shards} row shards x seq_len {seq_len} = {row_shards * seq_len}"
         raise UserError(
-            f"config.base.total_batch_tokens got {tokens}, expected a multiple of {row_shards} row "
-            f"shards x seq_len {seq_len} = {row_shards * seq_len}"
+            f"config.base.total_batch_tokens got {tokens}, expected a multiple of {what}"
         )
     return rows, rows_at_once("base", rows, row_shards, config.base.device_batch_size)
 
@@ -251,10 +249,8 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
             refused.append(line)
     if refused:
         allowed = f" (these may change: {', '.join(may_change)})" if may_change else ""
-        raise UserError(
-            f"{what} was made with another recipe: {'; '.join(refused)}; take these back, or "
-            f"choose another --config.run.name{allowed}"
-        )
+        how = f"take these back, or choose another --config.run.name{allowed}"
+        raise UserError(f"{what} was made with another recipe: {'; '.join(refused)}; {how}")
 
 
 def flat_json(config: Recipe, prefix: str) -> dict:

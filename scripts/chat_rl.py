@@ -10,4 +10,4 @@ from nanochat_jax.stages.rl import RL
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(train_stage, __doc__, RL)
+    run_stage(lambda config: train_stage(config, RL), __doc__)

@@ -11,4 +11,4 @@ from nanochat_jax.stages.chat import SFT
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(train_stage, __doc__, SFT)
+    run_stage(lambda config: train_stage(config, SFT), __doc__)

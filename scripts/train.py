@@ -12,4 +12,4 @@ from nanochat_jax.stages.base import Base
 from nanochat_jax.stages.train import train_stage
 
 if __name__ == "__main__":
-    run_stage(train_stage, __doc__, Base)
+    run_stage(lambda config: train_stage(config, Base), __doc__)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import UserError, aligned, log
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.history import PromptTooLong, fit_prompt
@@ -67,6 +67,10 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Score":
+        return cls(**{key: value for key, value in saved.items() if key != "accuracy"})
 
 
 def categorical(
@@ -228,11 +232,7 @@ def table(scores: Mapping[str, Score]) -> str:
         ended = ", ".join(f"{end} {n:,}" for end, n in sorted(score.ended.items()))
         correct = [f"{score.accuracy:.2%}", f"{score.num_correct:,}", f"{score.num_problems:,}"]
         rows.append([name, *correct, f"{score.seconds:,.1f}", ended])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers, ended in rows:
-        cells = [number.rjust(w) for number, w in zip(numbers, widths[1:-1], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells, ended]).rstrip())
+    lines = aligned(rows, left=(0, 5))
     means = chatcore({name: score.accuracy for name, score in scores.items()})
     missing = means.pop("missing")
     lines += [f"{name} {value:.4f}" for name, value in means.items()]

@@ -4,14 +4,10 @@
   join()   jax.distributed, before JAX starts its devices
   watch()  one connection from each process to process 0, held open as long as both live
 
-When a process is killed the system closes its connection, so process 0 knows at once, says which
-one is gone and ends, and by that ends the others; a machine that lost its power is found by TCP's
-keepalive. The same command continues from the last checkpoint. JAX's own heartbeats find a process
-that lives but hangs, and end the others less politely.
-
-jax.distributed could read the environment too, but under SLURM it shows GPU i to the i-th process
-of a machine even when one process is for all of its GPUs, and counts the tasks of the job instead
-of those of the step; under Open MPI 5 it finds no address.
+When a process is killed the system closes its connection (TCP's keepalive finds a machine that lost
+its power): process 0 says which one is gone and ends, and by that ends the others. JAX's heartbeats
+find a process that lives but hangs. We read the environment ourselves, because jax.distributed
+takes SLURM's job for its step, gives one GPU to a process that is for all, and cannot Open MPI 5.
 """
 
 import atexit
@@ -69,10 +65,8 @@ def _slurm(env: Mapping[str, str]) -> Launch:
 
 
 def _openmpi(env: Mapping[str, str]) -> Launch:
-    size, rank, here, local_rank = (
-        _number(env, f"OMPI_COMM_WORLD_{name}")
-        for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
-    )
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    size, rank, here, local_rank = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in names)
     port = env.get("JAX_COORDINATOR_PORT", PORT)
     coordinator = f"127.0.0.1:{port}" if here == size else ""  # it does not name other machines
     return Launch("openmpi", coordinator, size, rank, (local_rank,) if here > 1 else ())
@@ -146,9 +140,8 @@ def _detect(env: Mapping[str, str]) -> Launch | None:
                 return launch
     if "JAX_COORDINATOR_ADDRESS" in env and env.get("JAX_NUM_PROCESSES") != "1":
         raise UserError(
-            "JAX_COORDINATOR_ADDRESS is set, but no launcher of several processes was found; "
-            "Kubernetes needs JAX_NUM_PROCESSES and JOB_COMPLETION_INDEX too, others "
-            "--config.mesh.num_processes and process_id; --config.mesh.launcher=none is one process"
+            "got JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES and JOB_COMPLETION_INDEX; set "
+            "--config.mesh.num_processes and process_id, or launcher=none for one process"
         )
     return None
 
@@ -160,9 +153,8 @@ def join(launch: Launch, timeout_secs: float = MEET_SECS) -> None:
     where = f"for them at {launch.coordinator}{gpus}"
     log(f"launcher {launch.launcher}: {launch.num_processes} processes, waiting {where}")
     message = (
-        f"{launch.name} did not meet the others at {launch.coordinator} within {timeout_secs:g} s, "
-        "expected all to be started and this to be an address of process 0 that every machine "
-        "reaches; see config.mesh"
+        f"{launch.name} did not meet the others within {timeout_secs:g} s, expected all of them to "
+        f"reach process 0 at {launch.coordinator}; see config.mesh"
     )
     # Ours, because jax.distributed aborts with a stack trace when its own time is up.
     too_late = threading.Timer(timeout_secs, _end, [message])
@@ -228,10 +220,9 @@ def _require_one_folder(launch: Launch, mark: Path) -> None:
     stop = time.monotonic() + FOLDER_SECS
     while not mark.exists():
         if time.monotonic() > stop:
-            raise UserError(
-                f"$NANOCHAT_BASE_DIR got {base_dir()}, which {launch.name} does not share with "
-                "process 0; expected one folder that all machines see"
-            )
+            what = f"which {launch.name} does not share with process 0"
+            expected = "expected one folder that all machines see"
+            raise UserError(f"$NANOCHAT_BASE_DIR got {base_dir()}, {what}; {expected}")
         time.sleep(0.2)
     multihost_utils.sync_global_devices("all have seen the mark")
     if launch.process_id == 0:

@@ -26,7 +26,6 @@ MAY_CHANGE = (
     "data.local_dir",
     "data.task_dir",
     "data.persona",  # what was rendered with it is compared instead
-    "data.num_workers",  # of checkpoints from before this key went
     "data.prefetch_batches",
     "model.attention",
     "model.remat",

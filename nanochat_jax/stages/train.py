@@ -218,7 +218,8 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     metrics = MetricsLog(
         folder / "metrics.jsonl", first, config.run.tracker, config.run.name, run.is_main
     )
-    console = Console(stage.num_steps, first, flops, peak, plan.later_tokens(config, name))
+    later_tokens = plan.remaining_secs(config, name, 1.0, jax.default_backend())
+    console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
     with closing(metrics), closing(console), closing(watch):
         step, finished = fit(

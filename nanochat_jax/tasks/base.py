@@ -6,20 +6,22 @@
 
 A conversation is {"messages": [{"role", "content"}, ...]} as in tokenizer/chat.py, plus what the
 verdict needs. A task is a pure function of its index: the same example at every call, on every
-machine. Tasks that are generated deal out their own splits, by the hash of what must not recur.
+machine. Tasks that make their own examples also split them, by the hash of what train and test
+must not share.
 """
 
 import hashlib
+import itertools
 import random
+import tomllib
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
-
-from nanochat_jax.common import UserError
 
 Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
-SPLITS = ("train", "test")  # of the tasks that deal out their own
+SPLITS = ("train", "test")  # of tasks that split their examples themselves
 _TEST_FRAC = 0.1
 
 
@@ -50,31 +52,66 @@ class Task(Sequence[Conversation]):
         return self.example(range(len(self))[index])
 
 
-def check_split(split: str) -> str:
-    if split not in SPLITS:
-        raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
-    return split
+class RowTask(Task):
+    """A task of rows: conversations as they are, or what a subclass makes one of."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Conversation:
+        return self.rows[index]
+
+
+class GeneratedTask(Task):
+    """A task that draws each example with a random generator of its own."""
+
+    seed: str  # of the generators, with the split and the index
+    sizes: dict[str, int]  # of the splits
+
+    def __init__(self, split: str):
+        self.split = split
+
+    def __len__(self) -> int:
+        return self.sizes[self.split]
+
+    def example(self, index: int) -> Conversation:
+        return self.draw(random.Random(f"{self.seed} {self.split} {index}"))
+
+    @abstractmethod
+    def draw(self, rng: random.Random) -> Conversation:
+        """An example of the task's split."""
+
+
+def messages(*contents: Any) -> Conversation:
+    """The conversation in which user and assistant say these in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    said = zip(roles, contents, strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def read_toml(name: str) -> dict[str, Any]:
+    """The words of a generated task, from the file `name` beside this one."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def split_of(content: str) -> str:
     """The split that content belongs to: by its hash, a tenth of all is test.
 
-    The hash is that of data/shards.py, which sets aside at most as much: what pretraining holds out
-    under this key lies in the test split too.
+    The hash is that of data/shards.py, which holds at most as much out of pretraining: what it
+    holds out is in the test split here.
     """
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < _TEST_FRAC * 2**64 else "train"
 
 
-def mixture_order(
-    tasks: Sequence[Sequence[int]], seed: int = SHUFFLE_SEED
-) -> list[tuple[int, int]]:
-    """(task, index) pairs of a mixture, given the example indices that each task takes part with.
+def mixture_order(tasks: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(task, index) pairs of a mixture, shuffled, given the indices that each task takes part with.
 
-    Every example of every task is listed once, task by task, and the list is shuffled with a fixed
-    seed: the order depends on the sizes alone. A task that should weigh more is listed more than
-    once. A task of n examples takes part with range(n), a slice of it with range(n)[a:b:c].
+    The order depends on the numbers of indices alone.
     """
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
-    random.Random(seed).shuffle(pairs)
+    random.Random(SHUFFLE_SEED).shuffle(pairs)
     return pairs

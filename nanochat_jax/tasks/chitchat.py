@@ -3,27 +3,24 @@
     Hi! How was your weekend?        user
     Good, I went hiking. And yours?  assistant
 
-Read, filtered and tidied as for pretraining in data/demo.py. What one person says before the other
-answers is one message. A conversation is cut into pieces short enough for small contexts; a piece
-starts with a greeting or a question, so that it needs nothing said before, and ends with an answer.
+Filtered and tidied as for pretraining in data/demo.py, and cut into pieces short enough for small
+contexts. What one person says before the other answers is one message; a piece starts with a
+greeting or a question, so that it needs nothing said before, and ends with an answer. Whole
+conversations belong to one split, so what is validation in the demo's pretraining is in no training
+example here (split_of).
 
-Whole conversations belong to one split, by the hash by which data/shards.py sets validation aside,
-here the largest share that it takes: what is validation in the demo's pretraining is in no training
-example here.
-
-Filtering and tidying 7,000 conversations takes seconds, and every stage that chats needs them: what
-comes out is kept in $NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with the hashes of what it was
-made from, and made anew when these differ.
+Making the pieces takes seconds, and every stage that chats needs them: they are kept in
+$NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with the hashes of what they were made from.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from nanochat_jax.common import data_dir, locked, read_json, sha256_file, write_json
 from nanochat_jax.data import demo
-from nanochat_jax.tasks.base import Conversation, Task, check_split, split_of
+from nanochat_jax.tasks.base import RowTask, messages, split_of
 
 MAX_CHARS = 700  # of a piece: with the demo tokenizer nearly all are within its 256 tokens
 _MAX_MESSAGE_CHARS = 400  # longer ones are stories, not small talk
@@ -37,24 +34,14 @@ _SETTING = re.compile(
 )
 
 
-class ChitChat(Task):
+class ChitChat(RowTask):
     """Two or more messages each, roles in turn. UserError when the package is not installed."""
 
     def __init__(self, split: str):
-        check_split(split)
-        self.pieces = [piece for key, piece in _all_pieces() if split_of(key) == split]
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def example(self, index: int) -> Conversation:
-        roles = ("user", "assistant")
-        texts = self.pieces[index]
-        return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]}
+        super().__init__([messages(*piece) for key, piece in _pieces() if split_of(key) == split])
 
 
-@cache
-def _all_pieces() -> list[tuple[str, list[str]]]:
+def _pieces() -> list[tuple[str, list[str]]]:
     """(key of the conversation, messages) of every piece, in the order of the keys."""
     sources = (demo.dataset_file(), Path(demo.__file__), Path(__file__))
     made_of = [sha256_file(source) for source in sources]
@@ -64,19 +51,17 @@ def _all_pieces() -> list[tuple[str, list[str]]]:
         if kept.get("made_of") != made_of:
             kept = {"made_of": made_of, "pieces": list(_make_pieces())}
             write_json(path, kept)
-    return [(key, piece) for key, piece in kept["pieces"]]
+    return kept["pieces"]
 
 
 def _make_pieces() -> Iterator[tuple[str, list[str]]]:
-    raw = demo.read_dataset()
     talks: dict[str, list[tuple[str, str]]] = {}
-    for key in sorted(raw):
-        turns = [turn for turn in raw[key]["messages"] if turn]
-        if demo.is_decent(" \n ".join(message["text"] for turn in turns for message in turn)):
-            talks[key] = [
-                (turn[0]["sender"], demo.tidy_turn(message["text"] for message in turn))
-                for turn in turns
-            ]
+    for key, raw in sorted(demo.read_dataset().items()):
+        turns = [turn for turn in raw["messages"] if turn]
+        texts = [[message["text"] for message in turn] for turn in turns]
+        if demo.is_decent(" \n ".join(text for turn in texts for text in turn)):
+            speakers = [turn[0]["sender"] for turn in turns]
+            talks[key] = list(zip(speakers, map(demo.tidy_turn, texts), strict=True))
     known = demo.common_words([text for _, text in turns] for turns in talks.values())
     for key, turns in talks.items():
         for piece in cut(turns):
@@ -91,31 +76,16 @@ def cut(turns: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
     that is left out ends the run; a turn without text is as if it had not been.
     """
     piece: list[str] = []
-    for text in _join_speakers(turns):
-        unwanted = (
-            len(text) > _MAX_MESSAGE_CHARS or demo.LEFT_OUT.search(text) or _SETTING.search(text)
-        )
+    for _, of_speaker in groupby((turn for turn in turns if turn[1]), key=lambda turn: turn[0]):
+        text = " ".join(text for _, text in of_speaker)
+        left_out = demo.LEFT_OUT.search(text) or _SETTING.search(text)
+        unwanted = left_out or len(text) > _MAX_MESSAGE_CHARS
         if unwanted or sum(map(len, piece)) + len(text) > MAX_CHARS:
             yield from _even(piece)
             piece = []
         if not unwanted and (piece or _OPENING.match(text)):
             piece.append(text)
     yield from _even(piece)
-
-
-def _join_speakers(turns: Iterable[tuple[str, str]]) -> Iterator[str]:
-    last, joined = "", ""
-    for speaker, text in turns:
-        if not text:
-            continue
-        if joined and speaker == last:
-            joined += f" {text}"
-        else:
-            if joined:
-                yield joined
-            last, joined = speaker, text
-    if joined:
-        yield joined
 
 
 def _even(piece: list[str]) -> Iterator[list[str]]:

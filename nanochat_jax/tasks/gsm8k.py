@@ -10,45 +10,10 @@ import re
 from collections.abc import Sequence
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.base import Conversation, Task
-from nanochat_jax.tasks.sources import Row
+from nanochat_jax.tasks.base import Conversation, RowTask, Task, messages
 
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 _CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
-
-
-class GSM8K(Task):
-    """A right answer ends in the same number, to the letter."""
-
-    kind = "generative"
-
-    def __init__(self, rows: Sequence[Row]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def example(self, index: int) -> Conversation:
-        row = self.rows[index]
-        return {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": solution_parts(row["answer"])},
-            ]
-        }
-
-    def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
-        return [extract_answer(said) == self._reference(index) for index, said in answers]
-
-    def _reference(self, index: int) -> str:
-        solution = self.rows[index]["answer"]
-        answer = extract_answer(solution)
-        if answer is None:  # would make an answer without number right
-            raise UserError(
-                f"got the GSM8K solution {solution[-60:]!r}, expected it to end in '#### number'; "
-                "correct the row"
-            )
-        return answer
 
 
 def solution_parts(solution: str) -> list[dict[str, str]]:
@@ -63,3 +28,29 @@ def extract_answer(text: str) -> str | None:
     """The first number after a `#### `, without its thousands commas; None if there is none."""
     found = _ANSWER.search(text)
     return found.group(1).replace(",", "") if found else None
+
+
+class NumberTask(Task):
+    """A task whose examples end in `#### number`; answers with the same number are right."""
+
+    kind = "generative"
+
+    def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
+        return [extract_answer(said) == self._number(index) for index, said in answers]
+
+    def _number(self, index: int) -> str:
+        parts = self.example(index)["messages"][-1]["content"]
+        solution = "".join(part["text"] for part in parts)
+        number = extract_answer(solution)
+        if number is None:  # would make an answer without number right
+            raise UserError(
+                f"got the solution {solution[-60:]!r}, expected it to end in '#### number'; "
+                "correct the row"
+            )
+        return number
+
+
+class GSM8K(NumberTask, RowTask):
+    def example(self, index: int) -> Conversation:
+        row = self.rows[index]
+        return messages(row["question"], solution_parts(row["answer"]))

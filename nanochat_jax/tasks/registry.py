@@ -13,21 +13,44 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.arc import ARC
-from nanochat_jax.tasks.base import SHUFFLE_SEED, Conversation, Task, mixture_order
+from nanochat_jax.tasks.arithmetic import Arithmetic
+from nanochat_jax.tasks.base import (
+    SHUFFLE_SEED,
+    SPLITS,
+    Conversation,
+    RowTask,
+    Task,
+    mixture_order,
+)
+from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K
-from nanochat_jax.tasks.mmlu import MMLU
-from nanochat_jax.tasks.smoltalk import SmolTalk
-from nanochat_jax.tasks.sources import SOURCES, Rows, load_rows
+from nanochat_jax.tasks.humaneval import HumanEval
+from nanochat_jax.tasks.identity import PERSONA, Identity
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
+from nanochat_jax.tasks.sources import SOURCES, load_rows
+from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee
 
+# Each is called with rows (those in SOURCES), a path (json), or a split, and a persona (identity).
+TASKS: dict[str, Callable[..., Task]] = {
+    "arc_easy": ARC,
+    "arc_challenge": ARC,
+    "mmlu": MMLU,
+    "gsm8k": GSM8K,
+    "humaneval": HumanEval,
+    "smoltalk": RowTask,  # conversations made with a large model for small ones (arXiv 2502.02737)
+    "json": CustomJSON,
+    "spelling_bee": SpellingBee,
+    "simple_spelling": SimpleSpelling,
+    "arithmetic": Arithmetic,
+    "identity": Identity,
+    "chitchat": ChitChat,
+}
 _SPEC = re.compile(
     r"(?P<task>\S+)\s+(?P<split>\S.*?)"
     r"(?:\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?(?::(?P<step>[1-9]\d*)?)?\])?"
@@ -36,91 +59,13 @@ _SPEC = re.compile(
 _GRAMMAR = 'expected "<task> <split>[slice] [x<weight>]", as in "gsm8k train[:1000] x2.5"'
 
 
-class Origin(NamedTuple):
-    """What a task is made from; each takes what it needs."""
-
-    split: str
-    task_dir: str
-    persona: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    splits: tuple[str, ...]  # none: the split is a path
-    open: Callable[[Origin], Task]
-
-
-def _of_rows(name: str, task: Callable[[Rows], Task]) -> Entry:
-    return Entry(
-        tuple(SOURCES[name].splits), lambda it: task(load_rows(name, it.split, it.task_dir))
-    )
-
-
-def _generated(task: Callable[[Origin], Task]) -> Entry:
-    return Entry(("train", "test"), task)
-
-
-# Those below bring word lists or a sandbox along, which a run that has no use for them spares.
-
-
-def _humaneval(rows: Rows) -> Task:
-    from nanochat_jax.tasks.humaneval import HumanEval
-
-    return HumanEval(rows)
-
-
-def _spelling_bee(it: Origin) -> Task:
-    from nanochat_jax.tasks.spelling import SpellingBee
-
-    return SpellingBee(it.split)
-
-
-def _simple_spelling(it: Origin) -> Task:
-    from nanochat_jax.tasks.spelling import SimpleSpelling
-
-    return SimpleSpelling(it.split)
-
-
-def _arithmetic(it: Origin) -> Task:
-    from nanochat_jax.tasks.arithmetic import Arithmetic
-
-    return Arithmetic(it.split)
-
-
-def _identity(it: Origin) -> Task:
-    from nanochat_jax.tasks.identity import Identity
-
-    return Identity(it.split, it.persona)
-
-
-def _chitchat(it: Origin) -> Task:
-    from nanochat_jax.tasks.chitchat import ChitChat
-
-    return ChitChat(it.split)
-
-
-TASKS = {
-    "arc_easy": _of_rows("arc_easy", ARC),
-    "arc_challenge": _of_rows("arc_challenge", ARC),
-    "mmlu": _of_rows("mmlu", MMLU),
-    "gsm8k": _of_rows("gsm8k", GSM8K),
-    "humaneval": _of_rows("humaneval", _humaneval),
-    "smoltalk": _of_rows("smoltalk", SmolTalk),
-    "json": Entry((), lambda it: CustomJSON(it.split)),
-    "spelling_bee": _generated(_spelling_bee),
-    "simple_spelling": _generated(_simple_spelling),
-    "arithmetic": _generated(_arithmetic),
-    "identity": _generated(_identity),
-    "chitchat": _generated(_chitchat),
-}
-
-
 class Selection(Task):
     """Some examples of a task, perhaps several times."""
 
-    def __init__(self, task: Task, indices: Sequence[int]):
+    def __init__(self, task: Task, indices: Sequence[int], spec: str = "", name: str = ""):
         self.task, self.indices = task, indices
         self.kind, self.chance = task.kind, task.chance
+        self.spec, self.name = spec, name  # the name is the spec without slice and weight
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,21 +77,12 @@ class Selection(Task):
         return self.task.grade([(self.indices[index], said) for index, said in answers])
 
 
-class Part(NamedTuple):
-    """A spec, opened."""
-
-    spec: str
-    name: str  # the spec without slice and weight
-    task: Task
-    indices: Sequence[int]  # of the examples that it selects
-
-
 class Mixture(Task):
     """The examples of several specs, shuffled."""
 
-    def __init__(self, parts: Sequence[Part], seed: int = SHUFFLE_SEED):
+    def __init__(self, parts: Sequence[Selection]):
         self.parts = parts
-        self.order = mixture_order([part.indices for part in parts], seed)
+        self.order = mixture_order([part.indices for part in parts])
 
     def __len__(self) -> int:
         return len(self.order)
@@ -174,51 +110,66 @@ def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Task:
     `task_dir`: folder of the data sets, "" for the Hugging Face hub (sources.py); `persona`: path
     of a persona file, "" for ours (identity.py).
     """
-    part = _open(spec, task_dir, persona)
-    whole = part.indices == range(len(part.task))
-    return part.task if whole else Selection(part.task, part.indices)
+    selected = _open(spec, task_dir, persona)
+    whole = selected.indices == range(len(selected.task))
+    return selected.task if whole else selected
 
 
-def mixture(
-    specs: Sequence[str], *, task_dir: str = "", persona: str = "", seed: int = SHUFFLE_SEED
-) -> Mixture:
+def mixture(specs: Sequence[str], *, task_dir: str = "", persona: str = "") -> Mixture:
     """The examples of all specs in one shuffled sequence; errors as `open_task`."""
     if not specs:
         raise UserError(f"got no task for the mixture, {_GRAMMAR}")
     for spec in specs:
         _parse(spec)  # a wrong spec is told before anything is loaded
-    return Mixture([_open(spec, task_dir, persona) for spec in specs], seed)
+    return Mixture([_open(spec, task_dir, persona) for spec in specs])
+
+
+def file_stamps(specs: Sequence[str], persona: str = "") -> list[list]:
+    """[path, bytes, time of change] of the user's own files that the specs read.
+
+    They are files of conversations, and the persona file, given or ours, for a spec of the task
+    identity. What was made from them is out of date when these differ.
+    """
+    parsed = [_parse(spec) for spec in specs]
+    paths = [Path(spec["split"]) for spec in parsed if spec["task"] == "json"]
+    if any(spec["task"] == "identity" for spec in parsed):
+        paths.append(Path(persona or PERSONA))
+    files = [path for path in (path.expanduser() for path in paths) if path.is_file()]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _parse(spec: str) -> re.Match[str]:
     parsed = _SPEC.fullmatch(spec.strip())
     name = parsed["task"] if parsed else spec.strip()
     if name not in TASKS:
-        known = ", ".join(TASKS)
-        raise UserError(f"got task {name!r}{_nearest(name, TASKS)}, expected one of {known}")
-    splits = TASKS[name].splits
-    listed = ", ".join(splits) or "the path of a .jsonl file"
+        raise UserError(f"got task {name!r}, {_one_of(TASKS, name)}")
+    splits = SOURCES[name].files if name in SOURCES else SPLITS
     if parsed is None:
+        listed = "the path of a .jsonl file" if name == "json" else ", ".join(splits)
         raise UserError(f"got {spec!r}, {_GRAMMAR}; {name} has {listed}")
-    if splits and parsed["split"] not in splits:
-        near = _nearest(parsed["split"], splits)
-        raise UserError(f"got split {parsed['split']!r} of {name}{near}, expected one of {listed}")
+    if name != "json" and parsed["split"] not in splits:
+        split = parsed["split"]
+        raise UserError(f"got split {split!r} of {name}, {_one_of(splits, split)}")
     return parsed
 
 
-def _nearest(name: str, known: Sequence[str] | dict[str, Entry]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (perhaps {near[0]}?)" if near else ""
+def _one_of(known: Iterable[str], got: str) -> str:
+    near = difflib.get_close_matches(got, known := list(known), n=1)
+    return f"expected one of {', '.join(known)}" + (f" (perhaps {near[0]}?)" if near else "")
 
 
-def _open(spec: str, task_dir: str, persona: str) -> Part:
+def _open(spec: str, task_dir: str, persona: str) -> Selection:
     parsed = _parse(spec)
-    task = TASKS[parsed["task"]].open(Origin(parsed["split"], task_dir, persona))
+    name, split = parsed["task"], parsed["split"]
+    if name in SOURCES:
+        task = TASKS[name](load_rows(name, split, task_dir))
+    else:
+        task = TASKS[name](split, *((persona,) if name == "identity" else ()))
     bounds = (int(parsed[key]) if parsed[key] else None for key in ("start", "stop", "step"))
     indices = _weighted(range(len(task))[slice(*bounds)], Fraction(parsed["weight"] or 1))
     if not indices:
         raise UserError(f"got {spec!r}, which selects none of {len(task)} examples; correct it")
-    return Part(spec, f"{parsed['task']} {parsed['split']}", task, indices)
+    return Selection(task, indices, spec, f"{name} {split}")
 
 
 def _weighted(indices: range, weight: Fraction) -> Sequence[int]:
@@ -228,19 +179,3 @@ def _weighted(indices: range, weight: Fraction) -> Sequence[int]:
     times, rest = divmod(weight, 1)
     sample = random.Random(SHUFFLE_SEED).sample(indices, round(rest * len(indices)))
     return [*indices] * int(times) + sorted(sample)
-
-
-def file_stamps(specs: Sequence[str], persona: str = "") -> list[list]:
-    """[path, bytes, time of change] of the user's own files that the specs read.
-
-    The persona file, given or ours, is among them where a spec is of the task identity. What was
-    made from them is out of date when these differ.
-    """
-    parsed = [_parse(spec) for spec in specs]
-    paths = [spec["split"] for spec in parsed if not TASKS[spec["task"]].splits]
-    if any(spec["task"] == "identity" for spec in parsed):
-        from nanochat_jax.tasks.identity import PERSONA
-
-        paths.append(persona or str(PERSONA))
-    files = [path for path in (Path(name).expanduser() for name in paths) if path.is_file()]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -3,184 +3,110 @@
     load_rows("gsm8k", "test", task_dir="")     the hub, kept in $NANOCHAT_BASE_DIR/data/tasks
     load_rows("gsm8k", "test", task_dir=DIR)    DIR/gsm8k/test.jsonl or .parquet, never the hub
 
-SOURCES says which file and which columns, of which kind; a folder's rows are checked. Rows are
-shuffled with a fixed seed, because several datasets are sorted by subject or origin and `[:500]`
-should be a sample; the permutation is the one of `datasets.Dataset.shuffle(seed=42)`, so hub,
-folder and upstream have the same rows at the same index as long as they hold them in the same
-order.
+Rows are shuffled with a fixed seed, because several datasets are sorted by subject or origin and
+`[:500]` should be a sample; hub, folder and upstream have the same row at the same index if they
+hold the rows in the same order.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nanochat_jax.common import UserError, data_dir
 from nanochat_jax.tasks.base import SHUFFLE_SEED
 
-Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".parquet")
 
-
-class Split(NamedTuple):
-    config: str | None  # on the hub
-    name: str  # on the hub
-    files: tuple[str, ...]  # in task_dir without suffix; several that match a * are joined
-
-
-class Kind(NamedTuple):
-    name: str
-    holds: Callable[[Any], bool]  # of a module: worker processes get it by name
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_labelled(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_texts(value.get(key)) for key in ("text", "label"))
-
-
-TEXT = Kind("text", _is_text)
-TEXTS = Kind("a list of texts", _is_texts)
-NUMBER = Kind("a whole number", _is_number)
-LABELLED = Kind('{"text": [texts], "label": [texts]}', _is_labelled)
-MESSAGES = Kind("a list of messages", _is_list)  # which tokenizer/chat.py checks
-
-
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     repo_id: str
-    columns: Mapping[str, Kind]
-    splits: Mapping[str, Split]
+    config: str | None  # on the hub
+    row: Mapping[str, Any]  # an example of one: its columns and the types of their values
+    files: Mapping[str, tuple[str, ...]]  # of each split, in task_dir without suffix: one of them
+    hub_names: Mapping[str, str] = {}  # of splits that have another name there
 
 
-def _arc(config: str, name: str) -> Source:
-    train, dev, validation, test = (
-        f"arc/{name}_{split}" for split in ("train", "dev", "validation", "test")
-    )
-    held_out = Split(config, "validation", (dev, validation))  # AI2 says dev, the hub validation
+def _arc(config: str, file: str) -> Source:
+    held_out = (f"{file}_dev", f"{file}_validation")
+    files = {"train": (f"{file}_train",), "validation": held_out, "dev": held_out}
     return Source(
         "allenai/ai2_arc",
-        {"question": TEXT, "choices": LABELLED, "answerKey": TEXT},
-        {
-            "train": Split(config, "train", (train,)),
-            "validation": held_out,
-            "dev": held_out,
-            "test": Split(config, "test", (test,)),
-        },
+        config,
+        {"question": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""},
+        files | {"test": (f"{file}_test",)},
+        {"dev": "validation"},
     )
 
 
 SOURCES = {
-    "arc_easy": _arc("ARC-Easy", "arc_easy"),
-    "arc_challenge": _arc("ARC-Challenge", "arc_challenge"),
+    "arc_easy": _arc("ARC-Easy", "arc/arc_easy"),
+    "arc_challenge": _arc("ARC-Challenge", "arc/arc_challenge"),
     "mmlu": Source(
         "cais/mmlu",
-        {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": NUMBER},
-        {
-            "test": Split("all", "test", ("mmlu/test",)),
-            "dev": Split("all", "dev", ("mmlu/dev",)),
-            "validation": Split("all", "validation", ("mmlu/validation",)),
-            "auxiliary_train": Split("all", "auxiliary_train", ("mmlu/auxiliary_train*",)),
-        },
+        "all",
+        {"question": "", "choices": [""], "answer": 0},
+        {name: (f"mmlu/{name}",) for name in ("test", "dev", "validation")}
+        | {"auxiliary_train": ("mmlu/auxiliary_train*",)},
     ),
     "gsm8k": Source(
         "openai/gsm8k",
-        {"question": TEXT, "answer": TEXT},
-        {name: Split("main", name, (f"gsm8k/{name}",)) for name in ("train", "test")},
+        "main",
+        {"question": "", "answer": ""},
+        {"train": ("gsm8k/train",), "test": ("gsm8k/test",)},
     ),
     "humaneval": Source(
         "openai/openai_humaneval",
-        dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), TEXT),
-        {"test": Split(None, "test", ("humaneval/HumanEval",))},
+        None,
+        dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), ""),
+        {"test": ("humaneval/HumanEval",)},
     ),
     "smoltalk": Source(
         "HuggingFaceTB/smol-smoltalk",
-        {"messages": MESSAGES},
-        {name: Split(None, name, (f"chat/mixture/{name}",)) for name in ("train", "test")},
+        None,
+        {"messages": []},
+        {"train": ("chat/mixture/train",), "test": ("chat/mixture/test",)},
     ),
 }
 
 
-class Rows(Sequence[Row]):
-    """Rows in shuffled order."""
-
-    def __init__(self, rows: Sequence[Row]):
-        self._rows = rows
-        self._order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
-        return self._rows[int(self._order[index])]
-
-
-class _ParquetRows(Sequence[Row]):
-    """Rows of parquet files that become objects when read; other processes get the paths."""
-
-    def __init__(self, paths: list[Path], columns: Mapping[str, Kind]):
-        self._made_of = (paths, columns)
-        self._table = pa.concat_tables(_read_parquet(path, columns) for path in paths)
-
-    def __reduce__(self):
-        return _ParquetRows, self._made_of
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        row, (paths, columns) = self._table.slice(index, 1).to_pylist()[0], self._made_of
-        _check_kinds(f"row {index} of {', '.join(map(str, paths))}", row, columns)
-        return row
-
-
-def load_rows(name: str, split: str, task_dir: str = "") -> Rows:
+def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, Any]]:
     """Rows of a split of SOURCES[name], from the folder `task_dir`, or from the hub for ""."""
     source = SOURCES[name]
-    if task_dir:
-        return Rows(_from_folder(source, source.splits[split], Path(task_dir).expanduser()))
-    return Rows(_from_hub(source, source.splits[split]))
+    if not task_dir:
+        advice = "check the network, or put the files into a folder and set config.data.task_dir"
+        hub_split = source.hub_names.get(split, split)
+        return _load(source, source.repo_id, advice, name=source.config, split=hub_split)
+    files = _files(source, split, Path(task_dir).expanduser())
+    if files[0].suffix == ".parquet":
+        paths = [str(file) for file in files]
+        return _load(source, "parquet", "copy it again", data_files=paths, split="train")
+    rows = [row for file in files for row in _read_rows(file, source.row)]
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))  # Dataset.shuffle's
+    return [rows[i] for i in order]
 
 
-def _from_hub(source: Source, split: Split) -> Sequence[Row]:
-    from datasets import load_dataset  # takes seconds
+def _load(source: Source, path: str, advice: str, **what: Any) -> Sequence[dict[str, Any]]:
+    """Shuffled rows from the library `datasets`, which reads them from the disk when asked."""
+    from datasets import load_dataset  # takes a second
     from datasets.exceptions import DatasetsError
 
+    origin = ", ".join(what.get("data_files", [path]))
     try:
-        dataset = load_dataset(
-            source.repo_id, split.config, split=split.name, cache_dir=str(data_dir() / "tasks")
-        )
-    except (OSError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{source.repo_id} did not come from the Hugging Face hub ({reason}); check the "
-            "network, or put the files into a folder and set config.data.task_dir"
-        ) from None
-    _check_columns(source.repo_id, dataset.column_names, source.columns)
-    return dataset  # type: ignore[return-value]  # a sequence, on the disk, in all but name
+        rows = load_dataset(path, **what, cache_dir=str(data_dir() / "tasks"))
+    except (OSError, pa.ArrowException, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{origin} cannot be read ({reason}); {advice}") from None
+    # A column has one type, so the first row speaks for all, but for missing values.
+    _check(origin, rows[0] if len(rows) else None, source.row)
+    if empty := [column for column in source.row if rows.data.column(column).null_count]:
+        raise UserError(f"{origin}: got rows without {', '.join(empty)}, expected all; {advice}")
+    return rows.select_columns(list(source.row)).shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
-def _from_folder(source: Source, split: Split, folder: Path) -> Sequence[Row]:
-    wanted = [f"{file}{suffix}" for file in split.files for suffix in SUFFIXES]
+def _files(source: Source, split: str, folder: Path) -> list[Path]:
+    wanted = [f"{file}{end}" for file in source.files[split] for end in (".jsonl", ".parquet")]
     found = [paths for pattern in wanted if (paths := sorted(folder.glob(pattern)))]
     if len(found) != 1:
         got = " and ".join(str(path) for paths in found for path in paths) or "no such file"
@@ -188,62 +114,48 @@ def _from_folder(source: Source, split: Split, folder: Path) -> Sequence[Row]:
             f"got {got}, expected in config.data.task_dir = {folder} one of {', '.join(wanted)}, "
             f"with rows of {source.repo_id}"
         )
-    (paths,) = found
-    if paths[0].suffix == ".parquet":
-        return _ParquetRows(paths, source.columns)
-    rows = []
-    for path in paths:
-        for where, row in read_jsonl(path):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: got {type(row).__name__}, expected an object")
-            _check_columns(where, row, source.columns)
-            _check_kinds(where, row, source.columns)
-            rows.append(row)
-    return rows
+    return found[0]
 
 
-def _read_parquet(path: Path, columns: Mapping[str, Kind]) -> pa.Table:
-    try:
-        _check_columns(str(path), pq.read_schema(path).names, columns)
-        return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}), expected a parquet file; copy it again"
-        ) from None
-
-
-def _check_columns(where: str, got: Sequence[str] | Row, expected: Mapping[str, Kind]) -> None:
-    if not expected.keys() <= set(got):
-        raise UserError(
-            f"{where}: got {', '.join(got) or 'nothing'}, expected {', '.join(expected)}; "
-            "rename what is there"
-        )
-
-
-def _check_kinds(where: str, row: Row, columns: Mapping[str, Kind]) -> None:
-    for name, kind in columns.items():
-        if not kind.holds(row[name]):
-            got = repr(row[name])
-            got = got if len(got) <= 60 else f"{got[:60]}..."
-            raise UserError(f"{where}: {name} got {got}, expected {kind.name}; correct the row")
+def _read_rows(file: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for where, row in read_jsonl(file):
+        _check(where, row, example)
+        yield {column: row[column] for column in example}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """("path:line", value) of each line that is not blank."""
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{path}:{number}: not JSON ({error}), expected one JSON value a line; "
-                        "correct or remove the line"
-                    ) from None
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}), expected a .jsonl file; correct the path"
         ) from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error}), expected one JSON value a line; correct or "
+                "remove the line"
+            ) from None
+        if line.strip():
+            yield f"{path}:{number}", value
+
+
+def _check(where: str, row: Any, example: Mapping[str, Any]) -> None:
+    columns = row if isinstance(row, dict) else {}
+    wrong = [name for name in example if not _has_type_of(columns.get(name), example[name])]
+    if wrong:
+        raise UserError(
+            f"{where}: {', '.join(wrong)} wrong or missing: got {repr(row)[:100]}, expected a row "
+            f"like {dict(example)}; correct it"
+        )
+
+
+def _has_type_of(value: Any, like: Any) -> bool:
+    if isinstance(value, dict) and isinstance(like, dict):
+        return all(_has_type_of(value.get(key), like[key]) for key in like)
+    if isinstance(value, list) and isinstance(like, list):
+        return all(_has_type_of(item, like[0]) for item in value if like)
+    return type(value) is type(like)

@@ -11,9 +11,8 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.scheduler import Completion
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
 from scripts.bench.naive import generate_greedy
 

@@ -193,7 +193,9 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
         write("b.json", []): "b.json: got []",
         write("c.json", {"messages": [{"role": "robot", "content": "hi"}]}): "role 'robot'",
         write("d.json", {"messages": [user]}): "d.json ends with a user message",
-        write("e.json", {"messages": [user, {"role": "assistant", "content": 3}]}): "is 3",
+        write(
+            "e.json", {"messages": [user, {"role": "assistant", "content": 3}]}
+        ): "message 1 of the assistant",
     }
     chat, shown = talk([], bad)
     lines = [line for line in shown.splitlines() if not line.startswith("you: ")]
@@ -205,7 +207,7 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
 def test_what_is_no_unicode_is_not_saved(talk, tmp_path):
     _, shown = talk(["ok", "ok"], ["a\udcffb", f"/save {tmp_path}/new/a.json", "more"])
     assert f"error: could not save {tmp_path}/new/a.json" in shown and "\\udcff" in shown
-    assert shown.endswith("you: more\nok\nyou: \n") and not list(tmp_path.iterdir())
+    assert shown.endswith("you: more\nok\nyou: \n") and not [*tmp_path.rglob("*.json")]
 
 
 def test_a_base_model_continues_each_text_on_its_own(talk):

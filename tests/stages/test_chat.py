@@ -321,7 +321,7 @@ def test_a_damaged_parent_is_refused(after):
     folder = after("mid")
     victim = ck.step_dir(folder / "mid" / "checkpoints", STEPS["mid"]) / "host.json"
     victim.write_text(victim.read_text()[:-1])
-    with pytest.raises(UserError, match=r"host.json: .* bytes, expected .*; delete .*result.json"):
+    with pytest.raises(UserError, match=r"host.json: .* bytes, expected .* delete .*result.json"):
         train("sft")
 
 

@@ -1,17 +1,19 @@
 """Conversations between people as messages: cut, joined and split; on a small set of our own."""
 
-import hashlib
 import importlib.util
 import json
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax import config
 from nanochat_jax.common import UserError
-from nanochat_jax.data import demo, shards
-from nanochat_jax.tasks import chitchat
-from nanochat_jax.tasks.base import split_of
+from nanochat_jax.data import shards
+from nanochat_jax.tasks.base import SPLITS, messages, split_of
 from nanochat_jax.tasks.chitchat import MAX_CHARS, ChitChat, cut
+from nanochat_jax.tokenizer import bpe
+from nanochat_jax.tokenizer.chat import render_whole
 
 OPENINGS = ("hi", "hey", "hello", "howdy", "good")
 TALK = [
@@ -20,22 +22,19 @@ TALK = [
     ("a", "I am well too. What did you do today?"),
     ("b", "I went to the lake with my dog and we had a good time."),
 ]
+TEXTS = [text for _, text in TALK]
 
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    """A package chitchat_dataset with 60 conversations of four turns, in place of the real one.
+    """The file of a package chitchat_dataset with 60 conversations, in place of the real one."""
 
-    Its file; what the task keeps goes into a folder of its own.
-    """
-
-    def turn(speaker, *texts):
-        return [{"text": text, "sender": speaker} for text in texts]
+    def turn(speaker, text):
+        return [{"text": text, "sender": speaker}]
 
     talks = {
         f"key {i}": {
-            "messages": [turn(s, text) for s, text in TALK[:3]]
-            + [turn("b", f"{TALK[3][1]} It was number {i}.")]
+            "messages": [turn(*said) for said in [*TALK[:3], ("b", f"{TEXTS[3]} Day {i}.")]]
         }
         for i in range(60)
     }
@@ -48,27 +47,28 @@ def dataset(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "chitchat_dataset", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     importlib.invalidate_caches()
-    chitchat._all_pieces.cache_clear()
-    yield package / "dataset.json"
-    chitchat._all_pieces.cache_clear()
+    return package / "dataset.json"
 
 
-def test_speakers_become_roles():
-    assert list(cut(TALK)) == [[text for _, text in TALK]]
-    assert list(cut(TALK[:3])) == [[text for _, text in TALK[:2]]]  # ends with an answer
-    assert list(cut(TALK[:1])) == list(cut([])) == []
-
-
-def test_what_one_speaker_says_in_a_row_is_one_message():
-    turns = [("a", "Hi!"), ("b", ""), ("a", "How are you?"), ("b", "Good."), ("b", "And you?")]
-    assert list(cut(turns)) == [["Hi! How are you?", "Good. And you?"]]
-
-
-def test_a_piece_starts_with_a_greeting_or_a_question():
-    turns = [("a", "So I went."), ("b", "Where?"), ("a", "Home."), ("b", "Nice.")]
-    assert list(cut(turns)) == [["Where?", "Home."]]
-    turns = [("a", "History is long."), ("b", "Hey you"), ("a", "Yes.")]
-    assert list(cut(turns)) == [["Hey you", "Yes."]]
+@pytest.mark.parametrize(
+    "turns, pieces",
+    [
+        (TALK, [TEXTS]),
+        (TALK[:3], [TEXTS[:2]]),  # ends with an answer
+        (TALK[:1], []),
+        ([], []),
+        # What one speaker says in a row is one message.
+        (
+            [("a", "Hi!"), ("b", ""), ("a", "How are you?"), ("b", "Good."), ("b", "And you?")],
+            [["Hi! How are you?", "Good. And you?"]],
+        ),
+        # A piece starts with a greeting or a question.
+        ([("a", "I left."), ("b", "Why?"), ("a", "Home."), ("b", "Nice.")], [["Why?", "Home."]]),
+        ([("a", "History is long."), ("b", "Hey you"), ("a", "Yes.")], [["Hey you", "Yes."]]),
+    ],
+)  # fmt: skip
+def test_pieces(turns, pieces):
+    assert list(cut(turns)) == pieces
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_piece_starts_with_a_greeting_or_a_question():
 )
 def test_what_is_left_out_ends_a_piece(unwanted):
     turns = [*TALK, ("a", unwanted), ("b", "Why?"), ("a", "Because.")]
-    assert list(cut(turns)) == [[text for _, text in TALK], ["Why?", "Because."]]
+    assert list(cut(turns)) == [TEXTS, ["Why?", "Because."]]
 
 
 def test_pieces_are_short_and_keep_the_order():
@@ -89,74 +89,51 @@ def test_pieces_are_short_and_keep_the_order():
 
 
 def test_whole_conversations_belong_to_one_split(dataset):
-    train, test = ChitChat("train"), ChitChat("test")
-    keys = {f"key {i}" for i in range(60)}
-    for task, split in ((train, "train"), (test, "test")):
-        expected = [
-            [*(text for _, text in TALK[:3]), f"{TALK[3][1]} It was number {key[4:]}."]
-            for key in sorted(keys)
+    keys = sorted(f"key {i}" for i in range(60))  # and not the rude one
+    for split in SPLITS:
+        assert list(ChitChat(split)) == [
+            messages(*TEXTS[:3], f"{TEXTS[3]} Day {key[4:]}.")
+            for key in keys
             if split_of(key) == split
         ]
-        got = [[message["content"] for message in c["messages"]] for c in task]
-        assert got == expected != []
-        assert all(
-            [message["role"] for message in c["messages"]] == ["user", "assistant"] * 2
-            for c in task
-        )
-    assert len(train) + len(test) == 60  # the rude one is dropped whole
 
 
-def test_what_was_made_is_kept_until_it_is_out_of_date(dataset, monkeypatch):
-    first = chitchat._all_pieces()
-    read, times = demo.read_dataset, []
-    monkeypatch.setattr(demo, "read_dataset", lambda: times.append(1) or read())
-
-    def next_process():
-        chitchat._all_pieces.cache_clear()
-        return chitchat._all_pieces()
-
-    assert next_process() == first and not times
-    talks = json.loads(dataset.read_text())
-    del talks["key 7"]
-    dataset.write_text(json.dumps(talks))
-    assert next_process() == [(key, piece) for key, piece in first if key != "key 7"] != first
-    assert next_process() != first and len(times) == 1
-    code = dataset.with_name("changed.py")
-    code.write_text("")
-    monkeypatch.setattr(chitchat, "__file__", str(code))
-    next_process()
-    assert len(times) == 2
+def test_what_was_made_is_kept_until_it_is_out_of_date(dataset, tmp_path):
+    first = list(ChitChat("train"))
+    kept = tmp_path / "base/data/tasks/chitchat.json"
+    kept.write_text(kept.read_text().replace("Hello there", "Hi there"))
+    assert list(ChitChat("train"))[0]["messages"][0]["content"].startswith("Hi there")  # is read
+    dataset.write_text(dataset.read_text() + "\n")
+    assert list(ChitChat("train")) == first
 
 
-def test_pretraining_validation_is_in_the_test_split():
+def test_pretraining_validation_is_in_the_test_split(tmp_path):
     """For every size of a dataset: shards.py takes at most a tenth, by the same hash."""
     keys = [f"conversation {i}" for i in range(2_000)]
-    buckets = [shards._Bucket(None, 0), shards._Bucket(None, 1)]
-    shards._deal(((key, key) for key in keys), buckets, 0.1)
-    assert {text for _, text in buckets[0].held} == {k for k in keys if split_of(k) == "test"}
+    shards.write_shards(((key, key) for key in keys), tmp_path, about_chars=1, manifest={})
+    held_out = pq.read_table(tmp_path / "shard_00000.parquet")["text"].to_pylist()
+    assert set(held_out) == {key for key in keys if split_of(key) == "test"}
 
 
 def test_without_the_package(monkeypatch):
-    chitchat._all_pieces.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install chitchat-dataset"):
         ChitChat("train")
 
 
-def test_a_wrong_split():
-    with pytest.raises(UserError, match="'val'.*train, test"):
-        ChitChat("val")
-
-
 @pytest.mark.slow
 def test_the_real_conversations():
     pytest.importorskip("chitchat_dataset")
+    demo = config.load(config.CONFIGS / "demo.py")
     train, test = ChitChat("train"), ChitChat("test")
+    # Like the demo's tokenizer, this one has learned from the conversations to train on.
+    texts = ("\n".join(m["content"] for m in talk["messages"]) for talk in train)
+    tokenizer = bpe.train(texts, demo.tokenizer.vocab_size)
+    lengths = [len(render_whole(tokenizer, talk)[0]) for talk in [*train[:500], *test[:500]]]
+    assert sum(length > demo.model.seq_len + 1 for length in lengths) < 0.02 * len(lengths)
     assert len(train) > 5_000 and 0.07 < len(test) / len(train) < 0.15
-    seen = set()
     for conversation in [*train, *test]:
         texts = [message["content"] for message in conversation["messages"]]
         assert len(texts) >= 2 and len(texts) % 2 == 0 and all(texts)
         assert "?" in texts[0] or texts[0].lower().startswith(OPENINGS)
-        seen.add(hashlib.sha256("\n".join(texts).encode()).digest())
-    assert len(seen) > 0.99 * (len(train) + len(test))
+    assert len({str(it) for it in [*train, *test]}) > 0.99 * (len(train) + len(test))

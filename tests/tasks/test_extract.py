@@ -1,7 +1,6 @@
 """Answers, programs and the order of a mixture against upstream's and against written-out cases."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,18 @@ from nanochat_jax.tasks.gsm8k import extract_answer
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "text.json").read_text())
+EXTRACT = {
+    "gsm_extract": extract_answer,
+    "extract_program": extract_program,
+    "extract_imports": extract_imports,
+}
 
 
-@pytest.mark.parametrize(
-    "key, function",
-    [
-        ("gsm_extract", extract_answer),
-        ("extract_program", extract_program),
-        ("extract_imports", extract_imports),
-    ],
-)
-def test_goldens(key, function):
-    assert [function(row["text"]) for row in GOLDENS[key]] == [row["out"] for row in GOLDENS[key]]
+@pytest.mark.parametrize("key", EXTRACT)
+def test_goldens(key):
+    assert [EXTRACT[key](row["text"]) for row in GOLDENS[key]] == [
+        row["out"] for row in GOLDENS[key]
+    ]
 
 
 def test_golden_mixture():
@@ -30,54 +29,25 @@ def test_golden_mixture():
     assert [["abc"[task], index] for task, index in order] == GOLDENS["mixture"]
 
 
-def test_a_mixture_holds_every_example_as_often_as_it_is_listed():
-    order = mixture_order([range(50), range(0), range(50), range(30)[10:20]])
-    assert Counter(order) == Counter(
-        [(0, i) for i in range(50)] + [(2, i) for i in range(50)] + [(3, i) for i in range(10, 20)]
-    )
-    assert order != sorted(order)
-    assert mixture_order([range(50), range(0), range(50), range(30)[10:20]]) == order
+IMPORTS = "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c"
 
 
 @pytest.mark.parametrize(
-    "text, answer",
+    "extract, text, found",
     [
-        ("so #### 1,000,000 dollars", "1000000"),
-        ("#### -0.5", "-0.5"),
-        ("#### $5", None),
-        ("####  5", None),
-        ("##### 5", "5"),
-        ("", None),
+        (extract_answer, "so #### 1,000,000 dollars", "1000000"),
+        (extract_answer, "#### -0.5", "-0.5"),
+        (extract_answer, "#### $5", None),
+        (extract_answer, "####  5", None),
+        (extract_answer, "", None),
+        (extract_program, "  x = 1 \n", "x = 1"),
+        (extract_program, "```python\n\n    return 1\n```", "return 1"),
+        (extract_program, "```\na\n```\n```python\nb\n```", "a"),
+        (extract_program, "```js\na\n```", "```js\na\n```"),
+        (extract_program, "```python \nx = '```'\n```", "x = '```'"),
+        (extract_imports, IMPORTS, "import math\nfrom a import b"),
+        (extract_imports, "def f():\n    import os", ""),
     ],
 )
-def test_answers(text, answer):
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "completion, program",
-    [
-        ("  x = 1 \n", "x = 1"),
-        ("```python\n\n    return 1\n```", "return 1"),
-        ("```\na\n```\n```python\nb\n```", "a"),
-        ("```js\na\n```", "```js\na\n```"),
-        ("```python \nx = '```'\n```", "x = '```'"),
-    ],
-)
-def test_programs(completion, program):
-    assert extract_program(completion) == program
-
-
-@pytest.mark.parametrize(
-    "prompt, imports",
-    [
-        (
-            "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c",
-            "import math\nfrom a import b",
-        ),
-        ("def f():\n    import os", ""),
-        ("", ""),
-    ],
-)
-def test_imports(prompt, imports):
-    assert extract_imports(prompt) == imports
+def test_written_out(extract, text, found):
+    assert extract(text) == found

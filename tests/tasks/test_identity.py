@@ -2,20 +2,12 @@
 
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.identity import PERSONA, Identity, read_persona
-from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import render_conversation
 
-ROOT = Path(__file__).parents[2]
-TOKENIZER = Tokenizer.load(ROOT / "tests" / "goldens")
 OTHER = {
     "name": "Zebulon",
     "kind": "a talking zebra",
@@ -39,41 +31,29 @@ def said_by(role, conversation):
     return [m["content"] for m in conversation["messages"] if m["role"] == role]
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return write_toml(tmp_path_factory.mktemp("persona") / "zebra.toml", OTHER)
+@pytest.mark.parametrize("split, digest", [("train", "8a254ddf9f0a"), ("test", "ba99d3be4129")])
+def test_examples_stay_the_same(split, digest, tmp_path):
+    task = Identity(split, write_toml(tmp_path / "zebra.toml", OTHER))
+    assert hashlib.sha256(json.dumps(task[:20]).encode()).hexdigest()[:12] == digest
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_conversations_are_well_formed(split):
-    lengths = []
-    for conversation in Identity(split):
-        turns = len(conversation["messages"]) // 2
-        assert 1 <= turns <= 3
-        roles = [message["role"] for message in conversation["messages"]]
-        assert roles == ["user", "assistant"] * turns
-        assert all(message["content"] for message in conversation["messages"])
-        ids, mask = render_conversation(TOKENIZER, conversation)
-        assert mask[-1] == 1
-        lengths.append(len(ids))
-    assert max(lengths) < 256
+def test_conversations_are_of_one_to_three_questions():
+    turns = [len(conversation["messages"]) / 2 for conversation in Identity("train")]
+    assert set(turns) == {1, 2, 3}
 
 
-def test_the_persona_alone_speaks(other):
+def test_the_persona_alone_speaks(tmp_path):
     """Nothing of the default persona is left in another one's words, and all of that is said."""
-    said = "\n".join(text for c in Identity("train", other) for text in said_by("assistant", c))
+    mine = Identity("train")
+    theirs = Identity("train", write_toml(tmp_path / "zebra.toml", OTHER))
+    said = "\n".join(text for c in theirs for text in said_by("assistant", c))
     default = read_persona(PERSONA)
     for key in ("name", "maker", "training", "source", "licence", "style"):
         assert default[key] not in said and OTHER[key] in said
     assert "gallop and graze" in said and "fly, {swim} or sing" in said and "Neigh" in said
     assert "The zoo of Quux made me." in said
-
-
-def test_questions_do_not_depend_on_the_persona(other):
-    mine, theirs = Identity("train"), Identity("train", other)
-    for index in range(200):
-        for a, b in zip(said_by("user", mine[index]), said_by("user", theirs[index]), strict=True):
-            assert a.replace("Nano", "Zebulon") == b
+    asked = [[q.replace("Nano", "Zebulon") for q in said_by("user", it)] for it in mine]
+    assert asked == [said_by("user", it) for it in theirs]  # questions do not depend on it
 
 
 def test_who_are_you_is_answered_with_the_name():
@@ -86,64 +66,28 @@ def test_who_are_you_is_answered_with_the_name():
     assert len(answers) > 30 and all("Nano" in text for text in answers)
 
 
-def test_train_and_test_share_no_conversation():
-    questions = {
-        split: {tuple(said_by("user", task.example(i))) for i in range(count)}
-        for split, count in (("train", 4_000), ("test", 400))
-        for task in [Identity(split)]
-    }
-    assert not questions["train"] & questions["test"]
-    assert len(questions["train"]) > 2_500 and len(questions["test"]) > 250
-
-
-@pytest.mark.parametrize("split, digest", [("train", "8a254ddf9f0a"), ("test", "ba99d3be4129")])
-def test_examples_stay_the_same(split, digest, other):
-    task = Identity(split, other)
-    first = json.dumps(task[:20])
-    assert hashlib.sha256(first.encode()).hexdigest()[:12] == digest
-    assert task[17] == Identity(split, other)[-len(task) + 17]
-
-
 @pytest.mark.parametrize(
-    "change, message",
+    "change",
     [
-        ({"name": None}, "lacks name; expected exactly the keys name, kind"),
-        ({"nmae": "x"}, "has nmae; expected"),
-        ({"maker": 3}, "maker is 3, expected text"),
-        ({"style": " "}, "style is ' ', expected text"),
-        ({"can": "sing"}, "can is 'sing', expected texts"),
-        ({"can": []}, r"can is \[\], expected texts"),
-        ({"languages": ["a", 1]}, "languages is .*expected texts"),
+        {"name": None},
+        {"nmae": "x"},
+        {"maker": 3},
+        {"style": " "},
+        {"can": "sing"},
+        {"can": []},
+        {"languages": ["a", 1]},
     ],
 )
-def test_a_malformed_persona(tmp_path, change, message):
+def test_a_malformed_persona(tmp_path, change):
     persona = {key: value for key, value in (OTHER | change).items() if value is not None}
     path = write_toml(tmp_path / "p.toml", persona)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=rf"p\.toml.* {[*change][0]}\b") as caught:
         Identity("train", path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_persona(tmp_path):
-    with pytest.raises(UserError, match="none.toml cannot be read"):
-        Identity("train", tmp_path / "none.toml")
     (tmp_path / "p.toml").write_text("name = \n")
-    with pytest.raises(UserError, match="not TOML"):
-        Identity("train", tmp_path / "p.toml")
-    with pytest.raises(UserError, match="'val'.*train, test"):
-        Identity("val")
-
-
-def test_the_script_writes_what_the_task_says(tmp_path, other):
-    out = tmp_path / "new" / "identity.jsonl"
-    command = [sys.executable, "scripts/identity.py", f"--persona={other}", f"--out={out}"]
-    subprocess.run([*command, "--count=30"], cwd=ROOT, check=True, capture_output=True)
-    assert list(CustomJSON(out)) == Identity("train", other)[:30]
-    failed = subprocess.run([*command, "--count=0"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: --count is 0")
-    command = [sys.executable, "scripts/identity.py", f"--out={tmp_path}"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr == (
-        f"error: --out got {tmp_path} (Is a directory), expected a file to write; choose another\n"
-    )
+    for name in ("none.toml", "p.toml"):
+        with pytest.raises(UserError, match=name):
+            Identity("train", tmp_path / name)
