@@ -10,7 +10,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Engine, prompt_batches
 from nanochat_jax.inference.scheduler import Completion, Request, Text, Tool
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.parity.case import read_case
+from nanochat_jax.parity.model import read_case
 from nanochat_jax.parity.reference import read
 from scripts.bench.naive import generate_greedy
 
@@ -85,9 +85,9 @@ def test_greedy_equals_full_forward_passes(config, random_params):
 def test_greedy_equals_upstream(generation, goldens):
     files = (read(goldens / f"{generation}.{ending}") for ending in ("npz", "json"))
     case = read_case(*files, generation)
-    names = [m[1] for m in case.arrays.matching(r"(greedy\w*)_tokens")]
-    expected = [case.arrays.take(f"{name}_tokens").tolist() for name in names]
-    prompts = [case.arrays.take(f"{name}_prompt").tolist() for name in names]
+    names = [key.removesuffix("_prompt") for key in case.arrays if key.endswith("_prompt")]
+    expected = [case.arrays[f"{name}_tokens"].tolist() for name in names]
+    prompts = [case.arrays[f"{name}_prompt"].tolist() for name in names]
     engine = make_engine(case.config, case.params, max_len=512)
     asked = [Request(p, len(e)) for p, e in zip(prompts, expected, strict=True)]
     assert [answer.tokens for answer in engine.generate(asked)] == expected
