@@ -11,8 +11,9 @@ in a best-fit buffer, so their ids may point to as many row groups as there are 
 """
 
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,9 @@ _MIN_ROW_GROUPS_PER_LANE = 8
 _RESTORE_THREADS = 8
 
 State = dict[str, Any]
-
-
-@dataclass
-class Counts:
-    """What a lane has met so far; part of its state."""
-
-    documents: int = 0
-    empty_documents: int = 0  # skipped
-    repaired_documents: int = 0  # had bytes that are not UTF-8
-    cropped_tokens: int = 0  # dropped by the packer
+# What a lane has met so far, part of its state: documents, those skipped as empty, those that had
+# bytes that are not UTF-8, and the tokens that the packer dropped.
+COUNTS = ("documents", "empty_documents", "repaired_documents", "cropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,18 @@ class DataOrder:
     corpus: Corpus
     tokenizer: Tokenizer
     seq_len: int
-    packing: str
-    buffer_docs: int
-    num_lanes: int
+    packing: str = "best_fit"
+    buffer_docs: int = 1000
+    num_lanes: int = 1
+
+    def __post_init__(self):
+        if self.packing not in PACKERS:
+            raise UserError(
+                f"got config.data.packing = {self.packing!r}, expected one of {sorted(PACKERS)}"
+            )
+        for name in ("num_lanes", "buffer_docs"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"got config.data.{name} = {value}, expected at least 1")
 
     def describe(self) -> dict[str, Any]:
         """What a saved state must agree with to be continued."""
@@ -58,13 +61,13 @@ class DataOrder:
         return {"shards": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
 
-class Lane:
+class Lane(Iterator[PackedRow]):
     """A cursor, documents read ahead and a packer; see the head of this file."""
 
     def __init__(self, order: DataOrder, lane: int, endless: bool = True):
         self._order, self._lane, self._endless = order, lane, endless
         self._packer = PACKERS[order.packing](order.seq_len + 1, order.buffer_docs)
-        self._counts = Counts()
+        self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         # The lane's row groups are [first::step]; of each it owns all rows, or every num_lanes-th.
         self._groups = order.corpus.row_groups
         by_group = len(self._groups) >= _MIN_ROW_GROUPS_PER_LANE * order.num_lanes
@@ -77,24 +80,24 @@ class Lane:
         # The next documents: row group, row, tokens or None if empty, repaired.
         self._ahead: deque[tuple[int, int, np.ndarray | None, bool]] = deque()
 
-    def next_row(self) -> PackedRow | None:
-        """The next packed row; None at the end of a lane that is not endless."""
+    def __next__(self) -> PackedRow:
+        """The next packed row; a lane that is not endless stops when no row can be filled."""
         row = self._packer.next_row(self._pull)
-        if row is not None:
-            self._counts.cropped_tokens += row.cropped_tokens
+        if row is None:
+            raise StopIteration
+        self._counts["cropped_tokens"] += row.cropped_tokens
         return row
 
     def get_state(self) -> State:
-        group, row = self._ahead[0][:2] if self._ahead else (self._group, self._row)
+        cursor = [self.epoch, *(self._ahead[0][:2] if self._ahead else (self._group, self._row))]
         ids, offset = self._packer.held()
         buffer = " ".join(f"{group}:{row}" for group, row in ids)
-        cursor = [self.epoch, group, row]
-        return {"cursor": cursor, "buffer": buffer, "offset": offset, **asdict(self._counts)}
+        return {"cursor": cursor, "buffer": buffer, "offset": offset, **self._counts}
 
     def set_state(self, state: State) -> None:
         self._ahead.clear()
         self.epoch, self._group, self._row = state["cursor"]
-        self._counts = Counts(**{field.name: state[field.name] for field in fields(Counts)})
+        self._counts = {name: state[name] for name in COUNTS}
         pairs = (item.split(":") for item in state["buffer"].split())
         held = self._tokenize_again([(int(group), int(row)) for group, row in pairs])
         self._packer.restore(held, state["offset"])
@@ -102,16 +105,15 @@ class Lane:
     def _pull(self) -> Document | None:
         while self._ahead or self._read_ahead():
             group, row, tokens, repaired = self._ahead.popleft()
-            self._counts.documents += 1
-            self._counts.repaired_documents += repaired
+            self._counts["documents"] += 1
+            self._counts["repaired_documents"] += repaired
             if tokens is not None:
                 return Document((group, row), tokens)
-            self._counts.empty_documents += 1
+            self._counts["empty_documents"] += 1
         return None
 
     def _read_ahead(self) -> bool:
-        """Queue some documents of one row group, so that the cursor's epoch is theirs; False at the
-        end."""
+        """Queue some documents, all of the cursor's epoch and row group; False at the end."""
         while not (rows := self._rows_left()[:_TOKENIZE_DOCS]):
             self._group, self._row = self._group + self._group_step, 0
             if self._group >= len(self._groups):
@@ -137,7 +139,7 @@ class Lane:
         return range(first, num_documents, self._row_step)[read:]
 
     def _start_next_epoch(self) -> None:
-        if self._counts.documents == self._counts.empty_documents:
+        if self._counts["documents"] == self._counts["empty_documents"]:
             raise UserError(
                 f"got no text for lane {self._lane} of {self._order.num_lanes} in "
                 f"{self._order.corpus.num_documents} documents, expected at least one each; "

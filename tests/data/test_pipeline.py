@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from nanochat_jax.common import UserError
+from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.packing import BestFit, Document
 from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
 from nanochat_jax.data.sources import Corpus
 
 SEQ_LEN = 48
-SETTINGS = dict(seq_len=SEQ_LEN, batch_rows=4, buffer_docs=7)
 
 
 @pytest.fixture
@@ -22,8 +22,9 @@ def make(corpus_paths, tiny_tokenizer):
     """train_batches over the corpus; closed at the end of the test."""
     made = []
 
-    def make(paths=corpus_paths, **changes):
-        made.append(train_batches(paths, tiny_tokenizer, **{**SETTINGS, **changes}))
+    def make(paths=corpus_paths, packing="best_fit", buffer_docs=7, num_lanes=1, **settings):
+        order = (Corpus(paths), tiny_tokenizer, SEQ_LEN, packing, buffer_docs, num_lanes)
+        made.append(train_batches(DataOrder(*order), **{"batch_rows": 4, **settings}))
         return made[-1]
 
     yield make
@@ -62,7 +63,7 @@ def test_one_lane_is_the_packer_over_all_documents(make, corpus_paths, tiny_toke
         for group in range(len(corpus.row_groups))
         for row, text in enumerate(corpus.read(group).texts)
     )
-    packer = BestFit(SEQ_LEN + 1, SETTINGS["buffer_docs"])
+    packer = BestFit(SEQ_LEN + 1, 7)
     for batch in take(make(), 10):
         rows = [packer.next_row(lambda: next(documents)) for _ in range(4)]
         tokens = np.stack([row.tokens for row in rows])
@@ -247,29 +248,23 @@ def test_state_of_other_data_or_settings_is_refused(make, tmp_path, write_parque
 
 @pytest.mark.parametrize("packing", ["best_fit", "stream"])
 def test_eval_batches_begin_one_pass(make, corpus_paths, tiny_tokenizer, packing):
-    settings = dict(seq_len=SEQ_LEN, batch_rows=4, buffer_docs=7, packing=packing)
-    batches = eval_batches(corpus_paths, tiny_tokenizer, num_batches=6, **settings)
+    order = DataOrder(Corpus(corpus_paths), tiny_tokenizer, SEQ_LEN, packing, buffer_docs=7)
+    settings = dict(batch_rows=4, num_batches=6)
+    batches = eval_batches(order, **settings)
     assert_same(batches, take(make(packing=packing), 6))
-    assert_same(eval_batches(corpus_paths, tiny_tokenizer, num_batches=6, **settings), batches)
-    settings |= dict(num_batches=6, process_count=2)
-    parts = [
-        eval_batches(corpus_paths, tiny_tokenizer, **settings, process_index=i) for i in range(2)
-    ]
+    assert_same(eval_batches(order, **settings), batches)
+    parts = [eval_batches(order, **settings, process_index=i, process_count=2) for i in range(2)]
     assert_same(joined(parts), batches)
 
 
 def test_eval_batches_stop_where_the_text_ends(corpus_paths, tiny_tokenizer):
-    def all_batches(**changes):
-        settings = dict(num_batches=10_000, seq_len=SEQ_LEN, batch_rows=4) | changes
-        return eval_batches(corpus_paths[1], tiny_tokenizer, **settings)
+    def all_batches(seq_len=SEQ_LEN, batch_rows=4):
+        order = DataOrder(Corpus(corpus_paths[1:]), tiny_tokenizer, seq_len)
+        return eval_batches(order, batch_rows=batch_rows, num_batches=10_000)
 
     batches = all_batches()
-    scored = [
-        ids
-        for batch in batches
-        for ids, targets in zip(batch["doc_ids"], batch["targets"], strict=True)
-        if (targets >= 0).all()
-    ]
+    pairs = ((b["doc_ids"][row], b["targets"][row]) for b in batches for row in range(4))
+    scored = [ids for ids, targets in pairs if (targets >= 0).all()]
     names = [name for ids in scored for name in ids]
     assert len(names) == len(set(names)) <= 57
     assert len(batches) == -(-len(scored) // 4)  # filled up with rows nobody is scored on
