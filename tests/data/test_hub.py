@@ -147,15 +147,12 @@ def slept(monkeypatch) -> list[float]:
     return slept
 
 
-NO_WAITS = (0, 0, 0)
-
-
 def get(server, folder, names=NAMES, repo=REPO):
-    client.download(repo, names, folder, workers=3, endpoint=server.url, waits_secs=NO_WAITS)
+    client.download(repo, names, folder, workers=3, endpoint=server.url)
 
 
 def get_bundle(server):
-    return client.eval_bundle(url=f"{server.url}/cdn/eval_bundle.zip", waits_secs=NO_WAITS)
+    return client.eval_bundle(url=f"{server.url}/cdn/eval_bundle.zip")
 
 
 def assert_whole(folder, names=NAMES):
