@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,14 +53,8 @@ def dataset_directory(local_dir: str) -> Path:
     return data_dir() / f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', source.name)}_{digest}"
 
 
-def find(local_dir: str) -> Shards | None:
-    """Shards of a folder that was packed or is used in place; None before."""
-    directory = dataset_directory(local_dir)
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return None
-    if not manifest["in_place"]:
-        return [directory / name for name in manifest["train"]], directory / manifest["validation"]
+def shards_in_place(manifest: dict[str, Any]) -> Shards:
+    """The shards of a folder that is used in place, also those added since it was recorded."""
     source = Path(manifest["source"])
     validation = source / manifest["validation"]
     return [path for path in sorted(source.glob("*.parquet")) if path != validation], validation

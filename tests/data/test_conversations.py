@@ -158,9 +158,8 @@ SPECS = ("arithmetic train[:40]", "spelling_bee train[:10]")
 
 
 def render(tokenizer, specs=SPECS, **overrides) -> Rendered:
-    mixed = mixture(specs)
     keys = {"max_tokens": 10**6, "train_on": "assistant"}
-    return conv.render(mixed, mixed.name, tokenizer, **keys | overrides)
+    return conv.render(mixture(specs), tokenizer, **keys | overrides)
 
 
 def same(a: Rendered, b: Rendered) -> bool:
