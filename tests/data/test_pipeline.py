@@ -65,7 +65,7 @@ def test_one_lane_is_the_packer_over_all_documents(make, corpus_paths, tiny_toke
     )
     packer = BestFit(SEQ_LEN + 1, 7)
     for batch in take(make(), 10):
-        rows = [packer.next_row(lambda: next(documents)) for _ in range(4)]
+        rows = [packer.next_row(documents) for _ in range(4)]
         tokens = np.stack([row.tokens for row in rows])
         np.testing.assert_array_equal(batch["inputs"], tokens[:, :-1])
         np.testing.assert_array_equal(batch["targets"], tokens[:, 1:])
