@@ -4,16 +4,13 @@
 
 Rendering writes every conversation's tokens one after another, each with a bit that says whether it
 is trained; conversations longer than a row are cut at a turn. The result is kept beside the stage's
-checkpoints, so that a restart need not repeat it.
-
-A row is a list of ranges of that array, a function of the conversations' lengths alone:
+checkpoints. A row is a list of ranges of that array, a function of the conversations' lengths:
   stream     rows cut from one endless flow, each token a target once (classic mid-training)
-  best_fit   whole conversations: of `buffer` waiting ones the longest that fits, then padding
+  best_fit   whole conversations: of `BUFFER` waiting ones the longest that fits, then padding
              (modern SFT)
   rows       one conversation a row (classic SFT); a batch is as wide as its longest row needs
 
-Because batch number n is a pure function of n, the position in the data is one number, and an exact
-resume costs nothing.
+Batch n is a function of n alone, so the position in the data is one number.
 """
 
 import hashlib

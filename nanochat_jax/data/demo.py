@@ -4,10 +4,9 @@
     pydoc topics: the language reference that the interpreter brings along   --+--> documents
     docstrings of the standard library and of packages we depend on          --+
 
-Docstrings come from the syntax trees of source files, which are not run, and of them only
-paragraphs of prose. Conversations with profanity, e-mail addresses, telephone numbers or handles
-are dropped whole. What is kept is a function of the installed packages alone; shards.py shuffles it
-and sets validation aside: whole conversations, whole source files.
+Docstrings come from syntax trees of source files, which are not run; only paragraphs of prose count.
+Conversations with profanity or anything that identifies a person are dropped whole. What is kept
+is a function of the installed packages alone. Words and patterns are in demo.toml.
 """
 
 import ast
@@ -32,7 +31,6 @@ from tqdm import tqdm
 from nanochat_jax.common import UserError, log
 from nanochat_jax.data.shards import KeyedText, write_shards
 
-# What is read, repaired, dropped and left out; see the comments there.
 TABLES = Path(__file__).with_suffix(".toml")
 _LISTS = tomllib.loads(TABLES.read_text(encoding="utf-8"))
 PACKAGES = tuple(_LISTS["packages"])
@@ -80,7 +78,7 @@ def build(directory: Path) -> None:
 
 
 def dataset_file() -> Path:
-    """The file of chitchat-dataset; UserError when the package is not installed."""
+    """The file of chitchat-dataset, if the package is installed."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
         raise UserError(

@@ -50,10 +50,7 @@ def download(
     workers: int = 8,
     endpoint: str = constants.ENDPOINT,
 ) -> None:
-    """Have the files `names` of a dataset in `directory`, whole and verified, or a UserError.
-
-    The caller sees to it that only one process works in `directory`.
-    """
+    """Have the files `names` in `directory`, whole and verified; the caller has locked it."""
     manifest = read_manifest(directory) or {"repo_id": repo_id, "revision": "", "shards": {}}
     missing = [name for name in names if not is_recorded(directory, manifest, name)]
     if not missing:
@@ -119,9 +116,7 @@ def _check_space(directory: Path, num_bytes: int) -> None:
 def eval_bundle(core_dir: str = "", url: str = BUNDLE_URL) -> Path:
     """The folder of the tasks of CORE: `core_dir` if given, else upstream's zip, unpacked.
 
-    $NANOCHAT_BASE_DIR/data/eval_bundle is whole when it is there. The server publishes no SHA-256:
-    the size and the CRC of every file are checked. Processes that ask at once wait for the one
-    that works.
+    The server publishes no SHA-256: the size and the CRC of every file are checked.
     """
     folder = Path(core_dir).expanduser() if core_dir else data_dir() / BUNDLE
     if not core_dir:

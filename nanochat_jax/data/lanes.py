@@ -3,11 +3,9 @@
     Corpus --> documents of this lane --> tokens, some documents ahead --> packer --> rows
 
 A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
-few row groups) and reads them in order, pass after pass. Empty documents are skipped and counted.
-
-Its state is where it reads and the ids of the documents its packer holds. Restoring tokenises those
-again, so the next row is the one that would have come; tokens are never saved. Documents wait long
-in a best-fit buffer, so their ids may point to as many row groups as there are documents.
+few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
+the documents its packer holds. Restoring tokenises those again, so the next row is the one that
+would have come. Documents wait long in a best-fit buffer, so their ids may point to many row groups.
 """
 
 from collections.abc import Iterator

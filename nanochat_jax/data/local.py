@@ -4,15 +4,12 @@
     .txt .md  the file, cut at blank lines into pieces of at most MAX_FILE_CHARS (of a document that
               is longer than a row, best-fit packing uses only the beginning)
 
-Subfolders are searched, hidden files and other kinds are left out, files are read in order of their
-paths. Empty documents are skipped; bytes that are not UTF-8 become U+FFFD; both are counted.
+Subfolders are searched, hidden files left out; empty documents are skipped, bytes that are not
+UTF-8 become U+FFFD, and both are counted. A folder that already holds shards (two or more files,
+all named shard_NNNNN.parquet) is used in place; its validation shard, the one with the highest
+number, is recorded at first use and stays the same when shards are added.
 
-A folder that already holds shards (two or more files, all named shard_NNNNN.parquet) is used in
-place. Its validation shard, the one with the highest number, is recorded at first use and stays the
-same when shards are added.
-
-The readers are our own: the package `datasets` refuses bad UTF-8 and lines of different columns,
-and copies the text into a cache in the home directory first.
+The package `datasets` would refuse bad UTF-8 and lines of different columns.
 """
 
 import hashlib

@@ -6,12 +6,8 @@
 
 The order of the data depends on the shards, `num_lanes` and the packing; never on the number of
 processes. A batch holds batch_rows / num_lanes rows of each lane, and process p of P owns the lanes
-p*L/P to (p+1)*L/P - 1, which lie side by side in the batch.
-
-State is kept per lane (lanes.py). The states of P processes merge into one, which any number of
-processes can start from: an interrupted run sees exactly the batches of an uninterrupted one. Grain
-makes batches ahead in a thread and keeps with each the state that belongs to it, so that the state
-is always that of the batch last handed out.
+p*L/P to (p+1)*L/P - 1. The states of P processes merge into one, which any number of processes can
+start from. Grain makes batches ahead in a thread and keeps with each the state that belongs to it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,12 +1,11 @@
 """Folders of shards: their names and record, and how documents become shards.
 
     documents --> by hash of the key --> validation ----> shard_00000
-                                     +-> training 1 ----> shard_00001   (each shuffled)
-                                     +-> training 2 ...
+                                     +-> training 1 ----> shard_00001   (each shuffled) ...
 
 The key (the text itself, or what it was cut from) alone decides the side of a document, so
 documents of one key never stand on both sides. The same documents in the same order give the same
-shards. At most about one shard of text is in memory.
+shards. One shard of text at a time is in memory.
 """
 
 import hashlib
