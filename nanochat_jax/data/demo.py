@@ -4,7 +4,7 @@
     pydoc topics: the language reference that the interpreter brings along   --+--> documents
     docstrings of the standard library and of packages we depend on          --+
 
-Docstrings come from syntax trees of source files, which are not run; only paragraphs of prose count.
+Docstrings come from syntax trees of source files that are not run; only paragraphs of prose count.
 Conversations with profanity or anything that identifies a person are dropped whole. What is kept
 is a function of the installed packages alone. Words and patterns are in demo.toml.
 """

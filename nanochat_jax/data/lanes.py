@@ -5,7 +5,7 @@
 A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
 few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
 the documents its packer holds. Restoring tokenises those again, so the next row is the one that
-would have come. Documents wait long in a best-fit buffer, so their ids may point to many row groups.
+would have come. Documents wait long in a best-fit buffer, so their ids point to many row groups.
 """
 
 from collections.abc import Iterator
