@@ -4,22 +4,19 @@
 
 Rendering writes every conversation's tokens one after another, each with a bit that says whether it
 is trained; conversations longer than a row are cut at a turn. The result is kept beside the stage's
-checkpoints, so that a restart need not repeat it.
-
-A row is a list of ranges of that array, a function of the conversations' lengths alone:
+checkpoints. A row is a list of ranges of that array, a function of the conversations' lengths:
   stream     rows cut from one endless flow, each token a target once (classic mid-training)
-  best_fit   whole conversations: of `buffer` waiting ones the longest that fits, then padding
+  best_fit   whole conversations: of `BUFFER` waiting ones the longest that fits, then padding
              (modern SFT)
   rows       one conversation a row (classic SFT); a batch is as wide as its longest row needs
 
-Because batch number n is a pure function of n, the position in the data is one number, and an exact
-resume costs nothing.
+Batch n is a function of n alone, so the position in the data is one number.
 """
 
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,8 +46,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    conversations: Sequence[Any],
-    name: Callable[[int], str],
+    mixture: Any,
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
@@ -58,17 +54,17 @@ def render(
     workers: int = 1,
     worker_conversations: int = 10_000,
 ) -> Rendered:
-    """Tokens of all conversations, each at most max_tokens long; name(c) is what to call one.
+    """Tokens of all conversations of a tasks.registry.Mixture, each at most max_tokens long.
 
     train_on: "all" tokens, or what the "assistant" says. Conversations of which nothing could be
     trained are dropped. `workers` processes share them, if each gets `worker_conversations`.
     """
     if train_on not in ("all", "assistant"):
         raise UserError(f"train_on got {train_on!r}, expected all or assistant")
-    count = len(conversations)
+    count = len(mixture)
     if not count:
         raise UserError("got a mixture without conversations, expected at least one")
-    job = partial(_render_some, conversations, tokenizer, max_tokens, train_on == "all")
+    job = partial(_render_some, mixture, tokenizer, max_tokens, train_on == "all")
     workers = max(1, min(workers, count // worker_conversations))
     shares = [range(count * i // workers, count * (i + 1) // workers) for i in range(workers)]
     if workers > 1:
@@ -91,12 +87,12 @@ def render(
         "tokens": len(tokens),
         "trained_tokens": int((tokens >= TRAINED).sum()),
     }
-    names = np.array([name(c).encode() for c in range(count)])
+    names = np.array([mixture.name(c).encode() for c in range(count)])
     return Rendered(tokens, np.concatenate([[0], np.cumsum(lengths)]), names, counts)
 
 
 def _render_some(
-    mixture: Sequence[Any], tokenizer: Tokenizer, max_tokens: int, train_all: bool, ours: range
+    mixture: Any, tokenizer: Tokenizer, max_tokens: int, train_all: bool, ours: range
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(tokens, length of each conversation, how many were cut) of the conversations `ours`."""
     end = tokenizer.special_id("<|assistant_end|>")
@@ -119,11 +115,14 @@ def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]
     meta = folder / "conversations.json"
     files = {field: folder / f"{field}.npy" for field in ("tokens", "offsets", "names")}
     fingerprint = json.loads(json.dumps(fingerprint))
+
+    def sums() -> dict[str, str]:
+        return {file.name: sha256_file(file) for file in files.values() if file.is_file()}
+
     if meta.exists():
         saved = read_json(meta, f"delete {folder}")
         if saved["fingerprint"] == fingerprint:
-            sums = {file.name: sha256_file(file) for file in files.values() if file.is_file()}
-            if saved.get("sha256") == sums:
+            if saved.get("sha256") == sums():
                 arrays = (np.load(file, mmap_mode="r") for file in files.values())
                 return Rendered(*arrays, counts=saved["counts"])
             log(f"{folder} is damaged: rendering again")
@@ -132,9 +131,8 @@ def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]
     folder.mkdir(parents=True, exist_ok=True)
     for field, file in files.items():
         np.save(file, getattr(rendered, field))
-    sums = {file.name: sha256_file(file) for file in files.values()}
     # Last: then all is there.
-    write_json(meta, {"fingerprint": fingerprint, "counts": rendered.counts, "sha256": sums})
+    write_json(meta, {"fingerprint": fingerprint, "counts": rendered.counts, "sha256": sums()})
     return rendered
 
 
@@ -143,11 +141,6 @@ class RowRanges(NamedTuple):
 
     ranges: np.ndarray  # int64 [N, 2]
     first: np.ndarray  # int64 [rows + 1]
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        sizes = np.concatenate([[0], np.cumsum(self.ranges[:, 1] - self.ranges[:, 0])])
-        return np.diff(sizes[self.first])
 
 
 def row_ranges(offsets: np.ndarray, row_tokens: int, packing: str, buffer=BUFFER) -> RowRanges:
@@ -206,11 +199,8 @@ class ChatBatches(Iterator[dict[str, Any]]):
         prefetch: int = 2,
     ):
         self._rendered, self._pad_id, self._seq_len = rendered, pad_id, seq_len
-        self._batch_rows, self._rows = (
-            batch_rows,
-            row_ranges(rendered.offsets, seq_len + 1, packing),
-        )
-        self._lengths = self._rows.lengths() if packing == "rows" else None
+        self._batch_rows, self._packing = batch_rows, packing
+        self._rows = row_ranges(rendered.offsets, seq_len + 1, packing)
         per_process = batch_rows // process_count
         self._ours = range(process_index * per_process, (process_index + 1) * per_process)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))
@@ -239,10 +229,10 @@ class ChatBatches(Iterator[dict[str, Any]]):
 
     def width(self, number: int) -> int:
         """Time steps of a batch: the same on all processes."""
-        if self._lengths is None:
+        if self._packing != "rows":
             return self._seq_len
-        first = number * self._batch_rows
-        return bucket(self._lengths[first : first + self._batch_rows].max() - 1, self._seq_len)
+        ranges = self._rows.ranges[number * self._batch_rows :][: self._batch_rows]  # one a row
+        return bucket(np.diff(ranges).max() - 1, self._seq_len)
 
     def _conversations(self, start: int, stop: int) -> list[str]:
         """Names of those that tokens start..stop belong to."""

@@ -9,7 +9,7 @@ made on this machine. It never depends on what else is on the disk, and is never
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.common import UserError, data_dir, locked
+from nanochat_jax.common import UserError, aligned, data_dir, locked
 from nanochat_jax.data import demo, hub, local
 from nanochat_jax.data.shards import SHARD_CHARS, Shards, is_recorded, read_manifest, shard_name
 
@@ -86,8 +86,7 @@ def ensure(name: str, *, num_shards: int, local_dir: str = "", again: bool = Fal
     `num_shards` counts the training shards of a downloaded dataset; of `local` and `demo` all are
     used. Processes that ask at once wait for the one that works.
     """
-    dataset = get(name)
-    directory = local.dataset_directory(local_dir) if name == "local" else dataset.directory
+    dataset, directory = get(name), _directory(name, local_dir)
     with locked(directory):
         ready = None if again else find(name, num_shards=num_shards, local_dir=local_dir)
         if ready is None:
@@ -107,17 +106,21 @@ def ensure(name: str, *, num_shards: int, local_dir: str = "", again: bool = Fal
 
 def find(name: str, *, num_shards: int = 0, local_dir: str = "") -> Shards | None:
     """The shards on disk; None when some are missing or have another size than recorded."""
-    if name == "local":
-        return local.find(local_dir)
-    dataset = get(name)
-    manifest = read_manifest(dataset.directory)
+    dataset, directory = get(name), _directory(name, local_dir)
+    manifest = read_manifest(directory)
     if manifest is None:
         return None
+    if manifest.get("in_place"):
+        return local.shards_in_place(manifest)
     names = dataset.train_names(num_shards) if dataset.repo_id else manifest["train"]
     validation = dataset.validation if dataset.repo_id else manifest["validation"]
-    if not all(is_recorded(dataset.directory, manifest, name) for name in [*names, validation]):
+    if not all(is_recorded(directory, manifest, name) for name in [*names, validation]):
         return None
-    return [dataset.directory / name for name in names], dataset.directory / validation
+    return [directory / name for name in names], directory / validation
+
+
+def _directory(name: str, local_dir: str) -> Path:
+    return local.dataset_directory(local_dir) if name == "local" else get(name).directory
 
 
 def table(local_dir: str = "") -> str:
@@ -133,6 +136,4 @@ def table(local_dir: str = "") -> str:
         elif (d.name != "local" or local_dir) and (found := find(d.name, local_dir=local_dir)):
             shards, validation = f"{len(found[0]) + 1}", found[1].name
         rows.append((d.name, d.description, size, shards, validation, d.licence))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (map(str.ljust, row, widths) for row in rows)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    return "\n".join(aligned(rows, left=range(6)))

@@ -4,10 +4,9 @@
     pydoc topics: the language reference that the interpreter brings along   --+--> documents
     docstrings of the standard library and of packages we depend on          --+
 
-Docstrings come from the syntax trees of source files, which are not run, and of them only
-paragraphs of prose. Conversations with profanity, e-mail addresses, telephone numbers or handles
-are dropped whole. What is kept is a function of the installed packages alone; shards.py shuffles it
-and sets validation aside: whole conversations, whole source files.
+Docstrings come from syntax trees of source files that are not run; only paragraphs of prose count.
+Conversations with profanity or anything that identifies a person are dropped whole. What is kept
+is a function of the installed packages alone. Words and patterns are in demo.toml.
 """
 
 import ast
@@ -17,6 +16,7 @@ import json
 import re
 import sysconfig
 import textwrap
+import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,76 +31,34 @@ from tqdm import tqdm
 from nanochat_jax.common import UserError, log
 from nanochat_jax.data.shards import KeyedText, write_shards
 
-# Packages with prose in their docstrings that come with this one; those not there are left out.
-# Each one changes the demo's data, so those that came later are not read.
-PACKAGES = tuple(
-    "absl dateutil etils filelock flax fsspec grain huggingface_hub jax jaxlib ml_collections "
-    "numpy opt_einsum optax orbax packaging psutil pyarrow rich scipy tqdm treescope".split()
-)
-_SKIPPED_FOLDERS = {
-    "test", "tests", "testing", "__pycache__", "_vendor", "site-packages", "dist-packages",
-    "idlelib", "lib2to3", "pydoc_data", "ensurepip",
-}  # fmt: skip
+TABLES = Path(__file__).with_suffix(".toml")
+_LISTS = tomllib.loads(TABLES.read_text(encoding="utf-8"))
+PACKAGES = tuple(_LISTS["packages"])
+_SKIPPED_FOLDERS = frozenset(_LISTS["skipped_folders"])
+_FUNCTION_WORDS = frozenset(_LISTS["function_words"])
+_PROSE_SECTIONS = frozenset(_LISTS["prose_sections"])
 
 # Pieces near this length lose little when they are packed into short rows.
 MAX_DOCUMENT_CHARS = 1_600
 MIN_DOCUMENT_CHARS = 200
-
-# Words that drop a conversation, in rot13 so that this file stays fit for every reader.
-_PROFANITY = re.compile(
-    r"\b(?:"
-    + codecs.decode(
-        r"shpx\j*|o?h?y?y?fuvg\j*|ovgpu\j*|phagf?|avtt\j+|snttb\j+|fyhg\j*|juber\j*|qvpxf?|cbea\j*|"
-        r"encr[qe]?|encvfgf?|frk\j*|cravf\j*|intvan\j*|obbo\j*|chff(?:l|vrf)|ergneq\j*|fhvpvq\j*|"
-        r"qnza\j*|cvffrq|penc\j*|anmv\j*|uvgyre\j*|nff(?:ubyr\j*)?|onfgneqf?|jgs\j*|uryy|fgsh",
-        "rot13",
-    )
-    + r")\b",
-    re.IGNORECASE,
-)
-_PRIVATE = re.compile(
-    r"\S@\S|(?<!\w)@\w|\b(?:my (?:phone )?number is|my address is|e-?mail me|text me at)\b"
-    r"|(?<!\d)(?:\+?1[-. ]?)?(?:\(?\d{3}\)?[-. ]*\d{3}[-. ]*|\d{3}[-. ])\d{4}(?!\d)",
-    re.IGNORECASE,
-)
-# Repairs of hasty typing that are right in nearly every context.
-_TYPING = {
-    "i": "I", "im": "I'm", "ive": "I've", "dont": "don't", "didnt": "didn't", "doesnt": "doesn't",
-    "isnt": "isn't", "wasnt": "wasn't", "havent": "haven't", "couldnt": "couldn't", "cant": "can't",
-    "wouldnt": "wouldn't", "shouldnt": "shouldn't", "arent": "aren't", "thats": "that's",
-    "whats": "what's", "theyre": "they're", "youre": "you're", "theres": "there's", "ur": "your",
-    "u": "you", "ya": "you", "yea": "yeah", "lol": "haha", "haha": "haha", "tho": "though",
-    "bc": "because", "cuz": "because", "idk": "I don't know", "gonna": "going to", "til": "until",
-    "wanna": "want to", "kinda": "kind of", "prolly": "probably", "alot": "a lot",
-}  # fmt: skip
-_TYPING_RE = re.compile(rf"\b(?:{'|'.join(_TYPING)})\b(?!['-])", re.IGNORECASE)
-_LAUGHTER = re.compile(r"\b(?:[ah]*(?:ha){2,}h?|(?:he){3,}|lo+l)\b", re.IGNORECASE)
-# Turns about the contest in which the conversations were collected, and links.
-LEFT_OUT = re.compile(
-    r"leader ?board|rankings?|chit ?-?chat|\bpoints\b|chatbot"
-    r"|https?:|www\.|\w\.(?:com|org|net|edu)\b",
-    re.IGNORECASE,
-)
 _MIN_TURNS = 3
 _MAX_TURN_CHARS = 1_000  # longer ones are pasted, not said
 
-# Headings of docstring sections that hold prose; what stands under other headings is lists.
-_PROSE_SECTIONS = {"notes", "description", "explanation", "extended summary", "discussion"}
-_GOOGLE_SECTION = re.compile(
-    r"^(?:args|arguments|parameters|returns?|raises|yields?|examples?|attributes|references?|"
-    r"see also|usage|keyword arguments|side effects|todo|warnings?|deprecated)[^\n]{0,40}:\s*$",
-    re.IGNORECASE,
-)
-_LICENCE = re.compile(
-    r"copyright|licen[cs]e|warrant|all rights reserved|redistribut|permission is hereby",
-    re.IGNORECASE,
-)
+
+def _any_of(patterns: Iterable[str], form: str = "{}") -> re.Pattern:
+    """Finds any of the patterns, in whatever case; `form` says what must surround them."""
+    return re.compile(form.format(f"(?:{'|'.join(patterns)})"), re.IGNORECASE)
+
+
+_PROFANITY = _any_of([codecs.decode(word, "rot13") for word in _LISTS["profanity"]], r"\b{}\b")
+_PRIVATE = _any_of(_LISTS["private"])
+LEFT_OUT = _any_of(_LISTS["left_out"])
+_LICENCE = _any_of(_LISTS["licence"])
+_LIST_SECTION = _any_of(_LISTS["list_sections"], r"^{}[^\n]{{0,40}}:\s*$")
+_TYPING: dict[str, str] = _LISTS["typing"]
+_TYPING_RE = _any_of(_TYPING, r"\b{}\b(?!['-])")
+_LAUGHTER = re.compile(r"\b(?:[ah]*(?:ha){2,}h?|(?:he){3,}|lo+l)\b", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z]+(?:['-][A-Za-z]+)*[\"')]*[.,;:!?]?\)?")
-# Frequent English words; prose holds many of them, lists and tables few.
-_FUNCTION_WORDS = frozenset(
-    "a an and are as at be but by can for from has have if in into is it its may not of on or "
-    "so such than that the their then there these they this to was when which will with you".split()
-)
 
 
 def build(directory: Path) -> None:
@@ -120,7 +78,7 @@ def build(directory: Path) -> None:
 
 
 def dataset_file() -> Path:
-    """The file of chitchat-dataset; UserError when the package is not installed."""
+    """The file of chitchat-dataset, if the package is installed."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -223,20 +181,18 @@ def documentation(
     folders = [stdlib]
     for spec in map(importlib.util.find_spec, packages):
         folders += (spec and spec.submodule_search_locations) or ()
-    files = [path for folder in folders for path in _source_files(Path(folder))]
+    files = []
+    for folder in map(Path, folders):
+        for path in sorted(folder.rglob("*.py")):
+            skipped = _SKIPPED_FOLDERS.intersection(path.relative_to(folder).parts[:-1])
+            if not skipped and "test" not in path.name:
+                files.append(path)
     topics = ((Path(stdlib, "pydoc_data", "topics.py"), text) for text in TOPICS.values())
     bar = tqdm(files, desc="documentation", unit="file", disable=None)
     docstrings = ((source, text) for source in bar for text in _docstrings(source))
     for path, text in chain(topics, docstrings):
         for piece in _pieces_of_paragraphs(prose_paragraphs(text)):
             yield "/".join(path.parts[-3:]), piece
-
-
-def _source_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*.py")):
-        parents = path.relative_to(folder).parts[:-1]
-        if not _SKIPPED_FOLDERS.intersection(parents) and "test" not in path.name:
-            yield path
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -270,7 +226,7 @@ def prose_paragraphs(docstring: str) -> list[str]:
             # Headings of numpy's style name lists unless they are known to hold prose.
             in_prose = lines[0].strip().lower() in _PROSE_SECTIONS or lines[1].strip()[0] != "-"
             lines = lines[2:]
-        listed = lines and _GOOGLE_SECTION.match(lines[0].strip())
+        listed = lines and _LIST_SECTION.match(lines[0].strip())
         indented = any(line[:1].isspace() for line in lines)
         text = _without_markup(" ".join(line.strip() for line in lines))
         if in_prose and not listed and not indented and is_prose(text):

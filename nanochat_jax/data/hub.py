@@ -9,14 +9,13 @@ dataset, the one that was current at the first download.
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
-import threading
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -25,7 +24,6 @@ from typing import Any, TypeVar
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
 from nanochat_jax.common import UserError, data_dir, locked, log, sha256_file, write_json
 from nanochat_jax.data.shards import MANIFEST, is_recorded, read_manifest
@@ -51,17 +49,13 @@ def download(
     *,
     workers: int = 8,
     endpoint: str = constants.ENDPOINT,
-    waits_secs: Sequence[float] = WAITS_SECS,
 ) -> None:
-    """Have the files `names` of a dataset in `directory`, whole and verified, or a UserError.
-
-    The caller sees to it that only one process works in `directory`.
-    """
+    """Have the files `names` in `directory`, whole and verified; the caller has locked it."""
     manifest = read_manifest(directory) or {"repo_id": repo_id, "revision": "", "shards": {}}
     missing = [name for name in names if not is_recorded(directory, manifest, name)]
     if not missing:
         return
-    work, stop = directory / ".download", threading.Event()
+    work = directory / ".download"
     dataset: dict[str, Any] = {"repo_type": "dataset", "endpoint": endpoint}
 
     def ask(name: str) -> tuple[str, dict[str, Any]]:
@@ -88,8 +82,7 @@ def download(
         return facts
 
     def patiently(action: Callable[[str], T], name: str) -> T:
-        what = f"{name} of {repo_id} at {endpoint}"
-        return _patiently(what, partial(action, name), waits_secs, stop)
+        return _patiently(f"{name} of {repo_id} at {endpoint}", partial(action, name))
 
     manifest["revision"], first = patiently(ask, missing[0])
     shutil.rmtree(work, ignore_errors=True)
@@ -97,15 +90,12 @@ def download(
     _check_space(work, len(missing) * first["bytes"])
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
     with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
-        try:
-            jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
-            for name, job in jobs:
-                while not job.ready():
-                    job.wait(1)  # Ctrl-C is seen also when another thread received the signal
-                manifest["shards"][name] = job.get()
-                write_json(directory / MANIFEST, manifest)
-        finally:
-            stop.set()
+        jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
+        for name, job in jobs:
+            while not job.ready():
+                job.wait(1)  # Ctrl-C is seen also when another thread received the signal
+            manifest["shards"][name] = job.get()
+            write_json(directory / MANIFEST, manifest)
     shutil.rmtree(work)
     log(f"{repo_id}: {len(missing)} shards verified in {directory}")
 
@@ -123,25 +113,17 @@ def _check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def eval_bundle(
-    core_dir: str = "", url: str = BUNDLE_URL, waits_secs: Sequence[float] = WAITS_SECS
-) -> Path:
+def eval_bundle(core_dir: str = "", url: str = BUNDLE_URL) -> Path:
     """The folder of the tasks of CORE: `core_dir` if given, else upstream's zip, unpacked.
 
-    $NANOCHAT_BASE_DIR/data/eval_bundle is whole when it is there. The server publishes no SHA-256;
-    the ETag of an object uploaded in one part is its MD5 and is checked as such, and so is the CRC
-    of every file. Processes that ask at once wait for the one that works.
+    The server publishes no SHA-256: the size and the CRC of every file are checked.
     """
     folder = Path(core_dir).expanduser() if core_dir else data_dir() / BUNDLE
-    work = folder.with_name(f".{BUNDLE}")
     if not core_dir:
         with locked(folder):
             if not folder.exists():
-                fetch = partial(_fetch_bundle, url, work)
                 otherwise = ", or unpack it elsewhere and set config.eval.core_dir to that folder"
-                _patiently(url, fetch, waits_secs, threading.Event(), otherwise)
-                os.replace(work / BUNDLE, folder)
-                shutil.rmtree(work)
+                _patiently(url, partial(_fetch_bundle, url, folder), otherwise)
     if not any(folder.glob("core*.yaml")):
         raise UserError(
             f"got {folder} without core.yaml, expected an unpacked evaluation bundle; set "
@@ -150,39 +132,31 @@ def eval_bundle(
     return folder
 
 
-def _fetch_bundle(url: str, work: Path) -> None:
-    """Unpack the zip's folder BUNDLE into `work`; OSError when what came is not whole."""
+def _fetch_bundle(url: str, folder: Path) -> None:
+    """Make `folder` of the zip's folder BUNDLE; OSError when what came is not whole."""
+    work = folder.with_name(f".{BUNDLE}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    head = http_backoff("HEAD", url, headers={"Accept-Encoding": "identity"}, timeout=30)
-    hf_raise_for_status(head)
-    archive = work / "bundle.zip"
-    with archive.open("wb") as out:
-        http_get(url, out, displayed_filename=BUNDLE)
-    etag = head.headers.get("ETag", "").strip('"')
-    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    if re.fullmatch(r"[0-9a-f]{32}", etag) and md5 != etag:
-        raise OSError(f"got MD5 {md5}, expected {etag}")
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            names = [name for name in zipped.namelist() if name.startswith(f"{BUNDLE}/")]
-            outside = any(".." in PurePosixPath(name).parts for name in names)
-            if outside or f"{BUNDLE}/core.yaml" not in names:
-                raise UserError(f"{url}: got a zip that is not one folder {BUNDLE} with core.yaml")
-            zipped.extractall(work, names)  # checks the CRC of each
+        with (work / "bundle.zip").open("w+b") as archive:
+            http_get(url, archive, displayed_filename=BUNDLE)
+            with zipfile.ZipFile(archive) as zipped:
+                names = [name for name in zipped.namelist() if name.startswith(f"{BUNDLE}/")]
+                outside = any(".." in PurePosixPath(name).parts for name in names)
+                if outside or f"{BUNDLE}/core.yaml" not in names:
+                    raise UserError(
+                        f"{url}: got a zip that is not one folder {BUNDLE} with core.yaml"
+                    )
+                zipped.extractall(work, names)  # checks the CRC of each
     except (zipfile.BadZipFile, zlib.error) as error:
         raise OSError(f"got a damaged zip ({error})") from None
+    os.replace(work / BUNDLE, folder)
+    shutil.rmtree(work)
 
 
-def _patiently(
-    what: str,
-    action: Callable[[], T],
-    waits_secs: Sequence[float],
-    stop: threading.Event,
-    otherwise: str = "",
-) -> T:
-    """`action`, again after each of `waits_secs` when network or server fail; then a UserError."""
-    for wait_secs in (*waits_secs, None):
+def _patiently(what: str, action: Callable[[], T], otherwise: str = "") -> T:
+    """`action`, again after each of WAITS_SECS when network or server fail; then a UserError."""
+    for wait_secs in (*WAITS_SECS, None):
         try:
             return action()
         except _NETWORK_ERRORS as error:
@@ -195,12 +169,10 @@ def _patiently(
         elif isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             advice = "free space or permissions on the disk, or set NANOCHAT_BASE_DIR to another"
         elif wait_secs is None:
-            advice = f"gave up after {len(waits_secs) + 1} attempts; check the network"
-        elif not stop.is_set():
-            log(f"{what}: {reason}; again in {wait_secs:g} s")
-            stop.wait(wait_secs)
-            continue
+            advice = f"gave up after {len(WAITS_SECS) + 1} attempts; check the network"
         else:
-            advice = "another file failed"
+            log(f"{what}: {reason}; again in {wait_secs:g} s")
+            time.sleep(wait_secs)
+            continue
         raise UserError(f"{what}: {reason}; {advice}, then run the same command again{otherwise}")
     raise AssertionError("the last wait is None")

@@ -3,23 +3,21 @@
     Corpus --> documents of this lane --> tokens, some documents ahead --> packer --> rows
 
 A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
-few row groups) and reads them in order, pass after pass. Empty documents are skipped and counted.
-
-Its state is where it reads and the ids of the documents its packer holds. Restoring tokenises those
-again, so the next row is the one that would have come; tokens are never saved. Documents wait long
-in a best-fit buffer, so their ids may point to as many row groups as there are documents.
+few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
+the documents its packer holds. Restoring tokenises those again, so the next row is the one that
+would have come. Documents wait long in a best-fit buffer, so their ids point to many row groups.
 """
 
-from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nanochat_jax.common import UserError
 from nanochat_jax.data.packing import PACKERS, Document, DocumentId, PackedRow
-from nanochat_jax.data.sources import Corpus, Texts
+from nanochat_jax.data.sources import Corpus
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
 # Documents per call of the tokenizer: enough to occupy its threads, few enough to start quickly.
@@ -29,16 +27,9 @@ _MIN_ROW_GROUPS_PER_LANE = 8
 _RESTORE_THREADS = 8
 
 State = dict[str, Any]
-
-
-@dataclass
-class Counts:
-    """What a lane has met so far; part of its state."""
-
-    documents: int = 0
-    empty_documents: int = 0  # skipped
-    repaired_documents: int = 0  # had bytes that are not UTF-8
-    cropped_tokens: int = 0  # dropped by the packer
+# What a lane has met so far, part of its state: documents, those skipped as empty, those that had
+# bytes that are not UTF-8, and the tokens that the packer dropped.
+COUNTS = ("documents", "empty_documents", "repaired_documents", "cropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -48,9 +39,18 @@ class DataOrder:
     corpus: Corpus
     tokenizer: Tokenizer
     seq_len: int
-    packing: str
-    buffer_docs: int
-    num_lanes: int
+    packing: str = "best_fit"
+    buffer_docs: int = 1000
+    num_lanes: int = 1
+
+    def __post_init__(self):
+        if self.packing not in PACKERS:
+            raise UserError(
+                f"got config.data.packing = {self.packing!r}, expected one of {sorted(PACKERS)}"
+            )
+        for name in ("num_lanes", "buffer_docs"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"got config.data.{name} = {value}, expected at least 1")
 
     def describe(self) -> dict[str, Any]:
         """What a saved state must agree with to be continued."""
@@ -58,92 +58,82 @@ class DataOrder:
         return {"shards": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
 
-class Lane:
-    """A cursor, documents read ahead and a packer; see the head of this file."""
+class Lane(Iterator[PackedRow]):
+    """A cursor, the documents from there on and a packer; see the head of this file."""
 
     def __init__(self, order: DataOrder, lane: int, endless: bool = True):
         self._order, self._lane, self._endless = order, lane, endless
         self._packer = PACKERS[order.packing](order.seq_len + 1, order.buffer_docs)
-        self._counts = Counts()
+        self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         # The lane's row groups are [first::step]; of each it owns all rows, or every num_lanes-th.
-        self._groups = order.corpus.row_groups
-        by_group = len(self._groups) >= _MIN_ROW_GROUPS_PER_LANE * order.num_lanes
+        by_group = len(order.corpus.row_groups) >= _MIN_ROW_GROUPS_PER_LANE * order.num_lanes
         self._first_group, self._group_step = (lane, order.num_lanes) if by_group else (0, 1)
         self._row_step = 1 if by_group else order.num_lanes
-        self.epoch = 0  # complete passes behind the cursor
-        self._group = self._first_group
-        self._row = 0  # rows before this one are read
-        self._texts: tuple[int, Texts] = (-1, Texts([], frozenset()))  # of the row group being read
-        # The next documents: row group, row, tokens or None if empty, repaired.
-        self._ahead: deque[tuple[int, int, np.ndarray | None, bool]] = deque()
+        # Complete passes, row group, row: those before it are read.
+        self._cursor = [0, self._first_group, 0]
+        self._documents = self._read()
 
-    def next_row(self) -> PackedRow | None:
-        """The next packed row; None at the end of a lane that is not endless."""
-        row = self._packer.next_row(self._pull)
-        if row is not None:
-            self._counts.cropped_tokens += row.cropped_tokens
+    @property
+    def epoch(self) -> int:
+        return self._cursor[0]
+
+    def __next__(self) -> PackedRow:
+        """The next packed row; a lane that is not endless stops when no row can be filled."""
+        row = self._packer.next_row(self._documents)
+        if row is None:
+            raise StopIteration
+        self._counts["cropped_tokens"] += row.cropped_tokens
         return row
 
     def get_state(self) -> State:
-        group, row = self._ahead[0][:2] if self._ahead else (self._group, self._row)
         ids, offset = self._packer.held()
         buffer = " ".join(f"{group}:{row}" for group, row in ids)
-        cursor = [self.epoch, group, row]
-        return {"cursor": cursor, "buffer": buffer, "offset": offset, **asdict(self._counts)}
+        return {"cursor": self._cursor, "buffer": buffer, "offset": offset, **self._counts}
 
     def set_state(self, state: State) -> None:
-        self._ahead.clear()
-        self.epoch, self._group, self._row = state["cursor"]
-        self._counts = Counts(**{field.name: state[field.name] for field in fields(Counts)})
+        self._cursor = state["cursor"]
+        self._counts = {name: state[name] for name in COUNTS}
+        self._documents = self._read()
         pairs = (item.split(":") for item in state["buffer"].split())
         held = self._tokenize_again([(int(group), int(row)) for group, row in pairs])
         self._packer.restore(held, state["offset"])
 
-    def _pull(self) -> Document | None:
-        while self._ahead or self._read_ahead():
-            group, row, tokens, repaired = self._ahead.popleft()
-            self._counts.documents += 1
-            self._counts.repaired_documents += repaired
-            if tokens is not None:
-                return Document((group, row), tokens)
-            self._counts.empty_documents += 1
-        return None
+    def _read(self) -> Iterator[Document]:
+        """The documents from the cursor on, which moves with them; empty ones are left out."""
+        corpus, counts = self._order.corpus, self._counts
+        epoch, first_group, first_row = self._cursor
+        while True:
+            for group in range(first_group, len(corpus.row_groups), self._group_step):
+                rows, first_row = self._rows(group, first_row), 0
+                texts, repaired = corpus.read(group) if rows else ([], ())
+                for start in range(0, len(rows), _TOKENIZE_DOCS):
+                    ahead = rows[start : start + _TOKENIZE_DOCS]
+                    filled = [row for row in ahead if texts[row].strip()]
+                    tokens = self._tokenize([texts[row] for row in filled])
+                    tokens_of = dict(zip(filled, tokens, strict=True))
+                    for row, following in zip(ahead, [*ahead[1:], ahead[-1] + 1], strict=True):
+                        self._cursor = [epoch, group, following]
+                        counts["documents"] += 1
+                        counts["repaired_documents"] += row in repaired
+                        counts["empty_documents"] += row not in tokens_of
+                        if row in tokens_of:
+                            yield Document((group, row), tokens_of[row])
+            if not self._endless:
+                return
+            if counts["documents"] == counts["empty_documents"]:
+                raise UserError(
+                    f"got no text for lane {self._lane} of {self._order.num_lanes} in "
+                    f"{corpus.num_documents} documents, expected at least one each; "
+                    "use more text or a smaller config.data.num_lanes"
+                )
+            epoch, first_group = epoch + 1, self._first_group
 
-    def _read_ahead(self) -> bool:
-        """Queue some documents of one row group, so that the cursor's epoch is theirs; False at the
-        end."""
-        while not (rows := self._rows_left()[:_TOKENIZE_DOCS]):
-            self._group, self._row = self._group + self._group_step, 0
-            if self._group >= len(self._groups):
-                if not self._endless:
-                    return False
-                self._start_next_epoch()
-        if self._texts[0] != self._group:
-            self._texts = (self._group, self._order.corpus.read(self._group))
-        texts, repaired = self._texts[1]
-        filled = [row for row in rows if texts[row].strip()]
-        tokens = dict(zip(filled, self._tokenize([texts[row] for row in filled]), strict=True))
-        self._ahead.extend((self._group, row, tokens.get(row), row in repaired) for row in rows)
-        self._row = rows[-1] + 1
-        return True
-
-    def _rows_left(self) -> range:
-        """The lane's rows of the current row group that are not read yet."""
-        if self._group >= len(self._groups):
-            return range(0)
-        _, _, num_documents, first_document = self._groups[self._group]
+    def _rows(self, group: int, first_row: int) -> range:
+        """The lane's rows of a row group, those before `first_row` left out."""
+        _, _, num_documents, first_document = self._order.corpus.row_groups[group]
         first = (self._lane - first_document) % self._row_step
-        read = -(-max(self._row - first, 0) // self._row_step)
+        read = -(-max(first_row - first, 0) // self._row_step)
         return range(first, num_documents, self._row_step)[read:]
-
-    def _start_next_epoch(self) -> None:
-        if self._counts.documents == self._counts.empty_documents:
-            raise UserError(
-                f"got no text for lane {self._lane} of {self._order.num_lanes} in "
-                f"{self._order.corpus.num_documents} documents, expected at least one each; "
-                "use more text or a smaller config.data.num_lanes"
-            )
-        self.epoch, self._group, self._row = self.epoch + 1, self._first_group, 0
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._order.tokenizer.encode_batch(texts, bos=True)

@@ -4,15 +4,12 @@
     .txt .md  the file, cut at blank lines into pieces of at most MAX_FILE_CHARS (of a document that
               is longer than a row, best-fit packing uses only the beginning)
 
-Subfolders are searched, hidden files and other kinds are left out, files are read in order of their
-paths. Empty documents are skipped; bytes that are not UTF-8 become U+FFFD; both are counted.
+Subfolders are searched, hidden files left out; empty documents are skipped, bytes that are not
+UTF-8 become U+FFFD, and both are counted. A folder that already holds shards (two or more files,
+all named shard_NNNNN.parquet) is used in place; its validation shard, the one with the highest
+number, is recorded at first use and stays the same when shards are added.
 
-A folder that already holds shards (two or more files, all named shard_NNNNN.parquet) is used in
-place. Its validation shard, the one with the highest number, is recorded at first use and stays the
-same when shards are added.
-
-The readers are our own: the package `datasets` refuses bad UTF-8 and lines of different columns,
-and copies the text into a cache in the home directory first.
+The package `datasets` would refuse bad UTF-8 and lines of different columns.
 """
 
 import hashlib
@@ -21,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,14 +50,8 @@ def dataset_directory(local_dir: str) -> Path:
     return data_dir() / f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', source.name)}_{digest}"
 
 
-def find(local_dir: str) -> Shards | None:
-    """Shards of a folder that was packed or is used in place; None before."""
-    directory = dataset_directory(local_dir)
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return None
-    if not manifest["in_place"]:
-        return [directory / name for name in manifest["train"]], directory / manifest["validation"]
+def shards_in_place(manifest: dict[str, Any]) -> Shards:
+    """The shards of a folder that is used in place, also those added since it was recorded."""
     source = Path(manifest["source"])
     validation = source / manifest["validation"]
     return [path for path in sorted(source.glob("*.parquet")) if path != validation], validation

@@ -2,14 +2,11 @@
 
     documents (BOS first) --> buffer --> rows of seq_len + 1 tokens (inputs [:-1], targets [1:])
 
-BestFit, modern nanochat's packing:
-  - every row starts with a document, so with BOS; every position is a token of a document;
-  - of `buffer_docs` documents the longest that fits comes next (of equals, the oldest);
-  - when none fits, the shortest (of equals, the oldest) is cut to fill the row, its rest dropped;
-  - so a document longer than a row is only ever used cut, and waits until nothing else fits. Those
-    that wait collect in the buffer and leave less to choose from, as they do upstream.
-  Upstream scans its buffer for each choice. Here the lengths are kept sorted and a choice is one
-  bisection; the rows are the same (tests/data/test_packing.py compares with a naive scan).
+BestFit, modern nanochat's packing: every row starts with a document, so with BOS. Of `buffer_docs`
+documents the longest that fits comes next (of equals, the oldest); when none fits, the shortest is
+cut to fill the row and its rest dropped. So a document longer than a row is only ever used cut, and
+waits until nothing else fits. Upstream scans its buffer for each choice; here the lengths are kept
+sorted and a choice is one bisection.
 
 Stream, classic nanochat's packing: documents are laid end to end and cut every seq_len tokens. A
 row takes seq_len + 1 tokens and gives the last one back, so every token is a target exactly once.
@@ -20,7 +17,8 @@ that an exact resume needs.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -37,10 +35,6 @@ class PackedRow(NamedTuple):
     tokens: np.ndarray  # int32 [seq_len + 1]
     ids: list[DocumentId]
     cropped_tokens: int  # of these documents, cut away
-
-
-# Gives the next document, or None when there are no more (validation; training never ends).
-Pull = Callable[[], Document | None]
 
 
 class Waiting:
@@ -72,12 +66,12 @@ class BestFit:
         self._row_tokens, self._buffer_docs = row_tokens, buffer_docs
         self.restore((), 0)
 
-    def next_row(self, pull: Pull) -> PackedRow | None:
-        """Fill one row, pulling documents to keep the buffer full; None when they ran out."""
+    def next_row(self, documents: Iterator[Document]) -> PackedRow | None:
+        """Fill one row, taking documents to keep the buffer full; None when they ran out."""
         parts, ids, room, cropped = [], [], self._row_tokens, 0
         while room:
-            while len(self._waiting) < self._buffer_docs and (pulled := pull()) is not None:
-                self._add(pulled)
+            for document in islice(documents, self._buffer_docs - len(self._waiting)):
+                self._add(document)
             number = self._waiting.take_longest(room)
             if number is None and (number := self._waiting.take_shortest()) is None:
                 return None  # an unfinished row is not a row
@@ -112,11 +106,11 @@ class Stream:
         self._row_tokens = row_tokens
         self.restore((), 0)
 
-    def next_row(self, pull: Pull) -> PackedRow | None:
+    def next_row(self, documents: Iterator[Document]) -> PackedRow | None:
         parts, ids, room = [], [], self._row_tokens
         while room:
             if self._document is None or self._offset == len(self._document.tokens):
-                self._document, self._offset = pull(), 0
+                self._document, self._offset = next(documents, None), 0
                 if self._document is None:
                     return None
             parts.append(self._document.tokens[self._offset :][:room])

@@ -6,27 +6,21 @@
 
 The order of the data depends on the shards, `num_lanes` and the packing; never on the number of
 processes. A batch holds batch_rows / num_lanes rows of each lane, and process p of P owns the lanes
-p*L/P to (p+1)*L/P - 1, which lie side by side in the batch.
-
-State is kept per lane (lanes.py). The states of P processes merge into one, which any number of
-processes can start from: an interrupted run sees exactly the batches of an uninterrupted one. Grain
-makes batches ahead in a thread and keeps with each the state that belongs to it, so that the state
-is always that of the batch last handed out.
+p*L/P to (p+1)*L/P - 1. The states of P processes merge into one, which any number of processes can
+start from. Grain makes batches ahead in a thread and keeps with each the state that belongs to it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import grain
 import numpy as np
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data.lanes import Counts, DataOrder, Lane, State
-from nanochat_jax.data.packing import PACKERS, PackedRow
+from nanochat_jax.data.lanes import COUNTS, DataOrder, Lane, State
+from nanochat_jax.data.packing import PackedRow
 from nanochat_jax.data.sources import Corpus
-from nanochat_jax.tokenizer.bpe import Tokenizer
 
 Batch = dict[str, Any]
 
@@ -44,13 +38,9 @@ class _LaneBatches(Iterator[Batch]):
             for name, lane in self._lanes.items():
                 lane.set_state(self._start[name])
             self._start = None
-        rows = []
-        for lane in self._lanes.values():
-            for _ in range(self._rows_per_lane):
-                row = lane.next_row()
-                assert row is not None  # these lanes are endless
-                rows.append(row)
-        epoch = min(lane.epoch for lane in self._lanes.values())
+        lanes = self._lanes.values()
+        rows = [row for lane in lanes for row in islice(lane, self._rows_per_lane)]
+        epoch = min(lane.epoch for lane in lanes)
         return _make_batch(self._corpus, rows) | {"epoch": epoch}
 
     def get_state(self) -> dict[str, State]:
@@ -98,9 +88,9 @@ class TrainBatches(grain.experimental.ThreadPrefetchDatasetIterator):
         super().set_state({name: state["lanes"][name] for name in lanes})
 
     def counts(self) -> dict[str, int]:
-        """Documents and tokens met so far by our lanes, those of `Counts` summed."""
+        """Documents and tokens met so far by our lanes: lanes.COUNTS summed."""
         lanes = super().get_state().values()
-        return {field.name: sum(lane[field.name] for lane in lanes) for field in fields(Counts)}
+        return {name: sum(lane[name] for lane in lanes) for name in COUNTS}
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -115,14 +105,9 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def train_batches(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
+    order: DataOrder,
     *,
-    seq_len: int,
     batch_rows: int,
-    packing: str = "best_fit",
-    buffer_docs: int = 1000,
-    num_lanes: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
@@ -132,60 +117,45 @@ def train_batches(
     A batch: `inputs` and `targets` int32 [R, T] with R = batch_rows / process_count; `doc_ids`, for
     each row the names of its documents (Corpus.name); `epoch`, the passes over the data completed.
     """
-    if packing not in PACKERS:
-        raise UserError(f"got config.data.packing = {packing!r}, expected one of {sorted(PACKERS)}")
-    for name, value in [("num_lanes", num_lanes), ("buffer_docs", buffer_docs)]:
-        if value < 1:
-            raise UserError(f"got config.data.{name} = {value}, expected at least 1")
-    if batch_rows % num_lanes or num_lanes % process_count:
+    if batch_rows % order.num_lanes or order.num_lanes % process_count:
         raise UserError(
-            f"got config.data.num_lanes = {num_lanes}, expected a divisor of the {batch_rows} rows "
-            f"of a batch and a multiple of the {process_count} processes"
+            f"got config.data.num_lanes = {order.num_lanes}, expected a divisor of the "
+            f"{batch_rows} rows of a batch and a multiple of the {process_count} processes"
         )
-    per_process = num_lanes // process_count
+    per_process = order.num_lanes // process_count
     lanes = range(process_index * per_process, (process_index + 1) * per_process)
-    order = DataOrder(Corpus(paths), tokenizer, seq_len, packing, buffer_docs, num_lanes)
-    return TrainBatches(order, lanes, batch_rows // num_lanes, prefetch)
+    return TrainBatches(order, lanes, batch_rows // order.num_lanes, prefetch)
 
 
 def eval_batches(
-    paths: Path | Sequence[Path],
-    tokenizer: Tokenizer,
+    order: DataOrder,
     *,
-    seq_len: int,
     batch_rows: int,
     num_batches: int,
-    packing: str = "best_fit",
-    buffer_docs: int = 1000,
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """The first `num_batches` batches of one pass over `paths`: the same ones at every call.
+    """The first `num_batches` batches of one pass over the corpus: the same ones at every call.
 
-    Packed as for training. When the text ends there are fewer, the last filled up with rows whose
-    targets are all -1; an error when there is not one row. Every process packs all rows and keeps
-    its own, R = batch_rows / process_count.
+    Packed as for training, in one lane. When the text ends there are fewer, the last filled up with
+    rows whose targets are all -1; an error when there is not one row. Every process packs all rows
+    and keeps its own, R = batch_rows / process_count.
     """
     if batch_rows % process_count:
         raise UserError(
             f"got {batch_rows} rows a batch for {process_count} processes, expected a multiple"
         )
-    corpus = Corpus([paths] if isinstance(paths, Path) else paths)
-    lane = Lane(DataOrder(corpus, tokenizer, seq_len, packing, buffer_docs, 1), 0, endless=False)
-    rows_here = batch_rows // process_count
+    rows_here, lane, batches = batch_rows // process_count, Lane(order, 0, endless=False), []
     ours = slice(process_index * rows_here, (process_index + 1) * rows_here)
-    batches = []
-    while len(batches) < num_batches:
-        rows = [row for _ in range(batch_rows) if (row := lane.next_row()) is not None]
-        if not rows:
-            break
-        missing = batch_rows - len(rows)
-        batch = _make_batch(corpus, rows + rows[-1:] * missing)
+    while len(batches) < num_batches and (rows := list(islice(lane, batch_rows))):
+        batch = _make_batch(order.corpus, rows + rows[-1:] * (batch_rows - len(rows)))
         batch["targets"][len(rows) :] = -1
         batches.append({name: values[ours] for name, values in batch.items()})
     if not batches:
+        corpus = order.corpus
         raise UserError(
             f"got {corpus.num_documents} documents in {', '.join(map(str, corpus.paths))}, "
-            f"expected enough for a row of {seq_len + 1} tokens; use more text or shorter rows"
+            f"expected enough for a row of {order.seq_len + 1} tokens; use more text or shorter "
+            "rows"
         )
     return batches

@@ -1,20 +1,21 @@
 """Folders of shards: their names and record, and how documents become shards.
 
     documents --> by hash of the key --> validation ----> shard_00000
-                                     +-> training 1 ----> shard_00001   (each shuffled)
-                                     +-> training 2 ...
+                                     +-> training 1 ----> shard_00001   (each shuffled) ...
 
 The key (the text itself, or what it was cut from) alone decides the side of a document, so
 documents of one key never stand on both sides. The same documents in the same order give the same
-shards. At most about one shard of text is in memory.
+shards. One shard of text at a time is in memory.
 """
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,8 @@ def write_shards(
     shards = {}
     work = Path(tempfile.mkdtemp(dir=directory, prefix=".making."))
     try:
-        held = _deal(documents, len(names), validation_frac, shard_chars, work)
-        for i, name in enumerate(names):
-            spilled = sorted(work.glob(f"{i}.*"))
-            texts = [text for path in spilled for text in pq.read_table(path)["text"].to_pylist()]
-            texts += [text for _, text in held[i]]
-            held[i] = []
+        dealt = _deal(documents, [work / f"{name}.jsonl" for name in names], validation_frac)
+        for i, (name, texts) in enumerate(zip(names, dealt, strict=True)):
             random.Random(_SHUFFLE_SEED + i).shuffle(texts)
             write_shard(work / name, texts)
             facts = {"documents": len(texts), "chars": sum(map(len, texts))}
@@ -109,38 +106,34 @@ def write_shard(path: Path, texts: list[str]) -> None:
 
 
 def _deal(
-    documents: Iterable[KeyedText],
-    num_shards: int,
-    validation_frac: float,
-    shard_chars: int,
-    work: Path,
-) -> list[list[tuple[int, str]]]:
-    """(hash of the key, text) of each shard's documents, validation first; those of shard i that
-    memory does not hold are in work/i.00000 and on."""
+    documents: Iterable[KeyedText], files: list[Path], validation_frac: float
+) -> Iterator[list[str]]:
+    """The texts of each shard, validation first, dealt out by way of `files`, one a shard."""
     limit = int(validation_frac * _HASH_RANGE)
-    held: list[list[tuple[int, str]]] = [[] for _ in range(num_shards)]
-    held_chars = num_spills = 0
-    for key, text in documents:
-        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-        shard = 0
-        if number >= limit:
-            shard = 1 + (number - limit) * (num_shards - 1) // (_HASH_RANGE - limit)
-        held[shard].append((number, text))
-        held_chars += len(text)
-        if held_chars > shard_chars:
-            for i, of_shard in enumerate(held):
-                table = pa.table({"text": pa.array([text for _, text in of_shard], pa.string())})
-                pq.write_table(table, work / f"{i}.{num_spills:05d}")
-                of_shard.clear()
-            held_chars, num_spills = 0, num_spills + 1
-    if num_spills or num_shards > 2 or all(held):
-        return held
+    with ExitStack() as stack:
+        opened = [stack.enter_context(file.open("w")) for file in files]
+        for key, text in documents:
+            number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+            shard = 0
+            if number >= limit:
+                shard = 1 + (number - limit) * (len(files) - 1) // (_HASH_RANGE - limit)
+            opened[shard].write(json.dumps([number, text]) + "\n")
+    if len(files) > 2 or all(file.stat().st_size for file in files):
+        for file in files:
+            yield [text for _, text in _read_lines(file)]
+        return
     # Of so few documents that one side got none, those with the smallest hash are validation.
-    few = held[0] + held[1]
+    few = [document for file in files for document in _read_lines(file)]
     if len({number for number, _ in few}) < 2:
         raise UserError(
             f"got {len(few)} documents, expected at least two different ones, one for training "
             "and one for validation; add text"
         )
     first = min(number for number, _ in few)
-    return [[d for d in few if d[0] == first], [d for d in few if d[0] != first]]
+    yield [text for number, text in few if number == first]
+    yield [text for number, text in few if number != first]
+
+
+def _read_lines(file: Path) -> list[tuple[int, str]]:
+    with file.open() as lines:
+        return [json.loads(line) for line in lines]

@@ -77,15 +77,12 @@ class Corpus:
                 table = file.read_row_group(index, columns=[TEXT_COLUMN], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _corrupt_shard(path, error) from None
+        # Viewed as binary: to read it as strings would end at bytes that are not UTF-8.
         column = table.column(TEXT_COLUMN)
-        try:
-            return Texts([text or "" for text in column.to_pylist()], frozenset())
-        except UnicodeDecodeError:
-            # A cast would validate; viewing the same buffers as binary does not.
-            binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-            raws = [raw or b"" for chunk in column.chunks for raw in chunk.view(binary).to_pylist()]
+        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        raws = [raw or b"" for chunk in column.chunks for raw in chunk.view(binary).to_pylist()]
         decoded = [decode(raw) for raw in raws]
-        repaired = frozenset(i for i, (_, bad) in enumerate(decoded) if bad)
+        repaired = frozenset(row for row, (_, bad_bytes) in enumerate(decoded) if bad_bytes)
         return Texts([text for text, _ in decoded], repaired)
 
 

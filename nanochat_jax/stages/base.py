@@ -2,7 +2,9 @@
 
 from nanochat_jax import recipe
 from nanochat_jax.data import hub
+from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.data.sources import Corpus
 from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
 from nanochat_jax.stages.text import run_data, run_tokenizer
@@ -25,14 +27,17 @@ class Base(Stage):
         require_memory(abstract_state(self.owners, self.tx), run.mesh)
         self.tokenizer = run_tokenizer(config)
         train_paths, val_path = run_data(config)
-        self.batches = train_batches(
-            train_paths,
+        order = DataOrder(
+            Corpus(train_paths),
             self.tokenizer,
-            seq_len=run.model.seq_len,
-            batch_rows=self.rows,
+            run.model.seq_len,
             packing=d.packing,
             buffer_docs=d.buffer_docs,
             num_lanes=d.num_lanes,
+        )
+        self.batches = train_batches(
+            order,
+            batch_rows=self.rows,
             **self.run.process,
             prefetch=d.prefetch_batches,
         )

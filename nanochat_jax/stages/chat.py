@@ -51,7 +51,6 @@ class _Chat(Stage):
                 log(f"  {count:>9,} {spec}")
             return conv.render(
                 mixed,
-                mixed.name,
                 self.tokenizer,
                 max_tokens=max_tokens,
                 train_on=self.section.train_on,

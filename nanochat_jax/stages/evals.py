@@ -20,7 +20,9 @@ from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
 from nanochat_jax.data import hub
+from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import eval_batches
+from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
 from nanochat_jax.inference.checkpoint import StageCheckpoint, chat_engine, find_stage, open_stage
@@ -257,9 +259,7 @@ def text_bpb(run: Run, tokenizer: bpe.Tokenizer, path: Path) -> Callable[[dict],
     """params -> bits per byte over the first eval.val_tokens of the shard at `path`."""
     e, rows = run.config.eval, run.config.eval.device_batch_size * run.row_shards
     batches = eval_batches(
-        path,
-        tokenizer,
-        seq_len=run.model.seq_len,
+        DataOrder(Corpus([path]), tokenizer, run.model.seq_len),
         batch_rows=rows,
         num_batches=max(1, e.val_tokens // (rows * run.model.seq_len)),
         **run.process,

@@ -42,7 +42,7 @@ class ChitChat(RowTask):
 
 def _pieces() -> list[tuple[str, list[str]]]:
     """(key of the conversation, messages) of every piece, in the order of the keys."""
-    sources = (demo.dataset_file(), Path(demo.__file__), Path(__file__))
+    sources = (demo.dataset_file(), Path(demo.__file__), demo.TABLES, Path(__file__))
     made_of = [sha256_file(source) for source in sources]
     path = data_dir() / "tasks" / "chitchat.json"
     with locked(path):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax import config as cfg
 from nanochat_jax.common import run_main
+from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.data.shards import write_shard
 from nanochat_jax.data.sources import Corpus
@@ -31,20 +32,11 @@ TEXTS = 5_000  # that the tokenizer is trained on
 
 
 def run(config: cfg.Recipe, shard: Path, num_tokens: int) -> list[dict]:
-    corpus = Corpus([shard])
-    texts = (text for group in range(len(corpus.row_groups)) for text in corpus.read(group).texts)
-    d, seq_len = config.data, config.model.seq_len
+    corpus, d, seq_len = Corpus([shard]), config.data, config.model.seq_len
+    tokenizer = bpe.train(islice(corpus.texts(), TEXTS), config.tokenizer.vocab_size)
     batch_rows = d.num_lanes * config.base.device_batch_size
-    batches = train_batches(
-        [shard],
-        bpe.train(islice(texts, TEXTS), config.tokenizer.vocab_size),
-        seq_len=seq_len,
-        batch_rows=batch_rows,
-        packing=d.packing,
-        buffer_docs=d.buffer_docs,
-        num_lanes=d.num_lanes,
-        prefetch=d.prefetch_batches,
-    )
+    order = DataOrder(corpus, tokenizer, seq_len, d.packing, d.buffer_docs, d.num_lanes)
+    batches = train_batches(order, batch_rows=batch_rows, prefetch=d.prefetch_batches)
     for _ in range(d.prefetch_batches + 2):  # buffers filled, threads running
         next(batches)
     num_batches = max(1, num_tokens // (batch_rows * seq_len))

@@ -20,17 +20,9 @@ def documents(lengths):
     ]
 
 
-def puller(docs):
-    remaining = iter(docs)
-    return lambda: next(remaining, None)
-
-
 def pack_all(packer, docs):
-    pull = puller(docs)
-    rows = []
-    while (row := packer.next_row(pull)) is not None:
-        rows.append(row)
-    return rows
+    remaining = iter(docs)
+    return list(iter(lambda: packer.next_row(remaining), None))
 
 
 def naive_best_fit(docs, row_tokens, buffer_docs):
@@ -95,14 +87,11 @@ def test_stream_names_the_documents_of_a_row(lengths, row_tokens):
 def test_restored_packer_goes_on_as_if_never_stopped(make, lengths, stop):
     docs = documents(lengths)
     by_id = {doc.id: doc for doc in docs}
-    packer, pull = make(), puller(docs)
+    packer, incoming = make(), iter(docs)
     for _ in range(stop):
-        packer.next_row(pull)
+        packer.next_row(incoming)
     ids, offset = packer.held()
-    remaining = []
-    while (document := pull()) is not None:
-        remaining.append(document)
-    other = make()
+    remaining, other = list(incoming), make()
     other.restore([by_id[id] for id in ids], offset)
     rows, other_rows = pack_all(packer, remaining), pack_all(other, remaining)
     assert [r.tokens.tolist() for r in rows] == [r.tokens.tolist() for r in other_rows]
