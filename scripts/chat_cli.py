@@ -55,18 +55,19 @@ def main() -> int:
     settings = scheduler.Request((), *sampling, seed=args.seed)
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        opened = checkpoint.open_model(config, args.stage)
+        found, model, mesh, params, tokenizer = checkpoint.open_model(config, args.stage)
         # One token a burst shows it at once; where nobody watches, many at a time are faster.
-        sizes = {"slots": 1, "max_len": opened.model.seq_len, "burst": 1 if interactive else 16}
-        engine = checkpoint.start_engine(opened, tool=args.tool or "calculator", **sizes)
-        base = opened.checkpoint.stage == "base"
+        sizes = {"slots": 1, "max_len": model.seq_len, "burst": 1 if interactive else 16}
+        base, tool = found.stage == "base", args.tool or "calculator"
+        engine = checkpoint.make_engine(model, mesh, tokenizer, base=base, tool=tool, **sizes)
+        engine.load(params)
         if base and args.tool not in (None, "none"):
             print(f"--tool={args.tool} has no effect: a base model uses no tool", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     notes = sys.stdout if interactive else sys.stderr
     screen = terminal.Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
-    chat = terminal.Chat(engine, opened.tokenizer, settings, screen, args.system, base)
+    chat = terminal.Chat(engine, tokenizer, settings, screen, args.system, base)
     if not interactive:
         return 130 if chat.ask(args.question) == "cancelled" else 0
     screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")

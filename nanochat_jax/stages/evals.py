@@ -23,8 +23,7 @@ from nanochat_jax.data import eval_bundle
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.checkpoint import StageCheckpoint, chat_engine, find_stage, open_stage
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.checkpoint import StageCheckpoint, find_stage, make_engine, open_stage
 from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.stages.run import ORDER, Run, has_stage, start
 from nanochat_jax.stages.same import same_run
@@ -174,7 +173,7 @@ def task_score(
             longest = longest_prompt(tokenizer, task, range(count))
             max_len = longest + e.chat_max_new_tokens
             sizes = {"slots": e.chat_slots, "max_len": max_len}
-            engine = chat_engine(run.model, run.mesh, tokenizer, **sizes)
+            engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
             engine.load(params)
             score = chat.generative(
                 engine,
@@ -201,7 +200,7 @@ def chat_answers(run: Run, tokenizer: bpe.Tokenizer, params: dict) -> list[dict[
         return []
     new_tokens = min(e.chat_max_new_tokens, ANSWER_TOKENS)
     max_len = max(map(len, ids)) + new_tokens
-    engine = chat_engine(run.model, run.mesh, tokenizer, slots=len(ids), max_len=max_len)
+    engine = make_engine(run.model, run.mesh, tokenizer, slots=len(ids), max_len=max_len)
     engine.load(params)
     answers = engine.generate([Request(prompt, new_tokens) for prompt in ids])
     texts = [chat.answer_text(tokenizer, answer) for answer in answers]
@@ -299,13 +298,8 @@ def make_samples(
     """params -> the prompts with their greedy continuations."""
     ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     requests = [Request(prompt, new_tokens) for prompt in ids]
-    engine = Engine(
-        run.model,
-        run.mesh,
-        slots=len(ids),
-        max_len=max(map(len, ids)) + new_tokens,
-        stop_ids=(tokenizer.bos_id,),
-    )
+    where, max_len = (run.model, run.mesh), max(map(len, ids)) + new_tokens
+    engine = make_engine(*where, tokenizer, base=True, slots=len(ids), max_len=max_len)
 
     def samples(params: dict) -> list[dict[str, str]]:
         engine.load(params)

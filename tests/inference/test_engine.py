@@ -94,9 +94,7 @@ def test_greedy_equals_upstream(generation, goldens):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)],
-    ids=["mixed", "data"],
+    "layout", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=["mixed", "data"]
 )
 def test_eight_devices_write_what_one_writes(layout, modern, random_params):
     config = replace(modern, vocab_size=120)

@@ -20,9 +20,9 @@ def run(scheduler: Scheduler, steps: int = 3) -> list[Completion]:
     """One step of an engine whose device writes at most `steps` tokens for each slot."""
     told, scheduler.cancelled = scheduler.cancelled, []
     scheduler.admit()
-    slots = len(scheduler.texts)
+    slots = scheduler.slots
     tokens, count = np.zeros((slots, steps), int), np.zeros(slots, int)
-    for slot, text in scheduler.writing().items():
+    for slot, text in scheduler.texts.items():
         said = []
         while len(said) < min(steps, scheduler.left(text)):
             forced = len(said) < len(text.forced)
