@@ -1,9 +1,8 @@
 """Evaluations: those of the base model, those of a chat model, and the functions that training
 stages run between steps.
 
-A result is a file, eval/<stage>.json, which says of which checkpoint and settings it is: asked
-again, nothing is computed twice; of another checkpoint or other settings, the earlier file moves to
-eval/replaced/. The chat evaluation keeps each task's score as it comes, so that a long one survives
+A result is a file, eval/<stage>.json, which names its checkpoint and settings. If both are the same,
+nothing is computed again; otherwise the earlier file moves to eval/replaced/. The chat evaluation keeps each task's score as it comes, so that a long one survives
 a kill.
 """
 
@@ -18,15 +17,14 @@ from tqdm import tqdm
 
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
-from nanochat_jax.config import Recipe
+from nanochat_jax.config import REMOVED, Recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.checkpoint import StageCheckpoint, chat_engine, find_stage, open_stage
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.checkpoint import StageCheckpoint, find_stage, make_engine, open_stage
 from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.stages.run import ORDER, Run, has_stage, start
 from nanochat_jax.stages.same import same_run
@@ -48,30 +46,30 @@ def run_base_eval(config: Recipe) -> None:
     found = find_stage(run.dir, "base")
     keys = {k: v for k, v in recipe.flat_json(config, "eval.").items() if "eval.chat_" not in k}
     out, settings = run.dir / "eval" / "base.json", {"checkpoint": found.checksum, **keys}
-    if _is_done(out, settings):
+    values = _found(out, settings)
+    if values and _answers(values, e.chat_prompts):
         log(f"base_eval: {out} is there, of step {found.step}")
         return
     began = time.monotonic()
     bundle = hub.eval_bundle(e.core_dir) if e.core else None
     tokenizer, params = _open(run, found)
-    train_paths, val_path = run_data(config)
-
-    values: dict[str, Any] = {"step": found.step}
-    values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
-    values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
-    if bundle:
-        values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
-    for name, prompts, new_tokens in (
-        ("samples", e.prompts, e.sample_tokens),
-        ("answers", e.chat_prompts, ANSWER_TOKENS),
-    ):
-        values[name] = make_answers(run, tokenizer, prompts, new_tokens, in_chat=False)(params)
+    if not values:
+        train_paths, val_path = run_data(config)
+        values = {"step": found.step, "eval_secs": 0.0, "settings": settings}
+        values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
+        values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
+        if bundle:
+            values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
+        continued = make_answers(run, tokenizer, e.prompts, e.sample_tokens, in_chat=False)
+        values["samples"] = continued(params)
+    continued = make_answers(run, tokenizer, e.chat_prompts, ANSWER_TOKENS, in_chat=False)
+    values["answers"] = continued(params)
     for name, value in values.items():
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
     for sample in [*values["samples"], *values["answers"]]:
         log(f"  {sample['prompt']!r} -> {sample['text']!r}")
-    values |= {"eval_secs": time.monotonic() - began, "settings": settings}
+    values["eval_secs"] += time.monotonic() - began
     _write(run, out, values)
 
 
@@ -90,27 +88,29 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     run = start(config)
     config, specs = run.config, config.eval.chat_tasks
     found = find_stage(run.dir, name)
-    keys = {k: v for k, v in recipe.flat_json(config, "eval.chat_").items() if k[10:] != "tasks"}
+    not_settings = ("eval.chat_tasks", "eval.chat_prompts")  # each result names its own
+    keys = recipe.flat_json(config, "eval.chat_")
+    keys = {key: value for key, value in keys.items() if key not in not_settings}
     made_of = {"persona": config.data.persona, "task_dir": config.data.task_dir}
     settings = {"checkpoint": found.checksum, **made_of, **keys}
     out = run.dir / "eval" / f"{name}_chat.json"
     values = {"step": found.step, "tasks": {}, "eval_secs": 0.0, "settings": settings}
-    if _is_done(out, settings):
-        values = read_json(out, "delete it")
+    values |= _found(out, settings)
     wanted = [spec for spec in specs if spec not in values["tasks"]]
-    if not wanted:
+    if not wanted and _answers(values, config.eval.chat_prompts):
         log(f"chat_eval: {out} is there, of {name}, step {found.step}")
         if values != (asked := _with_means(values, specs)):
             _write(run, out, asked)
         return
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
     tokenizer, params = _open(run, found)
-    if "answers" not in values:
-        prompts, most = config.eval.chat_prompts, config.eval.chat_max_new_tokens
+    prompts, most = config.eval.chat_prompts, config.eval.chat_max_new_tokens
+    if not _answers(values, prompts):
         answers = make_answers(run, tokenizer, prompts, min(most, ANSWER_TOKENS), in_chat=True)
         values["answers"] = answers(params)
         for answer in values["answers"]:
             log(f"  {answer['prompt']!r} -> {answer['text']!r}")
+        _write(run, out, _with_means(values, specs))
     for spec, task in tasks.items():
         values["tasks"][spec] = found_score = score(run, tokenizer, params, spec, task).to_json()
         values["eval_secs"] += found_score["seconds"]
@@ -177,7 +177,7 @@ def task_score(
             longest = longest_prompt(tokenizer, task, range(count))
             max_len = longest + e.chat_max_new_tokens
             sizes = {"slots": e.chat_slots, "max_len": max_len}
-            engine = chat_engine(run.model, run.mesh, tokenizer, **sizes)
+            engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
             engine.load(params)
             score = chat.generative(
                 engine,
@@ -205,15 +205,23 @@ def _metric(spec: str) -> str:
     return name if split.lstrip().startswith("test") else spec
 
 
-def _is_done(out: Path, settings: dict[str, Any]) -> bool:
-    return out.exists() and read_json(out, "delete it").get("settings") == settings
+def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result in a file if it was made with these settings, else {}."""
+    saved = read_json(out, "delete it") if out.exists() else {}
+    made_with = {k: v for k, v in saved.get("settings", {}).items() if k not in REMOVED}
+    return saved if made_with == settings else {}
+
+
+def _answers(values: dict[str, Any], prompts: Sequence[str]) -> bool:
+    """Whether a result holds the answers to these prompts."""
+    return [answer["prompt"] for answer in values.get("answers", ())] == list(prompts)
 
 
 def _write(run: Run, out: Path, values: dict[str, Any]) -> None:
     """Write a result; one of another checkpoint or other settings is kept in replaced/."""
     if not run.is_main:
         return
-    if out.exists() and not _is_done(out, values["settings"]):
+    if out.exists() and not _found(out, values["settings"]):
         aside = out.parent / "replaced" / f"{out.stem}-{out.stat().st_mtime_ns}.json"
         log(f"{out} is of another checkpoint or other settings: moved to {aside}")
         aside.parent.mkdir(exist_ok=True)
@@ -281,13 +289,15 @@ def make_answers(
     run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int, *, in_chat: bool
 ) -> Callable[[dict], list[dict[str, str]]]:
     """params -> the prompts with what the model writes greedily: answers, or continued text."""
-    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    ids = [render_for_completion(tokenizer, user) for user in users]
-    if not in_chat:
+    if in_chat:
+        users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+        ids = [render_for_completion(tokenizer, user) for user in users]
+    else:
         ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     if not ids:
         return lambda params: []
     sizes: dict[str, Any] = {"slots": len(ids), "max_len": max(map(len, ids)) + new_tokens}
+    engine = make_engine(run.model, run.mesh, tokenizer, base=not in_chat, **sizes)
 
     def answers(params: dict) -> list[dict[str, str]]:
         engine.load(params)
@@ -296,10 +306,6 @@ def make_answers(
         texts = [chat.answer_text(tokenizer, completion) for completion in completions]
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
-    if in_chat:
-        engine = chat_engine(run.model, run.mesh, tokenizer, **sizes)
-    else:
-        engine = Engine(run.model, run.mesh, stop_ids=(tokenizer.bos_id,), **sizes)
     return answers
 
 
