@@ -22,7 +22,7 @@ Recipe: TypeAlias = Any
 CONFIGS = Path(__file__).parents[1] / "configs"
 REMOVED = {  # keys that older recipes may have, and what takes their place
     "data.num_workers": "batches are always made in a thread, which is enough for eight GPUs",
-    "eval.trigram_tokens": "the trigram yardstick is gone",
+    "eval.trigram_tokens": "the comparison with trigram models was removed",
 }
 
 

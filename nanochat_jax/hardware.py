@@ -157,7 +157,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -165,6 +165,13 @@ def cpu_model() -> str | None:
     info = Path("/proc/cpuinfo")  # Linux
     found = re.search(r"model name\s*: *(.+)", info.read_text() if info.exists() else "")
     return found[1] if found else platform.processor() or platform.machine() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_cores() -> int:

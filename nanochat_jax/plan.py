@@ -179,10 +179,10 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     return costs
 
 
-def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
-    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
-    costs = stage_costs(config, platform)
-    return secs_per_token * sum(list(costs.values())[list(costs).index(stage) + 1 :])
+def later_tokens(config: Recipe, stage: str) -> float:
+    """Tokens that base would train on while the parts of a run after `stage` last, about."""
+    costs = stage_costs(config, "cpu" if config.model.compute_dtype == "float32" else "gpu")
+    return sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
 
 def _rows(spec: str) -> int:

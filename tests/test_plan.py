@@ -9,7 +9,7 @@ from nanochat_jax import config as cfg
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.hardware import find_accelerator
-from nanochat_jax.plan import collective_secs, most_gpus, plan, remaining_secs, stage_costs, step_on
+from nanochat_jax.plan import collective_secs, later_tokens, most_gpus, plan, stage_costs, step_on
 from nanochat_jax.train.metrics import format_secs
 
 PARAMS = 560_988_160  # d20
@@ -107,8 +107,8 @@ def test_costs_of_the_stages():
     assert costs["base"] == pytest.approx(40 * 1024 + 5 * 4096 / 3)
     assert costs["base_eval"] == pytest.approx(2 * 4096 / 3)
     assert [name for name in costs if "eval" not in name] == ["base", "mid", "sft", "rl"]
-    assert remaining_secs(config, "rl", 2.0, "cpu") == pytest.approx(2 * costs["rl_eval"])
-    assert remaining_secs(config, "rl_eval", 2.0, "cpu") == 0
+    assert later_tokens(config, "rl") == pytest.approx(costs["rl_eval"])
+    assert later_tokens(config, "rl_eval") == 0
 
 
 @pytest.mark.parametrize("wrong", [{"gpu": "Voodoo2"}, {"mfu": 1.5}, {"num_gpus": 3}])

@@ -23,9 +23,17 @@ from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train import checkpoint as saved
 
-STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
+# The stages that train, in the order they happen, and their scripts.
+SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
+STAGES = tuple(SCRIPTS)
 # What may differ from the checkpoint's recipe: it says how to compute, not what.
-HOW = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")  # of config.model
+MAY_DIFFER = (
+    "compute_dtype",
+    "attention",
+    "remat",
+    "fp8_layers",
+    "loss_tile_tokens",
+)  # of config.model
 
 
 class StageCheckpoint(NamedTuple):
@@ -63,8 +71,8 @@ def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
     if stage not in (None, *trained) or not trained:
         raise UserError(
             f"{run} has checkpoints of {', '.join(trained) or 'no stage'}, expected of "
-            f"{stage or 'any'}; choose another --stage, name the run with --config=FILE or "
-            "--config.run.name=NAME, or train it first"
+            f"{stage or 'any'}; run scripts/{SCRIPTS.get(stage or 'base', 'train.py')} with this "
+            "recipe first, or name another run with --config=FILE or --config.run.name=NAME"
         )
     stage = stage or trained[-1]
     return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])
@@ -75,9 +83,7 @@ def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
     found = newest(run, stage)
     if lines := saved.damage(found.folder, found.step):
         done = found.folder.parent / "result.json"
-        raise UserError(
-            f"{lines[0]}; choose another stage, or delete {done} and train {found.stage} again"
-        )
+        raise UserError(f"{lines[0]}; delete {done} and run scripts/{SCRIPTS[found.stage]} again")
     return found
 
 
@@ -99,15 +105,16 @@ def open_model(config: Recipe, stage: str | None = None) -> Opened:
     """The model of a recipe's run, one copy of it on config.mesh.tensor devices; logs which."""
     found = find_stage(run_dir(config.run.name), stage)
     log(f"model: {config.run.name}, stage {found.stage}, step {found.step}")
-    start_runtime(compile_cache=config.run.compile_cache)
+    log(start_runtime(compile_cache=config.run.compile_cache))
     recipe.resolve(config, platform=jax.default_backend(), num_devices=jax.device_count())
     was, now = found.host["config"], recipe.flat_json(config, "model.")
     trained = {f"model.{key}": value for key, value in was["model"].items()}
     trained["tokenizer.vocab_size"] = was["tokenizer"]["vocab_size"]
     now["tokenizer.vocab_size"] = config.tokenizer.vocab_size
-    may_change = tuple(f"model.{key}" for key in HOW)
+    may_change = tuple(f"model.{key}" for key in MAY_DIFFER)
     recipe.refuse_changes(trained, now, may_change, f"the model in {found.folder}")
-    model, _ = check_attention(recipe.gpt_config(config), config.model.attention)
+    model, line = check_attention(recipe.gpt_config(config), config.model.attention)
+    log(line)
     tensor = config.mesh.tensor
     mesh = make_mesh(data=1, tensor=tensor, devices=jax.devices()[:tensor])
     return open_stage(found, model, mesh)

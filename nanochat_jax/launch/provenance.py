@@ -48,7 +48,7 @@ def _git_state() -> dict[str, Any]:
 
 
 def only_one(stage_dir: Path) -> AbstractContextManager:
-    """Hold the stage for this process; a second one is told so. A killed process lets go."""
+    """Hold the stage for this process; a second one is told so. The lock ends with the process."""
     stage_dir.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(stage_dir / ".lock").acquire(timeout=0)

@@ -23,7 +23,7 @@ class Base(Stage):
         self.use_rows(recipe.rows_per_step(config, run.row_shards)[0])
         self.widest = run.model.seq_len
         self.use_optimizer(b.num_steps)
-        # Before the download that would be for nothing.
+        # Checked first: the download takes hours.
         require_memory(abstract_state(self.owners, self.tx), run.mesh)
         self.tokenizer = run_tokenizer(config)
         train_paths, val_path = run_data(config)

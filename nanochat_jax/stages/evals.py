@@ -1,9 +1,9 @@
 """Evaluations: those of the base model, those of a chat model, and the functions that training
 stages run between steps.
 
-A result is a file, eval/<stage>.json, which names its checkpoint and settings. If both are the same,
-nothing is computed again; otherwise the earlier file moves to eval/replaced/. The chat evaluation keeps each task's score as it comes, so that a long one survives
-a kill.
+A result is a file, eval/<stage>.json, which names its checkpoint and settings. If both are the
+same, nothing is computed again; otherwise the earlier file moves to eval/replaced/. The chat
+evaluation keeps each task's score as it comes, so that a long one survives a kill.
 """
 
 import time
@@ -24,9 +24,15 @@ from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.checkpoint import StageCheckpoint, find_stage, make_engine, open_stage
+from nanochat_jax.inference.checkpoint import (
+    STAGES,
+    StageCheckpoint,
+    find_stage,
+    make_engine,
+    open_stage,
+)
 from nanochat_jax.inference.scheduler import Request
-from nanochat_jax.stages.run import ORDER, Run, has_stage, start
+from nanochat_jax.stages.run import Run, has_stage, start
 from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer
 from nanochat_jax.tasks.base import Task
@@ -80,8 +86,8 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     score(run, tokenizer, params, spec, task) -> Score of one task; by default the model's own.
     """
     name, score = config.eval.chat_stage, score or task_score
-    if name not in ORDER:
-        raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(ORDER)}")
+    if name not in STAGES:
+        raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(STAGES)}")
     if not has_stage(config, name):
         return
     _refuse_same_names(config.eval.chat_tasks)
@@ -227,6 +233,7 @@ def _write(run: Run, out: Path, values: dict[str, Any]) -> None:
         aside.parent.mkdir(exist_ok=True)
         out.rename(aside)
     write_json(out, values)
+    run.keep_derived()
 
 
 def _open(run: Run, found: StageCheckpoint) -> tuple[bpe.Tokenizer, dict[str, jax.Array]]:

@@ -52,7 +52,7 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Trained:
+class Trainee:
     """What fit() asks of a stage."""
 
     num_steps: int
@@ -78,7 +78,7 @@ class LoopState:
 
 
 def fit(
-    stage: Trained,
+    stage: Trainee,
     state: TrainState,
     loop_state: LoopState,
     train_step: Callable,
@@ -143,6 +143,7 @@ def fit(
                 checkpoints.record_score(step, values["val_bpb"])
 
     with stop_requests() as asked_to_stop, ExitStack() as at_the_end:
+        at_the_end.callback(watch.close)
         at_the_end.callback(checkpoints.wait)  # a save that has begun is finished in any case
         while True:
             if watch.turns_at(step):

@@ -112,7 +112,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g * factor, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        # An update can overflow though its gradient did not, and would poison the checkpoint.
+        # An update can overflow though its gradient did not, and would be saved in the checkpoint.
         update_norm = global_norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         params = jax.tree.map(jnp.add, state.params, updates)
@@ -153,6 +153,7 @@ def step_for_widths(
             name: jax.ShapeDtypeStruct((rows, width), dtype, sharding=sharding)
             for name, dtype in kinds.items()
         }
+        compiled.pop(width, None)  # one that did not fit
         log(f"compiling train_step for {rows} x {width} tokens, {layout} ...")
         began = time.monotonic()
         with jax.set_mesh(owners.mesh):

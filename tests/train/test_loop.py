@@ -62,7 +62,7 @@ def run(tmp_path):
         params, loop_state = {"w": jnp.float32(0)}, LoopState()
         stage = Stage(next_batch, evaluations)
         vars(stage).update(own)
-        with closing(metrics), closing(console), closing(watch):
+        with closing(metrics), closing(console):
             fit(
                 stage,
                 jax.device_put(TrainState(jnp.int32(start), params, {}, {}), EVERYWHERE),
