@@ -146,18 +146,19 @@ def get_bundle(server):
 def assert_whole(folder, names=NAMES):
     assert {p.name for p in folder.iterdir()} == {*names, "dataset.json"}
     manifest = json.loads((folder / "dataset.json").read_text())
-    assert manifest["revision"] == COMMIT and set(manifest["shards"]) == set(names)
-    for name in names:
-        assert (folder / name).read_bytes() == SHARDS[name]
-        facts = {"bytes": len(SHARDS[name]), "sha256": hashlib.sha256(SHARDS[name]).hexdigest()}
-        assert manifest["shards"][name] == facts
+    wanted = {name: SHARDS[name] for name in names}
+    assert {name: (folder / name).read_bytes() for name in names} == wanted
+    assert manifest["revision"] == COMMIT and manifest["shards"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in wanted.items()
+    }
 
 
 def assert_bundle_whole(folder):
     assert folder == data_dir() / "eval_bundle"
     there = {str(p.relative_to(folder.parent)): p for p in folder.rglob("*") if p.is_file()}
-    assert set(there) == {name for name in BUNDLE if name.startswith("eval_bundle/")}
-    assert all(path.read_bytes() == BUNDLE[name] for name, path in there.items())
+    whole = {name: data for name, data in BUNDLE.items() if name.startswith("eval_bundle/")}
+    assert {name: path.read_bytes() for name, path in there.items()} == whole
     assert {p.name for p in data_dir().iterdir()} <= {"eval_bundle", "eval_bundle.lock"}
 
 
