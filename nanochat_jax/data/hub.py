@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -38,8 +38,6 @@ _SPARE_BYTES = 1 << 28  # left free on the disk
 
 # Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
 constants.HF_HUB_DISABLE_XET = True
-
-T = TypeVar("T")
 
 
 def download(
@@ -81,7 +79,7 @@ def download(
             os.replace(got, path)
         return facts
 
-    def patiently(action: Callable[[str], T], name: str) -> T:
+    def patiently(action: Callable[[str], Any], name: str) -> Any:
         return _patiently(f"{name} of {repo_id} at {endpoint}", partial(action, name))
 
     manifest["revision"], first = patiently(ask, missing[0])
@@ -154,7 +152,7 @@ def _fetch_bundle(url: str, folder: Path) -> None:
     shutil.rmtree(work)
 
 
-def _patiently(what: str, action: Callable[[], T], otherwise: str = "") -> T:
+def _patiently(what: str, action: Callable[[], Any], otherwise: str = "") -> Any:
     """`action`, again after each of WAITS_SECS when network or server fail; then a UserError."""
     for wait_secs in (*WAITS_SECS, None):
         try:
