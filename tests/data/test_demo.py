@@ -99,7 +99,7 @@ c : array_like
 
 Notes
 -----
-The algorithm relies on computing the eigenvalues of the *companion* matrix, and it is exact.
+The algorithm relies on computing eigenvalues of the *companion* matrix, and it is exact.
 
 References
 ----------
@@ -115,7 +115,7 @@ def test_prose_of_a_docstring():
         "Return the roots of a polynomial that has the coefficients given in c.",
         "The values in the array are coefficients of a polynomial. If the length of it is one "
         "more than the degree, then the polynomial is described by numpy.poly as well.",
-        "The algorithm relies on computing the eigenvalues of the companion matrix, and it is exact.",
+        "The algorithm relies on computing eigenvalues of the companion matrix, and it is exact.",
     ]
 
 
