@@ -19,6 +19,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,29 +137,25 @@ def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]
     return rendered
 
 
-class RowRanges(NamedTuple):
-    """Row r is the ranges[first[r]:first[r + 1]] of the flat tokens, one after another."""
-
-    ranges: np.ndarray  # int64 [N, 2]
-    first: np.ndarray  # int64 [rows + 1]
-
-
-def row_ranges(offsets: np.ndarray, row_tokens: int, packing: str, buffer=BUFFER) -> RowRanges:
-    """Which tokens make up which row of at most `row_tokens` (seq_len + 1)."""
+def row_ranges(
+    offsets: np.ndarray, row_tokens: int, packing: str, buffer: int = BUFFER
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ranges [N, 2], first [rows + 1]): row r is the tokens of ranges[first[r]:first[r + 1]], one
+    after another, at most `row_tokens` (seq_len + 1)."""
     if packing not in PACKINGS:
         raise UserError(f"packing got {packing!r}, expected one of {', '.join(PACKINGS)}")
     if packing == "stream":  # the last token of a row is the next one's first input
         total = int(offsets[-1])
         starts = np.arange(0, max(total - 1, 1), row_tokens - 1)
         ranges = np.stack([starts, np.minimum(starts + row_tokens, total)], axis=1)
-        return RowRanges(ranges, np.arange(len(ranges) + 1))
+        return ranges, np.arange(len(ranges) + 1)
     spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
     spans = spans[spans[:, 1] > spans[:, 0]]
     if packing == "rows":
-        return RowRanges(spans, np.arange(len(spans) + 1))
+        return spans, np.arange(len(spans) + 1)
     groups = list(_best_fit((spans[:, 1] - spans[:, 0]).tolist(), row_tokens, buffer))
     first = np.concatenate([[0], np.cumsum([len(group) for group in groups], dtype=np.int64)])
-    return RowRanges(spans[[i for group in groups for i in group]], first)
+    return spans[[i for group in groups for i in group]], first
 
 
 def _best_fit(lengths: list[int], row_tokens: int, buffer: int) -> Iterator[list[int]]:
@@ -166,8 +163,8 @@ def _best_fit(lengths: list[int], row_tokens: int, buffer: int) -> Iterator[list
     waiting, incoming = Waiting(), iter(enumerate(lengths))
     group, room = [], row_tokens
     while True:
-        while len(waiting) < buffer and (item := next(incoming, None)) is not None:
-            waiting.add(item[1], item[0])
+        for number, length in islice(incoming, buffer - len(waiting)):
+            waiting.add(length, number)
         index = waiting.take_longest(room)
         if index is not None:
             group.append(index)
@@ -200,7 +197,7 @@ class ChatBatches(Iterator[dict[str, Any]]):
     ):
         self._rendered, self._pad_id, self._seq_len = rendered, pad_id, seq_len
         self._batch_rows, self._packing = batch_rows, packing
-        self._rows = row_ranges(rendered.offsets, seq_len + 1, packing)
+        self._ranges, self._first = row_ranges(rendered.offsets, seq_len + 1, packing)
         per_process = batch_rows // process_count
         self._ours = range(process_index * per_process, (process_index + 1) * per_process)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))
@@ -208,10 +205,10 @@ class ChatBatches(Iterator[dict[str, Any]]):
         self._digest = hashlib.sha256(np.ascontiguousarray(rendered.tokens).data).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return -(-(len(self._rows.first) - 1) // self._batch_rows)
+        return -(-(len(self._first) - 1) // self._batch_rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens, (ranges, first) = self._rendered.tokens, self._rows
+        tokens, ranges, first = self._rendered.tokens, self._ranges, self._first
         shape = (len(self._ours), self.width(index))
         inputs = np.full(shape, self._pad_id, np.int32)
         targets = np.full(shape, chat.IGNORE, np.int32)
@@ -231,7 +228,7 @@ class ChatBatches(Iterator[dict[str, Any]]):
         """Time steps of a batch: the same on all processes."""
         if self._packing != "rows":
             return self._seq_len
-        ranges = self._rows.ranges[number * self._batch_rows :][: self._batch_rows]  # one a row
+        ranges = self._ranges[number * self._batch_rows :][: self._batch_rows]  # one a row
         return bucket(np.diff(ranges).max() - 1, self._seq_len)
 
     def _conversations(self, start: int, stop: int) -> list[str]:

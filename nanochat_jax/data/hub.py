@@ -1,11 +1,11 @@
 """Downloads: dataset shards from the Hugging Face hub, and upstream's evaluation bundle.
 
-    size, SHA-256, commit --> file in .download --> size and SHA-256 checked --> final name
+    size, SHA-256, commit --> file --> size and SHA-256 checked --> recorded in dataset.json
 
 The hub's own client makes the requests: HF_ENDPOINT, proxies, HF_HUB_OFFLINE and the stored token
-hold, and it waits as long as a server asks for (429, Retry-After). A file that was interrupted
-starts again; one under its final name is whole and verified. All shards come from one commit of the
-dataset, the one that was current at the first download.
+hold, and it waits as long as a server asks for (429, Retry-After). Only a recorded shard counts: it
+is whole and verified. All shards come from one commit of the dataset, the one that was current at
+the first download.
 """
 
 import errno
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -39,8 +39,6 @@ _SPARE_BYTES = 1 << 28  # left free on the disk
 # Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
 constants.HF_HUB_DISABLE_XET = True
 
-T = TypeVar("T")
-
 
 def download(
     repo_id: str,
@@ -55,7 +53,6 @@ def download(
     missing = [name for name in names if not is_recorded(directory, manifest, name)]
     if not missing:
         return
-    work = directory / ".download"
     dataset: dict[str, Any] = {"repo_type": "dataset", "endpoint": endpoint}
 
     def ask(name: str) -> tuple[str, dict[str, Any]]:
@@ -72,22 +69,19 @@ def download(
 
     def fetch(name: str) -> dict[str, Any]:
         revision, facts = ask(name)
-        path = directory / name
-        if not (path.is_file() and _facts(path) == facts):  # not put there by other means
-            got = Path(hf_hub_download(repo_id, name, revision=revision, local_dir=work, **dataset))
-            if (received := _facts(got)) != facts:
-                got.unlink()
-                raise OSError(f"got {received}, expected {facts}")
-            os.replace(got, path)
+        # A file that was put there by other means is not fetched if its SHA-256 is right.
+        got = hf_hub_download(repo_id, name, revision=revision, local_dir=directory, **dataset)
+        if (received := {"bytes": os.stat(got).st_size, "sha256": sha256_file(Path(got))}) != facts:
+            os.unlink(got)
+            raise OSError(f"got {received}, expected {facts}")
         return facts
 
-    def patiently(action: Callable[[str], T], name: str) -> T:
+    def patiently(action: Callable[[str], Any], name: str) -> Any:
         return _patiently(f"{name} of {repo_id} at {endpoint}", partial(action, name))
 
     manifest["revision"], first = patiently(ask, missing[0])
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _check_space(work, len(missing) * first["bytes"])
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_space(directory, len(missing) * first["bytes"])
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
     with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
         jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
@@ -96,12 +90,8 @@ def download(
                 job.wait(1)  # Ctrl-C is seen also when another thread received the signal
             manifest["shards"][name] = job.get()
             write_json(directory / MANIFEST, manifest)
-    shutil.rmtree(work)
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's notes on files
     log(f"{repo_id}: {len(missing)} shards verified in {directory}")
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:
@@ -154,7 +144,7 @@ def _fetch_bundle(url: str, folder: Path) -> None:
     shutil.rmtree(work)
 
 
-def _patiently(what: str, action: Callable[[], T], otherwise: str = "") -> T:
+def _patiently(what: str, action: Callable[[], Any], otherwise: str = "") -> Any:
     """`action`, again after each of WAITS_SECS when network or server fail; then a UserError."""
     for wait_secs in (*WAITS_SECS, None):
         try:

@@ -28,7 +28,7 @@ from nanochat_jax.data.sources import TEXT_COLUMN, Corpus, decode
 
 MAX_FILE_CHARS = 8_000  # about 2,000 tokens, a row of the large recipes
 
-Texts = Iterable[tuple[str, bool]]  # document, whether it had bytes that are not UTF-8
+MarkedTexts = Iterable[tuple[str, bool]]  # document, whether it had bytes that are not UTF-8
 
 
 def source_folder(local_dir: str) -> Path:
@@ -123,14 +123,14 @@ def _read_documents(files: list[Path], num_bytes: int, counts: Counter[str]) -> 
             bar.update(path.stat().st_size)
 
 
-def _read_parquet(path: Path) -> Texts:
+def _read_parquet(path: Path) -> MarkedTexts:
     corpus = Corpus([path])
     for group in range(len(corpus.row_groups)):
         texts, repaired = corpus.read(group)
         yield from ((text, row in repaired) for row, text in enumerate(texts))
 
 
-def _read_jsonl(path: Path) -> Texts:
+def _read_jsonl(path: Path) -> MarkedTexts:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line, bad_bytes = decode(raw)
@@ -151,7 +151,7 @@ def _read_jsonl(path: Path) -> Texts:
             yield whole, bad_bytes or whole != text
 
 
-def _read_text(path: Path) -> Texts:
+def _read_text(path: Path) -> MarkedTexts:
     text, repaired = decode(path.read_bytes())
     for piece in split_text(text.removeprefix("\ufeff").replace("\r\n", "\n"), MAX_FILE_CHARS):
         yield piece, repaired
