@@ -28,7 +28,7 @@ stages() { # the table of contents
 }
 
 main() {
-  local recipe="${CONFIG:-}" reason="as you asked" gpus extras="demo" run_dir
+  local recipe="${CONFIG:-}" reason="as you asked" gpus extras="demo"
   arguments=() # of every stage, after --config
   while (($# > 0)); do
     case "$1" in
@@ -52,28 +52,20 @@ main() {
   echo "recipe: ${recipe#"$ROOT"/}, $reason"
   ensure_env $extras
   arguments=(--config="$recipe" ${arguments[@]+"${arguments[@]}"})
-  run_dir=$("$PY" -c '
-from nanochat_jax import common, config
-common.run_main(lambda: print(common.run_dir(config.load_from_argv(None).run.name)))
-' "${arguments[@]}")
-  echo "results: $run_dir"
   number=0 child="" interrupted=""
   trap 'pass_signal INT' INT
   trap 'pass_signal TERM' TERM HUP
   stages
-  printf '\nAll done in %s. The report: %s\n' "$(duration $SECONDS)" "$run_dir/report/report.md (and .html)"
-  printf 'Talk to it:'
+  printf '\nAll done in %s. Talk to it:' "$(duration $SECONDS)"
   printf ' %q' "$PY" "$ROOT/scripts/chat_cli.py" "${arguments[@]}"
   echo
 }
 
 pick_recipe() { # number of GPUs -> $recipe, $reason
+  recipe=configs/d20.py reason="$1 NVIDIA GPU(s) here"
   if (($1 == 0)); then
     recipe=configs/demo.py reason="no NVIDIA GPU here, and this recipe needs minutes on a CPU"
-    return
-  fi
-  recipe=configs/d20.py reason="found $1 NVIDIA GPU$( (($1 == 1)) || echo s)"
-  if (($1 < 8)); then
+  elif (($1 < 8)); then
     reason+="; it is made for 8, so this takes $(awk "BEGIN { printf \"%.3g\", 8 / $1 }") times as long"
     reason+=" (CONFIG=configs/demo.py takes minutes)"
   fi
@@ -103,8 +95,7 @@ stage() { # what it does, script and arguments ... ; stops everything unless it 
     echo "stopped after $(duration $SECONDS), finished steps are saved; to continue, run the same command again" >&2
     exit $EXIT_RESUME_ME
   else
-    echo "error: $name $what: exit status $status; run the same command again once it is mended" \
-      "(finished stages are kept)" >&2
+    echo "error: $name exit status $status; once it is mended, run the same command again to continue" >&2
     exit "$status"
   fi
 }

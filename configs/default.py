@@ -1,8 +1,7 @@
 """Every key there is, with its unit: the base that all recipes state their differences from.
 
 The values are the classic recipe ("the best ChatGPT that $100 can buy"). `derived(kind)` means:
-worked out from other keys by nanochat_jax/recipe.py, which prints the value and its formula; set it
-to override.
+worked out from other keys by nanochat_jax/recipe.py, value and formula printed; set it to override.
 """
 
 from ml_collections import ConfigDict

@@ -10,10 +10,8 @@ scripts/bench/train.py has the protocol that brings them.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -26,7 +24,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--repo", required=True, help="folder of an upstream checkout")
     parser.add_argument("--device-batch", type=int, help="rows at once; by default ours")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
     if not os.path.isfile(os.path.join(args.repo, "nanochat", "gpt.py")):
         parser.error(f"--repo got {args.repo}, expected a checkout of karpathy/nanochat")
@@ -34,42 +31,36 @@ def main() -> None:
     os.dup2(2, 1)  # what upstream prints goes to standard error
     shape = json.loads(sys.stdin.readline())
     os.environ["NANOCHAT_DTYPE"] = shape["model"]["compute_dtype"]  # read when it is imported
-    if shape["platform"] == "gpu":
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as upstream
-    if not args.compile:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as upstream
     sys.path.insert(0, args.repo)
-    step, described = prepare(args, shape)
+    step, about = prepare(shape, args.device_batch or shape["rows"])
     losses = [step() for _ in range(WARM_UP)]
-    print(json.dumps(described | {"loss": losses[0]}), file=answers, flush=True)
+    print(json.dumps(about | {"loss": losses[0]}), file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps({"loss": step()}), file=answers, flush=True)
 
 
-def prepare(args: argparse.Namespace, shape: dict) -> tuple[Callable[[], float], dict]:
+def prepare(shape: dict, rows: int) -> tuple[Callable[[], float], dict]:
     """The step, which returns its loss and leaves the device idle, and what to say about it."""
     import torch
     from nanochat.gpt import GPT, GPTConfig
 
     m, o, classic = shape["model"], shape["optim"], hasattr(GPT, "setup_optimizers")
     if classic != (o["recipe"] == "classic"):
-        sys.exit(f"error: {shape['name']} is {o['recipe']}, --repo={args.repo} is the other kind")
-    on_gpu, dtype, in_fp8 = shape["platform"] == "gpu", m["compute_dtype"], bool(m["fp8_layers"])
-    if classic and (in_fp8 or (on_gpu and dtype == "float32")):
-        sys.exit("error: upstream's classic code trains in bfloat16 on GPUs and has no fp8")
-    device, rows = "cuda" if on_gpu else "cpu", args.device_batch or shape["rows"]
-    accumulate = shape["rows"] * shape["accumulate"] // rows
+        sys.exit(f"error: {shape['name']} is {o['recipe']}, the checkout in --repo is not")
+    on_gpu, dtype = shape["platform"] == "gpu", m["compute_dtype"]
+    device, accumulate = "cuda" if on_gpu else "cpu", shape["rows"] * shape["accumulate"] // rows
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")  # TF32, as upstream; no effect on a CPU
     sizes = dict(sequence_len=m["seq_len"], vocab_size=m["vocab_size"], n_layer=m["num_layers"])
     sizes |= dict(n_embd=m["model_dim"], n_head=m["num_heads"], n_kv_head=m["num_kv_heads"])
+    sizes |= {} if classic else {"window_pattern": m["window_pattern"]}
     with torch.device("meta"):
-        pattern = {} if classic else {"window_pattern": m["window_pattern"]}
-        model = GPT(GPTConfig(**sizes, **pattern))
+        model = GPT(GPTConfig(**sizes))
     model.to_empty(device=device)
     model.init_weights()
-    if in_fp8:
+    if m["fp8_layers"]:
         convert_to_fp8(model)
     rates = dict(embedding_lr=o["embed_lr"], unembedding_lr=o["unembed_lr"])
     rates |= dict(matrix_lr=o["matrix_lr"], weight_decay=shape["weight_decay"])
@@ -80,16 +71,14 @@ def prepare(args: argparse.Namespace, shape: dict) -> tuple[Callable[[], float],
     ids = torch.randint(m["vocab_size"], (accumulate, rows, m["seq_len"] + 1), device=device)
     inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
     inputs = inputs.int() if classic else inputs
-    autocast = contextlib.nullcontext()
-    if classic and dtype == "bfloat16":
-        autocast = torch.autocast(device, torch.bfloat16)
-    run = torch.compile(model, dynamic=False) if args.compile else model
+    autocast = torch.autocast(device, torch.bfloat16, enabled=classic and dtype == "bfloat16")
+    run = torch.compile(model, dynamic=False)
 
     def step() -> float:
         total = torch.zeros((), device=device)
-        for some_inputs, some_targets in zip(inputs, targets, strict=True):
+        for micro_inputs, micro_targets in zip(inputs, targets, strict=True):
             with autocast:
-                loss = run(some_inputs, some_targets) / accumulate
+                loss = run(micro_inputs, micro_targets) / accumulate
             loss.backward()
             total += loss.detach()
         if classic:
@@ -101,23 +90,12 @@ def prepare(args: argparse.Namespace, shape: dict) -> tuple[Callable[[], float],
             torch.cuda.synchronize()
         return total.item()
 
-    attention = "SDPA"
+    about = {"name": f"upstream {o['recipe']}", "torch": torch.__version__}
     if not classic:
         from nanochat.flash_attention import USE_FA3
 
-        attention = "FlashAttention 3" if USE_FA3 else "SDPA"
-    git = ["git", "-C", args.repo, "rev-parse", "--short=7", "HEAD"]  # fails without history
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return step, {
-        "name": f"upstream {o['recipe']} {commit}".strip(),
-        "tokens": accumulate * rows * m["seq_len"],
-        "microbatches": accumulate,
-        "compiled": args.compile,
-        "attention": attention,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
+        about["flash_attention_3"] = USE_FA3
+    return step, about | {"tokens": accumulate * rows * m["seq_len"], "microbatches": accumulate}
 
 
 def convert_to_fp8(model) -> None:

@@ -34,21 +34,16 @@ def run_dir(run_name: str) -> Path:
 
 def log(message: str = "") -> None:
     """Print a line on process 0 of a multi-process run; the others stay silent."""
-    if int(os.environ.get("NANOCHAT_PROCESS_INDEX", "0")) == 0:
+    if os.environ.get("NANOCHAT_PROCESS_INDEX", "0") == "0":
         print(message, flush=True)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
     """The rows of a table as lines: columns `left` begin, all others end at the same place."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    sides = ["<" if column in left else ">" for column in range(len(widths))]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

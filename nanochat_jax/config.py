@@ -1,8 +1,7 @@
 """Recipes: configs/default.py (every key) -> configs/<recipe>.py (its differences) -> command line.
 
-A recipe is a Python file with `get_config() -> ConfigDict`. Keys are locked and typed: an unknown
-key or a value of another type is an error that names the nearest key. `None` means "derived": the
-key keeps its type (a placeholder) and `recipe.resolve` fills it.
+A recipe is a Python file with `get_config() -> ConfigDict`. Keys are locked and typed. One that is
+None is derived from others by `recipe.resolve`.
 """
 
 import ast
@@ -23,7 +22,7 @@ Recipe: TypeAlias = Any
 CONFIGS = Path(__file__).parents[1] / "configs"
 REMOVED = {  # keys that older recipes may have, and what takes their place
     "data.num_workers": "batches are always made in a thread, which is enough for eight GPUs",
-    "eval.trigram_tokens": "the trigram yardstick is gone",
+    "eval.trigram_tokens": "the comparison with trigram models was removed",
 }
 
 
@@ -41,8 +40,7 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     try:
         config = get_config()
     except (AttributeError, KeyError, TypeError) as error:
-        removed = ", ".join(REMOVED)
-        what = f"expected keys of configs/default.py, typed as there (removed keys: {removed})"
+        what = f"expected keys of configs/default.py, typed as there (removed: {[*REMOVED]})"
         raise UserError(f"{path}: {error}; {what}") from error
     for name, text in (overrides or {}).items():
         _override(config, name, text)
@@ -93,10 +91,7 @@ def help_text(doc: str) -> str:
     written = re.findall(r"^    (?:c\.)?(\w+)\.(\w+) = .*?  # (.+)$", source, re.MULTILINE)
     for section in dict.fromkeys(re.findall(r"^    c\.(\w+)", source, re.MULTILINE)):
         lines += ["", f"  {section}"]
-        own, shared = (
-            {key: comment for owner, key, comment in written if owner == name}
-            for name in (section, "s")
-        )
+        own, shared = ({k: text for s, k, text in written if s == name} for name in (section, "s"))
         for key, comment in (own | shared | own).items():
             if key in default[section]:
                 value = "derived" if default[section][key] is None else repr(default[section][key])

@@ -1,9 +1,8 @@
 """What machine this is, how fast it could be, and what an hour of it costs.
 
 Peaks are dense bfloat16 matrix rates with float32 accumulation, per device, from the makers'
-datasheets (which print twice that where they count 2:4 sparsity). A device that the table does not
-know has no peak: its MFU is "n/a", never a guess. A CPU has no entry: its ceiling is the float32
-matrix product that JAX reaches on it, measured. JAX is imported only to ask about this machine.
+datasheets (which print twice that where they count 2:4 sparsity). A device that is not in the table
+has no peak and no MFU. A CPU's ceiling is measured. JAX is imported only to ask about this machine.
 """
 
 import functools
@@ -33,30 +32,26 @@ class Accelerator:
     usd_per_hour: float  # one device, rented on demand
 
 
-# Names are compared word by word ("L4" is not "L40S"); the first row whose words all occur wins, so
-# special ones come before plain ones.
-# Prices: H100, A100 and V100 are upstream's convention ($24 an hour for 8xH100), which keeps costs
-# comparable; the others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
-# V100 and T4 have no bfloat16 units: theirs is the float16 rate.
+# The first row wins whose words all occur in a name ("L4" does not in "L40S").
+# Sources: the makers' datasheets; for GeForce and RTX architecture papers; for TPUs (a chip)
+# cloud.google.com/tpu/docs and list prices. V100 and T4 have no bfloat16 units: float16 rates.
+# Prices: H100, A100 and V100 are upstream's ($24 an hour for 8xH100), to compare costs with it; the
+# others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
 ACCELERATORS = (
-    # NVIDIA Blackwell: HGX B200 and GB200 NVL72 datasheets; RTX Blackwell architecture paper
     Accelerator(("gb200",), 2.5e15, 186 * GB, 8.0e12, 6.00),
     Accelerator(("b200",), 2.25e15, 180 * GB, 7.7e12, 5.50),
     Accelerator(("5090",), 209.5e12, 32 * GB, 1.792e12, 0.80),
-    # NVIDIA Hopper: H100, H200 and GH200 datasheets
     Accelerator(("gh200",), 989e12, 96 * GB, 4.0e12, 2.00),
     Accelerator(("h200", "nvl"), 835.5e12, 141 * GB, 4.8e12, 3.50),
     Accelerator(("h200",), 989e12, 141 * GB, 4.8e12, 3.50),
     Accelerator(("h100", "nvl"), 835.5e12, 94 * GB, 3.9e12, 3.00),
     Accelerator(("h100", "pcie"), 756e12, 80 * GB, 2.0e12, 3.00),
     Accelerator(("h100",), 989e12, 80 * GB, 3.35e12, 3.00),
-    # NVIDIA Ada: L40S and L4 datasheets; Ada architecture paper
     Accelerator(("l40s",), 362e12, 48 * GB, 864e9, 0.90),
     Accelerator(("l40",), 181e12, 48 * GB, 864e9, 0.80),
     Accelerator(("l4",), 121e12, 24 * GB, 300e9, 0.50),
     Accelerator(("4090",), 165.2e12, 24 * GB, 1.008e12, 0.40),
     Accelerator(("6000", "ada"), 364.2e12, 48 * GB, 960e9, 0.80),
-    # NVIDIA Ampere: A100 and A10 datasheets; GA102 architecture paper
     Accelerator(("a100", "40gb"), 312e12, 40 * GB, 1.555e12, 1.79),
     Accelerator(("a100", "pcie"), 312e12, 80 * GB, 1.935e12, 1.79),
     Accelerator(("a100",), 312e12, 80 * GB, 2.039e12, 1.79),
@@ -65,14 +60,11 @@ ACCELERATORS = (
     Accelerator(("a6000",), 154.8e12, 48 * GB, 768e9, 0.50),
     Accelerator(("3090", "ti"), 80e12, 24 * GB, 1.008e12, 0.25),
     Accelerator(("3090",), 71e12, 24 * GB, 936e9, 0.25),
-    # NVIDIA Volta and Turing: V100 and T4 datasheets
     Accelerator(("v100", "pcie"), 112e12, 16 * GB, 900e9, 0.55),
     Accelerator(("v100",), 125e12, 16 * GB, 900e9, 0.55),
     Accelerator(("t4",), 65e12, 16 * GB, 300e9, 0.35),
-    # AMD Instinct: MI300X and MI325X data sheets
     Accelerator(("mi325x",), 1307.4e12, 256 * GB, 6.0e12, 2.50),
     Accelerator(("mi300x",), 1307.4e12, 192 * GB, 5.3e12, 2.50),
-    # Google TPU, per chip: cloud.google.com/tpu/docs system architecture and list prices
     Accelerator(("tpu", "v6", "lite"), 918e12, 32 * GB, 1.64e12, 2.70),
     Accelerator(("tpu", "v6e"), 918e12, 32 * GB, 1.64e12, 2.70),
     Accelerator(("tpu", "v5", "lite"), 197e12, 16 * GB, 819e9, 1.20),
@@ -82,29 +74,21 @@ ACCELERATORS = (
     Accelerator(("tpu", "v4"), 275e12, 32 * GB, 1.228e12, 3.22),
 )
 NOT_THE_CARD = {"laptop", "mobile", "mig", "max", "d", "dd", "super"}  # other chips, same number
+CGROUPS = Path("/sys/fs/cgroup")  # versions 1 and 2
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:
     """The table's row for a name as JAX or a person spells it ("NVIDIA H100 80GB HBM3", "h100")."""
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"rtx(?=\d)", "rtx ", device_name.lower())))
-    if words & NOT_THE_CARD:
-        return None
-    return next((row for row in ACCELERATORS if set(row.words) <= words), None)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device; None when the table does not know it (any CPU)."""
-    row = find_accelerator(device_kind)
-    return row.peak_flops if row else None
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower().replace("rtx", "rtx ")))
+    known = () if words & NOT_THE_CARD else ACCELERATORS
+    return next((row for row in known if set(row.words) <= words), None)
 
 
 def usd_per_hour(device_kind: str, platform_name: str = "gpu") -> float | None:
     """Price of one device for an hour; 0 for a CPU, taken as one's own machine; None if unknown."""
-    if platform_name == "cpu":
-        return 0.0
     row = find_accelerator(device_kind)
-    return row.usd_per_hour if row else None
+    return 0.0 if platform_name == "cpu" else row and row.usd_per_hour
 
 
 def compute_ceiling(platform: str, device_kind: str, num_devices: int) -> tuple[float | None, str]:
@@ -114,10 +98,9 @@ def compute_ceiling(platform: str, device_kind: str, num_devices: int) -> tuple[
     """
     if platform == "cpu":
         return measured_matmul_flops(), "measured float32 matmul rate of this machine"
-    peak = peak_flops(device_kind)
-    if peak is None:
-        return None, f"no peak known for {device_kind}"
-    return peak * num_devices, f"bfloat16 peak of {num_devices} x {device_kind}"
+    if row := find_accelerator(device_kind):
+        return row.peak_flops * num_devices, f"bfloat16 peak of {num_devices} x {device_kind}"
+    return None, f"no peak known for {device_kind}"
 
 
 def check_fp8(device: Any, compute_dtype: str) -> None:
@@ -146,13 +129,10 @@ def measured_matmul_flops(budget_secs: float = 0.5) -> float:
     while time.perf_counter() < stop:
         a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
         multiply(a, a).block_until_ready()  # compiled, and pages touched
-        for _ in range(8):
-            start = time.perf_counter()
-            multiply(a, a).block_until_ready()
-            secs = time.perf_counter() - start
-            best_flops = max(best_flops, 2 * size**3 / secs)
-            if time.perf_counter() > stop:
-                break
+        start = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        secs = time.perf_counter() - start
+        best_flops = max(best_flops, 2 * size**3 / secs)
         if secs < 0.02 and size < 8192:
             size *= 2
     return best_flops
@@ -162,14 +142,13 @@ def describe() -> dict[str, Any]:
     """This machine and its software, JSON-ready; None where the system does not tell."""
     import jax
 
-    devices = jax.devices()
-    kind, platform_name = devices[0].device_kind, devices[0].platform
-    driver, gpu_memory = nvidia_driver_and_memory() if platform_name == "gpu" else (None, None)
-    row = find_accelerator(kind) if platform_name != "cpu" else None
+    device = jax.devices()[0]
+    driver, gpu_memory = nvidia_driver_and_memory() if device.platform == "gpu" else (None, None)
+    row = find_accelerator(device.device_kind)
     return {
-        "platform": platform_name,
-        "device_kind": kind,
-        "num_devices": len(devices),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
         "device_memory_bytes": gpu_memory or (int(row.memory_bytes) if row else None),
         "driver": driver,
@@ -178,18 +157,21 @@ def describe() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
 def cpu_model() -> str | None:
+    info = Path("/proc/cpuinfo")  # Linux
+    found = re.search(r"model name\s*: *(.+)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.processor() or platform.machine() or None
+
+
+def _version(package: str) -> str | None:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine() or None
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_cores() -> int:
@@ -199,30 +181,26 @@ def cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
-def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cpus(cgroups: Path = CGROUPS) -> int:
     """CPUs that this process can keep busy: `cpu_cores`, or the container's quota where less."""
-    for quota_file in ("cpu.max", "cpu/cpu.cfs_quota_us"):
-        try:
-            words = (cgroups / quota_file).read_text().split()
-            if len(words) == 1:  # cgroups version 1 keeps the period in a file of its own
-                words += (cgroups / "cpu/cpu.cfs_period_us").read_text().split()
-            quota, period = map(int, words)
-        except (OSError, ValueError):  # no such file, or it reads "max"
-            continue
-        if quota > 0:
-            return max(1, min(cpu_cores(), quota // period))
-    return cpu_cores()
+    v1 = (cgroups / "cpu/cpu.cfs_quota_us", cgroups / "cpu/cpu.cfs_period_us")
+    numbers = _numbers(cgroups / "cpu.max") or [n for file in v1 for n in _numbers(file)]
+    quota, period = numbers if len(numbers) == 2 else (-1, 1)
+    return max(1, min(cpu_cores(), quota // period)) if quota > 0 else cpu_cores()
 
 
 def memory_bytes() -> int:
     """Main memory, or the container's limit where that is less."""
-    sizes = [psutil.virtual_memory().total]
-    for limit_file in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            sizes.append(int(Path("/sys/fs/cgroup", limit_file).read_text()))
-        except (OSError, ValueError):  # no such file, or it reads "max"
-            continue
-    return min(sizes)
+    limits = _numbers(CGROUPS / "memory.max") or _numbers(CGROUPS / "memory/memory.limit_in_bytes")
+    return min([psutil.virtual_memory().total, *limits])
+
+
+def _numbers(limit_file: Path) -> list[int]:
+    """What a control group's file holds; [] where there is no such file, or no limit ("max")."""
+    try:
+        return [int(word) for word in limit_file.read_text().split()]
+    except (OSError, ValueError):
+        return []
 
 
 def nvidia_driver_and_memory() -> tuple[str | None, int | None]:

@@ -3,21 +3,20 @@
 A training step is taken as four terms, one after the other:
 
   model    FLOPs of forward and backward, divided by the GPUs, at a given utilisation
-  Muon     its matrices divided among the GPUs, whole ones: some have one more than others
+  muon     its matrices divided among the GPUs, whole ones: some have one more than others
   reduce   float32 gradients, summed and left divided (reduce-scatter)
   gather   bfloat16 working copies of the weights, from the divided masters (all-gather)
 
-A collective over B bytes goes through both levels: within a node of G GPUs B (G-1)/G bytes pass
-each GPU's NVLink, then each GPU sends its part, B/G (M-1)/M bytes for M nodes, over its share of
-the network. Latencies are left out, and so is what kernels lose when a GPU has few rows: both make
-small shares worse than said here. The memory is a closed form too (`step_bytes`);
-scripts/bench_memory.py asks the compiler.
+A collective over B bytes moves B (G-1)/G bytes through each GPU's link in a node of G GPUs, then
+B/G (M-1)/M bytes over its share of the network between M nodes. Latencies are left out, and so is
+what kernels lose when a GPU has few rows. scripts/bench/memory.py asks the compiler about memory.
 """
 
 import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import UserError
@@ -40,17 +39,11 @@ MUON_ITERATIONS = 5
 MUON_UTILISATION = 0.6  # of the peak, by its square bfloat16 products
 GPUS_PER_NODE = 8
 SCALE = (1, 8, 64, 1024)  # GPUs in the table
-# Bytes/s per GPU and direction. Within a node: bus bandwidth that NCCL reaches on NVLink 4 (H100,
-# H200), 3 (A100) and 5 (B200); over PCIe 4 x16 otherwise. Between nodes: line rates, 400 Gbit/s of
-# InfiniBand for each GPU, or 100 Gbit/s of Ethernet for a node of eight.
-NVLINK = {
-    "h100": 370e9,
-    "h200": 370e9,
-    "gh200": 370e9,
-    "a100": 230e9,
-    "b200": 700e9,
-    "gb200": 700e9,
-}
+# Bytes/s per GPU and direction. In a node: bus bandwidth that NCCL reaches on NVLink 3, 4 and 5, or
+# over PCIe 4 x16. Between nodes: line rates, 400 Gbit/s of InfiniBand for each GPU, or 100 Gbit/s
+# of Ethernet for a node of eight.
+NVLINK = {"a100": 230e9, "h100": 370e9, "h200": 370e9, "gh200": 370e9, "b200": 700e9}
+NVLINK["gb200"] = NVLINK["b200"]
 PCIE = 20e9
 NETWORKS = {"infiniband": 50e9, "ethernet": 12.5e9 / GPUS_PER_NODE}
 
@@ -69,24 +62,22 @@ class Step:
     """One training step on some GPUs, in the fastest layout that fits, else in the smallest."""
 
     num_gpus: int
-    rows: int  # of all GPUs
-    share: int  # of a row shard
+    share: int  # rows of a row shard
+    rows: int  # of all of them
+    tokens: int
     layout: Layout
     memory: dict[str, float]  # bytes of a GPU, by what takes them
     fits: bool  # on the GPU
-    model_secs: float
-    muon_secs: float
-    reduce_secs: float
-    gather_secs: float
+    terms: dict[str, float]  # seconds
 
     @property
     def secs(self) -> float:
-        return self.model_secs + self.muon_secs + self.reduce_secs + self.gather_secs
+        return sum(self.terms.values())
 
     @property
     def efficiency(self) -> float:
         """Share of the time that goes into the model; more if communication overlaps with it."""
-        return self.model_secs / self.secs
+        return self.terms["model"] / self.secs
 
 
 def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, network: str) -> Step:
@@ -99,21 +90,17 @@ def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, net
     available = MEMORY_SHARE * card.memory_bytes
     fitting = [layout for layout in layouts if sum(sizes[layout].values()) <= available]
     layout = (fitting or layouts[-1:])[0]
-    flops = share * shards * model.seq_len * train_flops_per_token(model)
+    tokens = share * shards * model.seq_len
     params, (matrices, muon_flops) = param_counts(model)["total"], muon_work(model)
     most = -(-matrices // num_gpus) / matrices  # of the GPU that has most of Muon's matrices
-    return Step(
-        num_gpus=num_gpus,
-        rows=share * shards,
-        share=share,
-        layout=layout,
-        memory=sizes[layout],
-        fits=bool(fitting),
-        model_secs=flops / (num_gpus * card.peak_flops * mfu),
-        muon_secs=most * muon_flops / (card.peak_flops * MUON_UTILISATION),
-        reduce_secs=collective_secs(4 * params, num_gpus, card, network),
-        gather_secs=collective_secs(2 * params, num_gpus, card, network),
-    )
+    terms = {
+        "model": tokens * train_flops_per_token(model) / (num_gpus * card.peak_flops * mfu),
+        "muon": most * muon_flops / (card.peak_flops * MUON_UTILISATION),
+        "reduce": collective_secs(4 * params, num_gpus, card, network),
+        "gather": collective_secs(2 * params, num_gpus, card, network),
+    }
+    rows, memory = share * shards, sizes[layout]
+    return Step(num_gpus, share, rows, tokens, layout, memory, bool(fitting), terms)
 
 
 def step_bytes(config: Recipe, layout: Layout, share: int, num_gpus: int) -> dict[str, float]:
@@ -173,6 +160,7 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
         costs["base"] += b.num_steps // b.core_every * core * e.core_loop_per_task
     costs["base_eval"] = 2 * e.val_tokens * read + core * (e.core_per_task or CORE_ROWS)
     problems = sum(min(_rows(spec), e.chat_problems or OTHER_ROWS) for spec in e.chat_tasks)
+    chat_eval = answers(problems * e.chat_samples, e.chat_max_new_tokens)
     for name, section in (("mid", config.mid), ("sft", config.sft)):
         if section.mixture:
             rows = section.batch_rows or b.total_batch_tokens // seq_len
@@ -181,21 +169,20 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
             steps = min(section.num_steps or all_steps, all_steps)
             costs[name] = steps * rows * seq_len * frac
             costs[name] += checks(section, steps) * e.val_tokens * read
-            costs[f"{name}_eval"] = answers(problems * e.chat_samples, e.chat_max_new_tokens)
+            costs[f"{name}_eval"] = chat_eval
     if r.task:
         steps = r.num_steps or _rows(r.task) // r.questions_per_step
         count = r.questions_per_step * r.samples
         practice = count * r.max_new_tokens * (1 + ANSWER_FRAC) + answers(count, r.max_new_tokens)
         asked = (1 + checks(r, steps)) * (r.eval_questions or OTHER_ROWS) * r.eval_samples
-        costs["rl"] = steps * practice + answers(asked, r.max_new_tokens)
-        costs["rl_eval"] = answers(problems * e.chat_samples, e.chat_max_new_tokens)
+        costs |= {"rl": steps * practice + answers(asked, r.max_new_tokens), "rl_eval": chat_eval}
     return costs
 
 
-def remaining_secs(config: Recipe, stage: str, secs_per_token: float, platform: str) -> float:
-    """Seconds that the parts of a run after `stage` take, about; secs_per_token: of base."""
-    costs = stage_costs(config, platform)
-    return secs_per_token * sum(list(costs.values())[list(costs).index(stage) + 1 :])
+def later_tokens(config: Recipe, stage: str) -> float:
+    """Tokens that base would train on while the parts of a run after `stage` last, about."""
+    costs = stage_costs(config, "cpu" if config.model.compute_dtype == "float32" else "gpu")
+    return sum(list(costs.values())[list(costs).index(stage) + 1 :])
 
 
 def _rows(spec: str) -> int:
@@ -205,9 +192,6 @@ def _rows(spec: str) -> int:
     name, first, last, times = cut.groups()
     count = int(last or TASK_ROWS.get(name, OTHER_ROWS)) - int(first or 0)
     return max(0, count) * int(times or 1)
-
-
-Lines = list[tuple[str, str]]
 
 
 def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -> str:
@@ -224,11 +208,11 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -
         raise UserError(f"config.mesh got data, fsdp, tensor = {sizes}, expected {num_gpus} in all")
     recipe.rows_per_step(config, m.data * m.fsdp)  # UserError unless the batch divides evenly
     on = functools.partial(step_on, config, card, mfu=mfu, network=network)
-    step = on(num_gpus)
-    price = f"${card.usd_per_hour:.2f} each and hour"
+    step, price = on(num_gpus), f"${card.usd_per_hour:.2f} each and hour"
+    counts = param_counts(recipe.gpt_config(config))
     sections = {
-        "derived": [(d.key, f"{_number(d.value):<14} {d.formula}") for d in derived],
-        "model": _model(recipe.gpt_config(config)),
+        "derived": {d.key: f"{d.text:<14} {d.formula}" for d in derived},
+        "parameters": {k.replace("_", " "): f"{n:>15,}" for k, n in counts.items() if n},
         "text": _text(config),
         "memory per device": _memory(config, card, step),
         f"on {num_gpus} x {gpu}, {price}": _time(config, card, step, mfu),
@@ -236,114 +220,86 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -
     }
     lines = [f"{config.run.name}: a plan, nothing has been started"]
     for title, entries in sections.items():
-        lines += ["", title, *(f"  {name:<24} {value}" for name, value in entries)]
+        lines += ["", title, *(f"  {name:<24} {value}" for name, value in entries.items())]
     return "\n".join(lines)
 
 
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _base_tokens(config: Recipe) -> int:
+    return config.base.num_steps * config.base.total_batch_tokens
 
 
-def _model(c: GPTConfig) -> Lines:
-    shape = f"{c.num_layers} layers, width {c.model_dim}, {c.num_heads} heads of {c.head_dim}"
-    counts = [(name.replace("_", " "), n) for name, n in param_counts(c).items() if n]
-    return [
-        ("shape", f"{shape}, {c.seq_len} tokens a row"),
-        *((name, f"{n:>15,} parameters") for name, n in counts),
-        ("FLOPs per token", f"{train_flops_per_token(c):>15,}"),
-    ]
-
-
-def _text(config: Recipe) -> Lines:
-    d, b, dataset = config.data, config.base, datasets.get(config.data.name)
-    tokens = b.num_steps * b.total_batch_tokens
+def _text(config: Recipe) -> dict[str, str]:
+    d, tokens, dataset = config.data, _base_tokens(config), datasets.get(config.data.name)
     chars = tokens * CHARS_PER_TOKEN / (BEST_FIT_KEPT_FRAC if d.packing == "best_fit" else 1)
-    lines = [
-        ("tokens", f"{tokens:,} in {b.num_steps:,} steps"),
-        ("characters needed", f"{chars / 1e9:,.1f}B ({d.packing} packing)"),
-    ]
+    lines = {"tokens": f"{tokens:,} in {config.base.num_steps:,} steps"}
+    lines["characters needed"] = f"{chars / 1e9:,.1f}B ({d.packing} packing)"
     if not dataset.repo_id:
-        return [*lines, ("source", f"{d.name}, made on the machine")]
+        return lines | {"source": f"{d.name}, made on the machine"}
     have, needed = d.num_shards * dataset.shard_chars, -(-int(chars) // dataset.shard_chars)
     enough = "enough" if have >= chars else f"{chars / have:.2f} epochs; one would take {needed}"
+    lines["shards"] = f"{d.num_shards} of {d.name} = {have / 1e9:,.1f}B characters: {enough}"
     disk = (d.num_shards + 1) * dataset.shard_bytes / 1e9
-    return [
-        *lines,
-        ("shards", f"{d.num_shards} of {d.name} = {have / 1e9:,.1f}B characters: {enough}"),
-        ("download and disk", f"{disk:,.1f} GB"),
-    ]
+    return lines | {"download and disk": f"{disk:,.1f} GB"}
 
 
-def _memory(config: Recipe, card: Accelerator, step: Step) -> Lines:
-    state = state_bytes(recipe.gpt_config(config))
-    layout = f": {step.layout}{'' if step.fits else ', too much'}"
-    kept = f", kept: {config.base.keep_checkpoints} + 1"
-    lines = [
-        *((name, size, "") for name, size in step.memory.items()),
-        ("whole step", sum(step.memory.values()), layout),
-        ("JAX takes of a device", MEMORY_SHARE * card.memory_bytes, ""),
-        ("a checkpoint (disk)", state["params"] + state["optimizer"], kept),
-    ]
-    return [(name, f"{size / GIB:6.1f} GiB{note}") for name, size, note in lines]
+def _memory(config: Recipe, card: Accelerator, step: Step) -> dict[str, str]:
+    state, too_much = state_bytes(recipe.gpt_config(config)), "" if step.fits else ", too much"
+    sizes = step.memory | {
+        "whole step": sum(step.memory.values()),
+        "JAX takes of a device": MEMORY_SHARE * card.memory_bytes,
+        "a checkpoint (disk)": state["params"] + state["optimizer"],
+    }
+    lines = {name: f"{size / GIB:6.1f} GiB" for name, size in sizes.items()}
+    lines["whole step"] += f": {step.layout}{too_much}"
+    lines["a checkpoint (disk)"] += f", kept: {config.base.keep_checkpoints} + 1"
+    return lines
 
 
-def _base_secs(config: Recipe, step: Step) -> float:
-    tokens = config.base.num_steps * config.base.total_batch_tokens
-    return tokens / (step.rows * config.model.seq_len) * step.secs
+def _time_and_cost(tokens: float, card: Accelerator, step: Step) -> tuple[str, str]:
+    secs = tokens / step.tokens * step.secs
+    return format_secs(secs), f"${secs / 3600 * step.num_gpus * card.usd_per_hour:,.2f}"
 
 
-def _cost(secs: float, card: Accelerator, step: Step) -> str:
-    return f"${secs / 3600 * step.num_gpus * card.usd_per_hour:,.2f}"
-
-
-def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> Lines:
-    tokens, rows, n = config.base.total_batch_tokens, step.layout.rows, step.num_gpus
-    lines = [
-        ("a step", f"{step.rows} rows: {rows} a device at once, {step.share // rows} in turn"),
-        ("speed of the model", f"{mfu:.0%} of {n} x {card.peak_flops / 1e12:,.0f} TFLOP/s"),
-    ]
+def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> dict[str, str]:
+    flops = train_flops_per_token(recipe.gpt_config(config))
+    rows, peak = step.layout.rows, f"{step.num_gpus} x {card.peak_flops / 1e12:,.0f} TFLOP/s"
+    lines = {"a step": f"{step.rows} rows: {rows} a device at once, {step.share // rows} in turn"}
+    lines["speed of the model"] = f"{mfu:.0%} of {peak}, {flops:,} FLOPs a token"
     if not step.fits:
-        return [*lines, ("time and cost", "none: a step does not fit into the memory")]
-    lines.append(("tokens per second", f"{tokens / step.secs:,.0f}, communication included"))
-    secs = {"pretraining alone": _base_secs(config, step)}
-    for name, cost in stage_costs(config, "gpu").items():
-        secs[f"{name.replace('_', ' ')}, about"] = cost * step.secs / tokens
-    secs["all of it, about"] = sum(secs.values()) - secs["pretraining alone"]
-    return [*lines, *((k, f"{format_secs(s):>7}  {_cost(s, card, step)}") for k, s in secs.items())]
+        return lines | {"time and cost": "none: a step does not fit into the memory"}
+    lines["tokens per second"] = f"{step.tokens / step.secs:,.0f}, communication included"
+    costs = stage_costs(config, "gpu")
+    costs = {f"{name.replace('_', ' ')}, about": tokens for name, tokens in costs.items()}
+    costs |= {"all of it, about": sum(costs.values())}
+    for name, tokens in ({"pretraining alone": _base_tokens(config)} | costs).items():
+        lines[name] = "{:>7}  {}".format(*_time_and_cost(tokens, card, step))
+    return lines
 
 
-def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> Lines:
+def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> dict[str, str]:
     """The pretraining on other numbers of GPUs, weights and batch divided over all of them."""
-    titles = "rows model Muon reduce gather useful GiB time cost".split()
-    lines = [("ms of a step, a GPU's", "".join(f"{title:>10}" for title in titles))]
-    tensor, rows = config.mesh.tensor, config.base.total_batch_tokens // config.model.seq_len
-    for step in (on(n) for n in SCALE if n % tensor == 0):
-        secs = _base_secs(config, step)
-        terms = (step.model_secs, step.muon_secs, step.reduce_secs, step.gather_secs)
-        cells = [f"{step.share}", *(f"{1e3 * term:,.1f}" for term in terms)]
-        memory = f"{sum(step.memory.values()) / GIB:.0f}"
-        cells += [f"{step.efficiency:.0%}", memory, "too much", "-"]
-        if step.fits:
-            cells[-2:] = format_secs(secs), _cost(secs, card, step)[:-3]
-        note = f"  batch x {step.rows / rows:g}: learns less from a token" * (step.rows > rows)
-        lines.append((f"{step.num_gpus:,} GPUs", "".join(f"{cell:>10}" for cell in cells) + note))
+    table = {"ms of a step, a GPU's": "rows model Muon reduce gather useful GiB time cost".split()}
+    for step in (on(n) for n in SCALE if n % config.mesh.tensor == 0):
+        time, cost = _time_and_cost(_base_tokens(config), card, step)
+        cells = [f"{step.share}", *(f"{1e3 * secs:,.1f}" for secs in step.terms.values())]
+        cells += [f"{step.efficiency:.0%}", f"{sum(step.memory.values()) / GIB:.0f}"]
+        cells += [time, cost[:-3]] if step.fits else ["too much", "-"]
+        times = step.tokens / config.base.total_batch_tokens
+        cells += [f"  batch x {times:g}: learns less from a token"] * (times > 1)
+        table[f"{step.num_gpus:,} GPUs"] = cells
+    lines = {name: "".join(f"{cell:>10}" for cell in cells) for name, cells in table.items()}
     best = most_gpus(config, on)
     efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful"
-    return [
-        *lines,
-        ("assumed", "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided"),
-        ("useful", "share of the time in the model; more if communication overlaps with it"),
-        ("efficient up to", efficient if best.fits else "none: too much for the memory"),
-    ]
+    return lines | {
+        "assumed": "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided",
+        "useful": "share of the time in the model; more if communication overlaps with it",
+        "efficient up to": efficient if best.fits else "none: too much for the memory",
+    }
 
 
 def most_gpus(config: Recipe, on: Callable[[int], Step]) -> Step:
     """On the most GPUs, doubling, that have rows and work on the model half of the time."""
     rows, tensor = config.base.total_batch_tokens // config.model.seq_len, config.mesh.tensor
-    best = on(tensor)
-    while rows % (2 * best.num_gpus // tensor) == 0:
-        more = on(2 * best.num_gpus)
-        if more.efficiency < 0.5:
-            break
-        best = more
-    return best
+    counts = [tensor * 2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
+    efficient = takewhile(lambda step: step.efficiency >= 0.5, map(on, counts))
+    return [on(tensor), *efficient][-1]

@@ -1,7 +1,7 @@
 """From the few numbers a recipe states to all the numbers a run needs, each with its formula.
 
-depth -> width -> parameters -> horizon -> batch -> learning rates, decay, steps. `resolve` fills
-the keys that are None and returns what it derived and how. Nothing here touches a device.
+depth -> width -> parameters -> horizon -> batch -> learning rates, decay, steps. Nothing here
+touches a device.
 
 Scaling of the modern recipe: batch grows with the horizon^0.383 (arXiv 2505.13738), learning rates
 with the square root of the batch, decay so that batch/(lr * decay * horizon) stays what it is at
@@ -9,6 +9,7 @@ depth 12 (arXiv 2405.13698).
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,22 +25,23 @@ REFERENCE_DEPTH = 12  # where the modern recipe's numbers were tuned
 REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383
 
-LEAST = {  # what a key may be at least; a 0 that is allowed means "all" or "as in base"
-    **dict.fromkeys(("mid.num_steps", "sft.num_steps", "rl.num_steps"), 0),
-    **dict.fromkeys(("mid.batch_rows", "sft.batch_rows"), 0),
-    **dict.fromkeys(("rl.eval_questions", "eval.chat_problems"), 0),
-    **dict.fromkeys(("base.num_steps", "base.total_batch_tokens"), 1),
-    **dict.fromkeys((f"{s}.device_batch_size" for s in ("base", "mid", "sft", "rl", "eval")), 1),
-    **dict.fromkeys(("rl.questions_per_step", "rl.samples", "rl.pass_rows", "rl.slots"), 1),
-    **dict.fromkeys(("rl.eval_samples", "rl.max_new_tokens"), 1),
-    **dict.fromkeys((f"eval.chat_{k}" for k in ("slots", "samples", "max_new_tokens")), 1),
-}
+# What keys of these names may be at least; a 0 that is allowed means "all" or "as in base".
+LEAST: dict[str, int] = dict.fromkeys(
+    ("num_steps", "batch_rows", "eval_questions", "chat_problems"), 0
+)
+LEAST |= dict.fromkeys(("base.num_steps", "total_batch_tokens", "device_batch_size"), 1)
+LEAST |= dict.fromkeys(("questions_per_step", "samples", "pass_rows", "slots", "eval_samples"), 1)
+LEAST |= dict.fromkeys(("max_new_tokens", "chat_slots", "chat_samples", "chat_max_new_tokens"), 1)
 
 
 class Derived(NamedTuple):
     key: str
     value: object
     formula: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:,}" if isinstance(self.value, int) else f"{self.value}"
 
 
 def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]:
@@ -68,10 +70,8 @@ def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]
         fill("base", "total_batch_tokens", scaled_batch_tokens(config), formula)
     fill("base", "total_batch_tokens", REFERENCE_BATCH_TOKENS, "2^19")
     steps = max(1, horizon_tokens(config, m.depth) // b.total_batch_tokens)
-    formula = (
-        f"{b.tokens_per_param:g} tokens x parameters ({b.horizon_params}) / total_batch_tokens"
-    )
-    fill("base", "num_steps", steps, formula)
+    formula = f"{b.tokens_per_param:g} tokens x parameters ({b.horizon_params})"
+    fill("base", "num_steps", steps, f"{formula} / total_batch_tokens")
     missing = [key for key, value in flatten(config).items() if value is None]
     assert not missing, missing
     return derived
@@ -79,10 +79,17 @@ def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]
 
 def _check_values(config: Recipe) -> None:
     for key, value in flatten(config).items():
-        if value is not None and value < LEAST.get(key, value):
-            raise UserError(f"config.{key} got {value}, expected {LEAST[key]} or more")
+        least = LEAST.get(key, LEAST.get(key.split(".")[1], value))
+        if value is not None and value < least:
+            raise UserError(f"config.{key} got {value}, expected {least} or more")
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             raise UserError(f"config.{key} got {value!r}, expected strings in it")
+    r = config.rl
+    if r.samples % r.pass_rows:
+        expected = f"a divisor of config.rl.samples ({r.samples})"
+        raise UserError(f"config.rl.pass_rows got {r.pass_rows}, expected {expected}")
+    if r.temperature <= 0:
+        raise UserError(f"config.rl.temperature got {r.temperature}, expected more than 0")
 
 
 def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
@@ -110,22 +117,9 @@ def gpt_config(config: Recipe) -> GPTConfig:
     _expect("model.window_pattern", m.window_pattern, ("S", "L"), list(m.window_pattern) or [""])
     _expect("model.remat", m.remat, ("auto", *REMAT))
     _expect("model.fp8_layers", m.fp8_layers, tuple(fp8.LAYERS), m.fp8_layers)
-    return GPTConfig(
-        vocab_size=config.tokenizer.vocab_size,
-        num_layers=m.depth,
-        model_dim=m.model_dim,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        seq_len=m.seq_len,
-        rope_base=m.rope_base,
-        window_pattern=m.window_pattern,
-        qk_scale=m.qk_scale,
-        extras=m.extras,
-        embed_init_std=m.embed_init_std,
-        fc_init_scale=m.fc_init_scale,
-        compute_dtype=m.compute_dtype,
-        fp8_layers=m.fp8_layers,
-    )
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"remat"}
+    keys = {name: m[name] for name in names if name in m}
+    return GPTConfig(vocab_size=config.tokenizer.vocab_size, num_layers=m.depth, **keys)
 
 
 def _expect(key: str, got, known: tuple[str, ...], parts: Sequence[str] | None = None) -> None:
@@ -175,10 +169,8 @@ def optim_config(
     o = config.optim
     _expect("optim.recipe", o.recipe, ("classic", "modern"))
     if config.model.extras and o.recipe == "classic":
-        why = "it alone has settings for the extra parameters"
-        raise UserError(
-            f"config.optim.recipe got classic with model.extras, expected modern: {why}"
-        )
+        got = "config.optim.recipe got classic with model.extras, expected modern"
+        raise UserError(f"{got}: it alone has settings for the extra parameters")
     return OptimConfig(
         recipe=o.recipe,
         embed_lr=lr_frac * (o.embed_lr if embed_lr is None else embed_lr),
@@ -196,10 +188,9 @@ def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
     tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
     rows, rest = divmod(tokens, seq_len)
     if rest or rows % row_shards or not rows:
+        got = f"config.base.total_batch_tokens got {tokens}, expected a multiple of"
         what = f"{row_shards} row shards x seq_len {seq_len} = {row_shards * seq_len}"
-        raise UserError(
-            f"config.base.total_batch_tokens got {tokens}, expected a multiple of {what}"
-        )
+        raise UserError(f"{got} {what}")
     return rows, rows_at_once("base", rows, row_shards, config.base.device_batch_size)
 
 
@@ -211,17 +202,8 @@ def rows_at_once(stage: str, rows: int, row_shards: int, limit: int) -> int:
     return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
 
 
-def check_rl(config: Recipe) -> None:
-    r = config.rl
-    if r.samples % r.pass_rows:
-        expected = f"a divisor of config.rl.samples ({r.samples})"
-        raise UserError(f"config.rl.pass_rows got {r.pass_rows}, expected {expected}")
-    if r.temperature <= 0:
-        raise UserError(f"config.rl.temperature got {r.temperature}, expected more than 0")
-
-
 def _at_depth(config: Recipe, depth: int) -> Recipe:
-    """The recipe at another depth, width and heads derived anew unless they are this depth's."""
+    """The recipe at another depth, width and heads derived anew."""
     if depth == config.model.depth:
         return config
     config = copy.deepcopy(config)
@@ -240,9 +222,9 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
     refused = []
     for key in before | now:
         was, value = before.get(key), now.get(key)
+        line = f"config.{key} was {was!r}, now {value!r}"
         if key in REMOVED or _plain(was) == _plain(value):
             continue
-        line = f"config.{key} was {was!r}, now {value!r}"
         if key.startswith(may_change):
             log(f"  {line} (allowed)")
         else:

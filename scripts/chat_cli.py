@@ -31,10 +31,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-p", dest="question")
     parser.add_argument("--no-color", action="store_true")
-    for name, default in {"stage": None, "system": "", "tool": None}.items():
-        parser.add_argument(f"--{name}", default=default)
-    numbers = {"temperature": 0.6, "top-k": 50, "max-new-tokens": 256, "seed": 42}
-    for name, default in numbers.items():
+    options = {"stage": "", "system": "", "tool": ""}
+    options |= {"temperature": 0.6, "top-k": 50, "max-new-tokens": 256, "seed": 42}
+    for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     try:
         args, unknown = parser.parse_known_args(argv)
@@ -48,25 +47,26 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
     args, config = arguments(rest), load(path, overrides)
-    from nanochat_jax.inference import checkpoint, scheduler  # after --help: JAX takes long
-    from nanochat_jax.serve import terminal
+    from nanochat_jax.inference.checkpoint import make_engine, open_model  # JAX takes long
+    from nanochat_jax.inference.scheduler import Request
+    from nanochat_jax.serve.terminal import Chat, Screen
 
-    sampling = args.max_new_tokens, args.temperature, args.top_k
-    settings = scheduler.Request((), *sampling, seed=args.seed)
+    settings = Request((), args.max_new_tokens, args.temperature, args.top_k, seed=args.seed)
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        opened = checkpoint.open_model(config, args.stage)
+        found, model, mesh, params, tokenizer = open_model(config, args.stage or None)
         # One token a burst shows it at once; where nobody watches, many at a time are faster.
-        sizes = {"slots": 1, "max_len": opened.model.seq_len, "burst": 1 if interactive else 16}
-        engine = checkpoint.start_engine(opened, tool=args.tool or "calculator", **sizes)
-        base = opened.checkpoint.stage == "base"
-        if base and args.tool not in (None, "none"):
-            print(f"--tool={args.tool} has no effect: a base model uses no tool", file=sys.stderr)
+        sizes = {"slots": 1, "max_len": model.seq_len, "burst": 1 if interactive else 16}
+        base, tool = found.stage == "base", args.tool or "calculator"
+        engine = make_engine(model, mesh, tokenizer, base=base, tool=tool, **sizes)
+        engine.load(params)
+        if base and args.tool not in ("", "none"):
+            print(f"--tool={args.tool} has no effect: a base model uses no tool")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     notes = sys.stdout if interactive else sys.stderr
-    screen = terminal.Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
-    chat = terminal.Chat(engine, opened.tokenizer, settings, screen, args.system, base)
+    screen = Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
+    chat = Chat(engine, tokenizer, settings, screen, args.system, base)
     if not interactive:
         return 130 if chat.ask(args.question) == "cancelled" else 0
     screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")

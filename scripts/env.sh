@@ -1,10 +1,7 @@
-# The environment of speedrun.sh and scripts/test.sh, which source this file. Works with bash 3.2.
-#
-#   . scripts/env.sh
-#   ensure_env demo dev       # afterwards $PY is a Python that has the package and these extras
-#
-# It makes ./.venv when that is missing and brings it up to date when pyproject.toml or the
-# constraints changed: with uv where that is installed, else with venv and pip. From the environment:
+# Sourced by speedrun.sh and scripts/test.sh; works with bash 3.2. `ensure_env demo dev` sets $PY to a
+# Python that has the package and these extras. It makes ./.venv when that is missing and brings it up
+# to date when pyproject.toml or the constraints changed: with uv where that is installed, else with
+# venv and pip. From the environment:
 #   PYTHON=python3.12         the interpreter to make ./.venv with
 #   NANOCHAT_PYTHON=/a/python use this one as it is, and make nothing
 
@@ -17,21 +14,18 @@ die() {
   exit 1
 }
 
-duration() { # seconds, as a person says them
-  if (($1 < 60)); then echo "$1 s"; elif (($1 < 3600)); then echo "$(($1 / 60)) min $(($1 % 60)) s"; else
-    echo "$(($1 / 3600)) h $(($1 % 3600 / 60)) min"
-  fi
+duration() { # of so many seconds, as hours:minutes:seconds
+  printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 % 3600 / 60)) $(($1 % 60))
 }
 
 count_gpus() { # NVIDIA GPUs that this run may use
   local visible="${CUDA_VISIBLE_DEVICES-all}" total
-  case "${JAX_PLATFORMS:-}" in "" | *cuda* | *gpu*) ;; *) echo 0 && return ;; esac
   total=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || total=0
-  case "$visible" in
-    all) ;;
-    "" | -1 | NoDevFiles) total=0 ;;
-    *) if ((total > 0)); then total=$(tr ',' '\n' <<<"$visible" | grep -c .); fi ;;
-  esac
+  if [[ ! "${JAX_PLATFORMS:-cuda}" =~ cuda|gpu || "$visible" =~ ^(-1|NoDevFiles)?$ ]]; then
+    total=0
+  elif [[ "$visible" != all ]] && ((total > 0)); then
+    total=$(tr ',' '\n' <<<"$visible" | grep -c .)
+  fi
   echo "$total"
 }
 
@@ -46,10 +40,8 @@ ensure_env() { # extras wanted -> $PY
     echo "environment: $PY, as NANOCHAT_PYTHON says"
     return
   fi
-  if command -v flock >/dev/null; then # two scripts started at once: the second waits
-    exec 9>"$VENV.lock"
-    flock 9
-  fi
+  # Of two scripts started at once the second waits.
+  if command -v flock >/dev/null; then exec 9>"$VENV.lock" && flock 9; fi
   local version made="" had="" packages extras
   version=$(version_of "$PY") || version="none"
   if [[ -f "$VENV/stamp" ]]; then { read -r made && read -r had; } <"$VENV/stamp" || true; fi
@@ -72,25 +64,23 @@ ensure_env() { # extras wanted -> $PY
 
 make_venv() {
   local python version
+  local -a pythons=("${PYTHON:-python3}") command
   if command -v uv >/dev/null; then # it finds a Python, or brings one
-    python="${PYTHON:->=3.$MIN_MINOR,<3.15}"
-    echo "environment: making .venv with uv, Python $python"
-    rm -rf "$VENV"
-    uv venv --quiet --python "$python" "$VENV" || die "uv could not make $VENV (its message is above)"
-    return
-  fi
-  for python in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.14; do
-    version=$(version_of "$python") || version=0.0
-    version=${version#3.}
-    if ((${version%%.*} >= MIN_MINOR)); then break; fi
-    if [[ -n "${PYTHON:-}" || "$python" == python3.14 ]]; then
+    command=(uv venv --quiet --python "${PYTHON:->=3.$MIN_MINOR,<3.15}")
+  else
+    [[ -n "${PYTHON:-}" ]] || pythons+=(python3.13 python3.12 python3.11 python3.14)
+    for python in "${pythons[@]}"; do
+      version=$(version_of "$python") && version=${version#3.} && ((${version%%.*} >= MIN_MINOR)) && break
+      python=""
+    done
+    [[ -n "$python" ]] ||
       die "${PYTHON:-python3} is no Python 3.$MIN_MINOR or newer; install one (PYTHON=... names it), or uv"
-    fi
-  done
-  echo "environment: making .venv with $python"
+    command=("$python" -m venv)
+  fi
+  echo "environment: making .venv with ${command[*]}"
   rm -rf "$VENV"
-  "$python" -m venv "$VENV" ||
-    die "$python could not make $VENV; install venv (Debian, Ubuntu: apt install python3-venv), or uv"
+  "${command[@]}" "$VENV" ||
+    die "$VENV could not be made (the message is above); install python3-venv (apt has it), or uv"
 }
 
 install_packages() { # extras, space-separated

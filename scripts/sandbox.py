@@ -8,11 +8,11 @@ wrong body must not. Exit status 1 if any verdict is wrong.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.tasks.humaneval import HumanEval
+from nanochat_jax.tasks.sources import SOURCES, read_rows
 from nanochat_jax.tools.sandbox import statement
 
 # Bodies that are wrong for any problem, taken in turn.
@@ -40,10 +40,7 @@ def main() -> int:
 
 def check(path: Path, workers: int | None) -> int:
     """Grade canonical and wrong solutions of all problems; 1 if any verdict is wrong."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--humaneval got {path} ({error}), expected JSON lines") from None
+    rows = list(read_rows(path, SOURCES["humaneval"].row))
     task = HumanEval(rows, workers=workers)
     bodies = [*WRONG, "while True: pass", *WRONG * len(rows)][: len(rows)]  # one takes its time
     right = task.grade([(i, task[i]["messages"][1]["content"]) for i in range(len(rows))])

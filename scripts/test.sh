@@ -17,19 +17,18 @@ esac
 ensure_env $extras
 cd "$ROOT"
 
-lint() { # all of them run, so that one look shows everything
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # the version is pinned: do not look for a newer one
+lint() { # all three, so that one look shows everything
   local failed=0
   "$PY" -m ruff check . || failed=1
   "$PY" -m ruff format --check . || failed=1
-  # The version is pinned: do not ask the network for a newer one.
-  PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$PY" -m pyright --pythonpath "$PY" --warnings || failed=1
+  "$PY" -m pyright --pythonpath "$PY" --warnings || failed=1
   return $failed
 }
 log=$(mktemp) failed=""
-lint >"$log" 2>&1 & # beside the tests, which are idle at their end where one core has more to do
+lint >"$log" 2>&1 & # beside the tests
 lint=$!
-# A process a core. Each begins with a share of neighbouring tests, because those of a file share what
-# they train; who is done first takes over from the others.
+# A process a core; each begins with neighbouring tests, because those of a file share what they train.
 "$PY" -m pytest -n logical --maxprocesses 4 --dist worksteal -m "$which" "$@" || failed="tests"
 wait $lint || failed+=" lint"
 cat "$log" && rm "$log"

@@ -1,13 +1,12 @@
 """What every test stands on: eight fake CPU devices, strict dtypes, no network, nothing in $HOME.
 
-The environment is set before anything imports JAX, and child processes inherit it. Compiled
-programs are kept in the user's cache folder, which makes a second run several times faster.
+Child processes inherit the environment. Compiled programs are kept in the user's cache folder.
 `NANOCHAT_TEST_GPU=1` (scripts/test.sh --gpu) leaves the real devices visible.
 """
 
 import atexit
-import ipaddress
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -18,23 +17,20 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano
 BASE_DIR = tempfile.mkdtemp(prefix="nanochat_jax_tests_")
 atexit.register(shutil.rmtree, BASE_DIR, ignore_errors=True)
 
-os.environ["NANOCHAT_BASE_DIR"] = BASE_DIR
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if not ON_GPU:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # Eight devices; programs this small cost more to optimise than to run.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
+os.environ |= {
+    "NANOCHAT_BASE_DIR": BASE_DIR,
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+if not ON_GPU:  # eight devices; programs this small cost more to optimise than to run
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
-import hypothesis  # noqa: E402
+import hypothesis  # noqa: E402  # after the environment, because it may import JAX
 import pytest  # noqa: E402
-
-HERE = Path(__file__).parent
 
 # Time limits fail at random on a busy machine; the same examples every time can be run again.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
@@ -52,15 +48,9 @@ def pytest_collection_modifyitems(items):
 def no_network():
     """Sockets reach this machine only; a look-up of any other host is an error too."""
 
-    def check(host: object) -> None:
+    def check(host) -> None:
         name = host.decode() if isinstance(host, bytes) else host
-        if name in (None, "", "localhost"):
-            return
-        try:
-            allowed = ipaddress.ip_address(str(name)).is_loopback
-        except ValueError:
-            allowed = False
-        if not allowed:
+        if name and not re.fullmatch(r"localhost|127\.[\d.]+|::1", name):
             raise RuntimeError(f"a test tried to reach {name}; tests use loopback addresses only")
 
     def guarded(call):
@@ -87,7 +77,7 @@ def no_network():
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Numbers computed with upstream: logits, gradients, optimizer steps, chat tokens."""
-    return HERE / "goldens"
+    return Path(__file__).parent / "goldens"
 
 
 TEXT = (

@@ -50,6 +50,9 @@ def test_batches_come_out_even_or_not_at_all():
         ("model.remat", "some"),
         ("model.fp8_layers", "('mlp', 'gates')"),
         ("base.horizon_params", "most"),
+        ("base.num_steps", 0),
+        ("rl.num_steps", -1),
+        ("eval.device_batch_size", 0),
         ("model.extras", True),  # the classic optimizer has no settings for them
         ("rl.pass_rows", 3),
         ("rl.temperature", 0.0),
@@ -61,22 +64,14 @@ def test_impossible_values_are_refused(key, value):
         config, _ = resolved("d20.py", **{key.replace(".", "__"): value})
         recipe.gpt_config(config)
         recipe.optim_config(config, "cpu")
-        recipe.check_rl(config)
-
-
-@pytest.mark.parametrize(("key", "least"), recipe.LEAST.items())
-def test_too_small_numbers_are_refused(key, least):
-    with pytest.raises(UserError, match=f"config.{key} got {least - 1}, expected {least}"):
-        resolved("d20.py", **{key.replace(".", "__"): least - 1})
-    resolved("d20.py", **{key.replace(".", "__"): least})
 
 
 @pytest.mark.parametrize(("name", "unembed"), [("d20.py", 0.004), ("gpt2.py", 0.008)])
 def test_stages_after_base_have_learning_rates_of_their_own(name, unembed):
     """Upstream scales by the batch in pretraining only, and RL keeps the head's classic rate."""
     config, _ = resolved(name, base__total_batch_tokens=2**21)
-    scale = 2.0 if name == "gpt2.py" else 1.0  # sqrt(2^21 / 2^19), modern only
     base = recipe.optim_config(config, "cpu")
+    scale = 2.0 if name == "gpt2.py" else 1.0  # sqrt(2^21 / 2^19), modern only
     assert (base.lr_scale, base.unembed_lr) == (scale, unembed)
     for stage, rate in (("sft", unembed), ("rl", 0.004)):
         own = {key: config[stage][key] for key in ("embed_lr", "unembed_lr")}
@@ -84,12 +79,10 @@ def test_stages_after_base_have_learning_rates_of_their_own(name, unembed):
         assert (lrs.lr_scale, lrs.unembed_lr, lrs.matrix_lr) == (1.0, rate / 2, 0.01)
 
 
-def test_changes_of_a_recipe_are_named(capsys):
+def test_changes_of_a_recipe_are_named():
     before = {"base.num_steps": 5, "mesh.data": 1, "eval.prompts": ["a"], "data.num_workers": 1}
     now = {"base.num_steps": 5, "mesh.data": 8, "eval.prompts": ("a",)}  # and a removed key
     recipe.refuse_changes(before, now, ("mesh.",), "the run")
-    assert capsys.readouterr().out == "  config.mesh.data was 1, now 8 (allowed)\n"
-    with pytest.raises(UserError, match="config.mesh.data was 1, now 8"):
-        recipe.refuse_changes(before, now, ("eval.",), "the run")
-    with pytest.raises(UserError, match="config.new was None, now 2"):
-        recipe.refuse_changes(before, before | {"new": 2}, ("mesh.",), "the run")
+    for changed, named in ((now, "mesh.data was 1, now 8"), (before | {"new": 2}, "config.new")):
+        with pytest.raises(UserError, match=named):
+            recipe.refuse_changes(before, changed, ("eval.",), "the run")

@@ -21,23 +21,14 @@ STAGES = (
 ).split()
 TOOLS = (
     "awk basename bash cat chmod cksum cut dirname flock grep mkdir rm sed sh sleep sort tail tr"
-).split()
+)
 
 PYTHON = """#!/bin/sh
-case "$1 $2" in
-  *version_info*) echo 3.12.1; exit ;;
-  -c*) echo "$RESULTS"; exit ;;
-esac
+case "$1 $2" in *version_info*) echo 3.12.1; exit ;; esac
 echo "$(basename "$1") $*" >>"$CALLS"
-case "$(basename "$1")" in
-  "$FAILING_STAGE") exit "$FAILING_STATUS" ;;
-  "$WAITING_STAGE")
-    trap 'sleep 0.2; exit 75' TERM INT
-    echo waiting
-    sleep 20 >/dev/null 2>&1 &
-    wait $! ;;
-esac
+if [ "$(basename "$1")" = "$STOPS" ]; then eval "$HOW"; fi
 """
+WAITS = "trap 'sleep 0.2; exit 75' TERM INT; echo waiting; sleep 20 >/dev/null 2>&1 & wait $!"
 
 UV = """#!/bin/sh
 echo "uv $*" >>"$CALLS"
@@ -52,30 +43,19 @@ fi
 """
 
 
-class Sandbox:
+class Clone:
     def __init__(self, folder: Path):
-        self.root = folder / "a clone"
-        self.bin = folder / "bin"
-        self.calls_file = folder / "calls"
+        self.root, self.bin, self.calls_file = folder / "a clone", folder / "bin", folder / "calls"
         self.bin.mkdir()
-        for tool in TOOLS:
+        for tool in TOOLS.split():
             if path := shutil.which(tool):  # flock is optional
                 (self.bin / tool).symlink_to(path)
         for name in ("speedrun.sh", "scripts/env.sh", "pyproject.toml", "constraints", "configs"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / name, self.root / name)
-        for recipe in ("demo.py", "d20.py", "tiny.py"):
-            (self.root / "configs" / recipe).touch()
-        self.python = self.script("a python", PYTHON)
-        self.env = {
-            "PATH": str(self.bin),
-            "HOME": str(folder),
-            "CALLS": str(self.calls_file),
-            "RESULTS": "/results/here",
-            "STUB_PYTHON": str(self.python),
-            "NANOCHAT_PYTHON": str(self.python),
-        }
+        self.env = {"PATH": str(self.bin), "HOME": str(folder), "CALLS": str(self.calls_file)}
+        self.env["STUB_PYTHON"] = str(self.script("a python", PYTHON))
 
     def script(self, name: str, text: str) -> Path:
         path = self.bin / name
@@ -83,17 +63,17 @@ class Sandbox:
         path.chmod(0o755)
         return path
 
-    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess:
-        command = ["bash", str(self.root / "speedrun.sh"), *args]
-        return subprocess.run(
-            command, env=self.env | env, cwd=self.bin, capture_output=True, text=True, timeout=60
-        )
+    def bash(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        options = {"cwd": self.bin, "capture_output": True, "text": True, "timeout": 60}
+        return subprocess.run(["bash", *words], env=self.env | env, **options)
+
+    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        env["NANOCHAT_PYTHON"] = self.env["STUB_PYTHON"]
+        return self.bash(f"{self.root}/speedrun.sh", *words, **env)
 
     def ensure_env(self, *extras: str, **env: str) -> subprocess.CompletedProcess:
-        code = 'set -euo pipefail; . "$1/scripts/env.sh"; shift; ensure_env "$@"; echo "PY=$PY"'
-        env = {k: v for k, v in (self.env | env).items() if k != "NANOCHAT_PYTHON"}
-        command = ["bash", "-c", code, "-", str(self.root), *extras]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        code = 'set -euo pipefail; . "$1"; shift; ensure_env "$@"'
+        return self.bash("-c", code, "-", f"{self.root}/scripts/env.sh", *extras, **env)
 
     def calls(self) -> list[str]:
         """What was called since the last time we asked."""
@@ -101,13 +81,14 @@ class Sandbox:
         self.calls_file.write_text("")
         return lines
 
-    def stages(self) -> list[str]:
-        return [line.split()[0] for line in self.calls()]
+
+def stages(calls: list[str]) -> list[str]:
+    return [call.split()[0] for call in calls]
 
 
 @pytest.fixture
-def sandbox(tmp_path):
-    return Sandbox(tmp_path)
+def clone(tmp_path):
+    return Clone(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,33 +103,32 @@ def sandbox(tmp_path):
         (8, {"CONFIG": "configs/tiny.py"}, "tiny", ""),
     ],
 )
-def test_recipe_follows_gpus(sandbox, gpus, env, recipe, reason):
+def test_recipe_follows_gpus(clone, gpus, env, recipe, reason):
     lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
-    sandbox.script("nvidia-smi", f"#!/bin/sh\n{lines or 'echo it has failed; exit 9'}\n")
-    done = sandbox.run(FAILING_STAGE="data.py", FAILING_STATUS="3", **env)
+    clone.script("nvidia-smi", f"#!/bin/sh\n{lines or 'echo it has failed; exit 9'}\n")
+    done = clone.run(STOPS="data.py", HOW="exit 3", **env)
     assert f"recipe: configs/{recipe}.py, " in done.stdout and reason in done.stdout
-    assert sandbox.calls()[0].endswith(f" --config={sandbox.root}/configs/{recipe}.py")
+    assert clone.calls()[0].endswith(f" --config={clone.root}/configs/{recipe}.py")
 
 
-def test_every_stage_gets_the_same_recipe_and_overrides(sandbox):
+def test_every_stage_gets_the_same_recipe_and_overrides(clone):
     words = ["--config", "configs/tiny.py", "--config.run.name=a b", "--config.base.num_steps", "5"]
-    done = sandbox.run(*words)
+    done, calls = clone.run(*words), clone.calls()
     given = ["configs/tiny.py", "--config.run.name=a b", "--config.base.num_steps=5"]
-    given[0] = f"--config={sandbox.root}/{given[0]}"
-    calls = sandbox.calls()
+    given[0] = f"--config={clone.root}/{given[0]}"
     assert all(call.endswith(" ".join(given)) for call in calls)
-    assert [call.split()[0] for call in calls] == STAGES
+    assert stages(calls) == STAGES
     assert all((ROOT / "scripts" / name).is_file() for name in STAGES)
     assert re.findall(r"chat_stage=(\w+)", " ".join(calls)) == ["mid", "sft", "rl"]
     talk = shlex.split(done.stdout.splitlines()[-1])  # the command to talk to the model
-    assert talk[-4:] == [f"{sandbox.root}/scripts/chat_cli.py", *given]
+    assert talk[-4:] == [f"{clone.root}/scripts/chat_cli.py", *given]
 
 
 @pytest.mark.parametrize(("status", "script"), [(75, "train.py"), (3, "tok_train.py")])
-def test_a_stage_that_stops_ends_all_with_its_status(sandbox, status, script):
-    done = sandbox.run(FAILING_STAGE=script, FAILING_STATUS=str(status))
-    assert done.returncode == status and "run the same command again" in done.stderr
-    assert sandbox.stages() == STAGES[: STAGES.index(script) + 1]
+def test_a_stage_that_stops_ends_all_with_its_status(clone, status, script):
+    done = clone.run(STOPS=script, HOW=f"exit {status}")
+    assert done.returncode == status and done.stderr.count("\n") == 1
+    assert stages(clone.calls()) == STAGES[: STAGES.index(script) + 1]
 
 
 # Started in the background or under nohup, a program ignores these signals; ours starts as if not.
@@ -161,62 +141,59 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_reaches_the_stage_and_its_status_is_kept(sandbox, sent):
-    command = [str(sandbox.bin / "bash"), str(sandbox.root / "speedrun.sh")]
-    with subprocess.Popen(
-        [sys.executable, "-I", "-c", LISTENING, *command],
-        env=sandbox.env | {"WAITING_STAGE": "train.py"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+def test_signal_reaches_the_stage_and_its_status_is_kept(clone, sent):
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        LISTENING,
+        clone.bin / "bash",
+        clone.root / "speedrun.sh",
+    ]
+    env = {"STOPS": "train.py", "HOW": WAITS, "NANOCHAT_PYTHON": clone.env["STUB_PYTHON"]}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=clone.env | env, **pipes) as process:
         assert process.stdout
         while process.stdout.readline() != "waiting\n":
             assert process.poll() is None
         process.send_signal(sent)
         assert process.wait(timeout=20) == 75
-    assert sandbox.stages() == STAGES[:4]
+    assert stages(clone.calls()) == STAGES[:4]
 
 
 @pytest.mark.parametrize("words", [["--depth=4"], ["--config=configs/no.py"], ["--config"]])
-def test_wrong_command_line_is_one_line_and_starts_nothing(sandbox, words):
-    done = sandbox.run(*words)
-    assert (done.returncode, sandbox.calls()) == (1, [])
+def test_wrong_command_line_is_one_line_and_starts_nothing(clone, words):
+    done = clone.run(*words)
+    assert (done.returncode, clone.calls()) == (1, [])
     assert words[0].removeprefix("--config=") in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_environment_is_made_once_and_again_only_when_stale(sandbox):
-    sandbox.script("uv", UV)
-    venv = sandbox.root / ".venv"
+def test_environment_is_made_once_and_again_only_when_stale(clone):
+    clone.script("uv", UV)
 
     def made(*extras: str, **env: str) -> list[str]:
         """What was called for these extras: venv, or an installation's extras."""
-        assert sandbox.ensure_env(*extras, **env).returncode == int("UV_FAILS" in env)
-        return ["venv" if " venv " in call else call.split(" -e ")[1] for call in sandbox.calls()]
+        assert clone.ensure_env(*extras, **env).returncode == int("UV_FAILS" in env)
+        return ["venv" if " venv " in call else call.split(" -e ")[1] for call in clone.calls()]
 
     assert made("demo", UV_FAILS="killed") == ["venv", ".[demo]"]
     assert made("demo") == ["venv", ".[demo]"]
     assert made("demo") == []
     assert made("dev", "demo") == [".[demo,dev]"]
     assert made("demo") == []  # what dev brought stays
-    with open(sandbox.root / "constraints" / "constraints.txt", "a") as file:
+    with open(clone.root / "constraints" / "constraints.txt", "a") as file:
         file.write("# newer\n")
     assert made("demo") == [".[demo,dev]"]
-    (venv / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (clone.root / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
     assert made("demo") == ["venv", ".[demo,dev]"]
-    sandbox.root = sandbox.root.rename(sandbox.root.with_name("moved"))
+    clone.root = clone.root.rename(clone.root.with_name("moved"))
     assert made("demo") == ["venv", ".[demo,dev]"]
 
 
 @pytest.mark.parametrize(
-    ("env", "python", "named"),
-    [
-        ({}, "", "uv"),
-        ({}, "echo 3.9.18", "python3"),
-        ({"PYTHON": "python3"}, "echo 3.9.18", "PYTHON="),
-    ],
+    "env, python", [({}, "exit 127"), ({}, "echo 3.9.18"), ({"PYTHON": "python3"}, "echo 3.9.18")]
 )
-def test_a_missing_python_is_told_in_one_line(sandbox, env, python, named):
-    sandbox.script("python3", f"#!/bin/sh\n{python or 'exit 127'}\n")
-    done = sandbox.ensure_env("demo", **env)
-    assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1
+def test_a_missing_python_is_told_in_one_line(clone, env, python):
+    clone.script("python3", f"#!/bin/sh\n{python}\n")
+    done = clone.ensure_env("demo", **env)
+    assert done.returncode == 1 and re.fullmatch(".*python3.*PYTHON=.*uv\n", done.stderr)

@@ -4,8 +4,8 @@
   generative   the engine writes the answers, the task grades them; one right of num_samples counts
   chatcore     mean over tasks of (accuracy - chance) / (1 - chance): 0 is guessing, 1 perfect
 
-A verdict depends on its problem alone: a prompt's padded width follows from its own length, what
-lies right of it is never seen, and every sampled answer has a seed of its own.
+A verdict depends on its problem alone: a prompt's padded width follows from its own length, and
+every sampled answer has a seed of its own.
 """
 
 import itertools
@@ -39,9 +39,8 @@ MIN_WIDTH = 64  # prompts are padded to the powers of two from here on, so few s
 NUM_EXAMPLES = 4  # answers shown in the report
 TOO_LONG = "too_long"  # how a problem ended whose prompt does not fit
 
-# Accuracy of guessing.
-CHANCE = {name: 0.25 for name in ("arc_easy", "arc_challenge", "mmlu")}
-CHANCE |= {name: 0.0 for name in ("gsm8k", "humaneval", "spelling_bee")}
+CHANCE = dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25)  # accuracy of guessing
+CHANCE |= dict.fromkeys(("gsm8k", "humaneval", "spelling_bee"), 0.0)
 MEANS = {
     "chatcore": tuple(CHANCE),
     "chatcore_5": tuple(name for name in CHANCE if name != "spelling_bee"),  # upstream's first form
@@ -68,6 +67,10 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, **asdict(self)}
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Score":
+        return cls(**{key: value for key, value in saved.items() if key != "accuracy"})
+
 
 def categorical(
     config: GPTConfig,
@@ -80,15 +83,14 @@ def categorical(
     max_problems: int = 0,
     progress: Progress | None = None,
 ) -> Score:
-    """The share of problems whose right letter beats the others. batch_rows: over all devices.
+    """The share of problems whose right letter beats the others; UserError unless it is one token.
 
-    max_problems: the first so many; 0: all. UserError when a letter is not exactly one token.
+    batch_rows: over all devices. max_problems: the first so many; 0: all.
     """
     began = time.monotonic()
-    if batch_rows < 1 or batch_rows % num_row_shards(mesh):
+    if batch_rows < 1 or batch_rows % (shards := num_row_shards(mesh)):
         raise UserError(
-            f"a batch got {batch_rows} rows, expected a multiple of the {num_row_shards(mesh)} row "
-            "shards of config.mesh"
+            f"a batch got {batch_rows} rows, expected a multiple of config.mesh's {shards} shards"
         )
     problems = _problems(task, max_problems)
     prompts = [render_for_completion(tokenizer, problem) for problem in problems]
@@ -104,28 +106,26 @@ def categorical(
     for number, prompt in enumerate(prompts):
         width = max(MIN_WIDTH, 1 << (len(prompt) - 1).bit_length())
         by_width.setdefault(width, []).append(number)
-
-    def put(array: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, ROWS)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
-
-    answers = [""] * len(problems)
-    done = 0
-    with jax.set_mesh(mesh):
-        for width, numbers in sorted(by_width.items()):  # short ones first
-            for first in range(0, len(numbers), batch_rows):
-                rows = numbers[first : first + batch_rows]
-                ids = np.full((batch_rows, width), tokenizer.bos_id, np.int32)
-                last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
-                for row, number in enumerate(rows):
-                    ids[row, : len(prompts[number])] = prompts[number]
-                    last[row], among[row] = len(prompts[number]) - 1, offered[number]
-                best = np.asarray(_best(config, params, put(ids), put(last), put(among)))
-                for row, number in enumerate(rows):
-                    answers[number] = letters[number][best[row]]
-                done += len(rows)
-                if progress:
-                    progress(done, len(problems))
+    answers, done, sharding = [""] * len(problems), 0, NamedSharding(mesh, ROWS)
+    for width, numbers in sorted(by_width.items()):  # short ones first
+        for first in range(0, len(numbers), batch_rows):
+            rows = numbers[first : first + batch_rows]
+            ids = np.full((batch_rows, width), tokenizer.bos_id, np.int32)
+            last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
+            for row, number in enumerate(rows):
+                ids[row, : len(prompts[number])] = prompts[number]
+                last[row], among[row] = len(prompts[number]) - 1, offered[number]
+            batch = [
+                jax.make_array_from_callback(a.shape, sharding, a.__getitem__)
+                for a in (ids, last, among)
+            ]
+            with jax.set_mesh(mesh):
+                best = np.asarray(_best(config, params, *batch))
+            for row, number in enumerate(rows):
+                answers[number] = letters[number][best[row]]
+            done += len(rows)
+            if progress:
+                progress(done, len(problems))
     correct = [_expected(p) == answer for p, answer in zip(problems, answers, strict=True)]
     return _score(problems, answers, np.array(correct)[:, None], began)
 
@@ -147,18 +147,16 @@ def generative(
     tokenizer: Tokenizer,
     task: Task,
     *,
-    max_new_tokens: int,
     num_samples: int = 1,
-    temperature: float = 0.0,
-    top_k: int = 0,
     seed: int = 0,
     max_problems: int = 0,
     progress: Progress | None = None,
+    **sampling: Any,
 ) -> Score:
     """The share of problems that one of num_samples answers solves.
 
-    max_problems: the first so many; 0: all. A long prompt loses its oldest turns; where one turn
-    alone leaves no room for an answer, the problem counts as wrong.
+    max_problems: the first so many; 0: all. sampling: max_new_tokens and more, as in Request.
+    A long prompt loses its oldest turns; where one turn alone is too long, it counts as wrong.
     """
     began = time.monotonic()
     if num_samples < 1:
@@ -171,17 +169,9 @@ def generative(
         except PromptTooLong as error:
             log(f"problem {index} counts as wrong: {error}")
     asked = [(index, sample) for index in prompts for sample in range(num_samples)]
-    requests = [
-        Request(prompts[i], max_new_tokens, temperature, top_k, seed=seed_of(seed, i, sample))
-        for i, sample in asked
-    ]
-    done = itertools.count(1)
-
-    def count(_index: int, _completion: Completion) -> None:
-        if progress:
-            progress(next(done), len(requests))
-
-    completions = engine.generate(requests, on_finish=count)
+    requests = [Request(prompts[i], seed=seed_of(seed, i, n), **sampling) for i, n in asked]
+    done, show = itertools.count(1), progress or (lambda *_: None)
+    completions = engine.generate(requests, lambda *_: show(next(done), len(requests)))
     texts = [answer_text(tokenizer, completion) for completion in completions]
     verdicts = task.grade([(index, text) for (index, _), text in zip(asked, texts, strict=True)])
     correct = np.zeros((len(problems), num_samples), bool)
@@ -191,12 +181,8 @@ def generative(
         answers[index] = answers[index] if sample else text
     ended = Counter(completion.finish for completion in completions)
     ended[TOO_LONG] = len(problems) * num_samples - len(requests)
-    return _score(
-        problems, answers, correct, began,
-        ended={name: n for name, n in ended.items() if n},
-        pass_at_k=pass_at_k(correct),
-        pass_at_k_unbiased=pass_at_k_unbiased(correct),
-    )  # fmt: skip
+    curves = {"pass_at_k": pass_at_k(correct), "pass_at_k_unbiased": pass_at_k_unbiased(correct)}
+    return _score(problems, answers, correct, began, ended=dict(+ended), **curves)
 
 
 def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
@@ -208,17 +194,12 @@ def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
 
 def chatcore(accuracies: Mapping[str, float]) -> dict[str, Any]:
     """The means whose tasks are all there, by name (MEANS), and which tasks are "missing"."""
-    centered = {
-        name: (accuracy - CHANCE[name]) / (1 - CHANCE[name])
-        for name, accuracy in accuracies.items()
-        if name in CHANCE
-    }
-    means = {
-        mean: sum(centered[name] for name in names) / len(names)
-        for mean, names in MEANS.items()
-        if centered.keys() >= set(names)
-    }
-    return {**means, "missing": [name for name in CHANCE if name not in centered]}
+    missing, means = [name for name in CHANCE if name not in accuracies], {}
+    for mean, names in MEANS.items():
+        if not set(names) & set(missing):
+            centered = [(accuracies[name] - CHANCE[name]) / (1 - CHANCE[name]) for name in names]
+            means[mean] = sum(centered) / len(names)
+    return {**means, "missing": missing}
 
 
 def table(scores: Mapping[str, Score]) -> str:
@@ -257,22 +238,18 @@ def _expected(problem: Conversation) -> str:
     content = last["content"] if last["role"] == "assistant" else ""
     if isinstance(content, str):
         return content
-    marks = [PARTS[part["type"]] for part in content]
-    return "".join(
-        f"{opening or ''}{part['text']}{closing or ''}"
-        for part, (opening, closing, _) in zip(content, marks, strict=True)
-    )
+    marked = [(part["text"], *PARTS[part["type"]]) for part in content]
+    return "".join((opening or "") + text + (closing or "") for text, opening, closing, _ in marked)
 
 
 def _score(
     problems: list[Conversation], answers: list[str], correct: np.ndarray, began: float, **more
 ) -> Score:
     """answers: the first to each problem; correct [problems, answers to each]."""
-    first = list(zip(problems, answers, correct[:, 0].tolist(), strict=True))[:NUM_EXAMPLES]
-    asked = [[m for m in problem["messages"] if m["role"] == "user"][-1] for problem, *_ in first]
-    examples = [
-        {"prompt": m["content"], "answer": answer, "expected": _expected(p), "correct": verdict}
-        for m, (p, answer, verdict) in zip(asked, first, strict=True)
-    ]
+    examples, first = [], problems[:NUM_EXAMPLES]
+    for problem, answer, verdict in zip(first, answers, correct[:, 0], strict=False):
+        asked = [m["content"] for m in problem["messages"] if m["role"] == "user"][-1]
+        shown = {"prompt": asked, "answer": answer, "expected": _expected(problem)}
+        examples.append(shown | {"correct": bool(verdict)})
     num_correct, seconds = int(correct.any(axis=1).sum()), time.monotonic() - began
     return Score(num_correct, len(problems), seconds, examples=examples, **more)

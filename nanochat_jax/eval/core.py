@@ -1,9 +1,8 @@
 """CORE: how well a base model does on 22 tasks, by what it finds likely (DCLM, arXiv 2406.11794).
 
-  core_bundle    tasks and their examples
-  core_prompts   example -> a candidate (tokens, and the span that counts) for each option
-  core_score     candidate -> mean loss over the span, and whether all of it is the first guess
-  here           -> verdict -> accuracy, centred accuracy -> CORE
+  core_tasks   tasks, their examples, a candidate (tokens, the span that counts) for each option
+  core_score   candidate -> mean loss over the span, and whether all of it is the first guess
+  here         -> verdict -> accuracy, centred accuracy -> CORE
 
 An example is right when its right option has the lowest mean loss (the first, where two are equal);
 in language modelling when every token of the continuation is the most likely one. Centred accuracy
@@ -21,9 +20,14 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
-from nanochat_jax.eval.core_bundle import NUM_EXAMPLES, CoreTask, Example, read_tasks
-from nanochat_jax.eval.core_prompts import make_candidates
 from nanochat_jax.eval.core_score import Candidate, score_candidates
+from nanochat_jax.eval.core_tasks import (
+    NUM_EXAMPLES,
+    CoreTask,
+    Example,
+    make_candidates,
+    read_tasks,
+)
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
@@ -70,15 +74,9 @@ def evaluate(
             "lists; unpack the whole bundle or set config.eval.core_dir"
         )
     total = sum(len(set(example.options)) for task in tasks for example in task.items)
-    score = partial(
-        score_candidates,
-        config,
-        mesh,
-        params,
-        device_batch_tokens=device_batch_tokens,
-        tile_tokens=tile_tokens,
-        progress=lambda done: progress(done, total),
-    )
+    sizes = {"device_batch_tokens": device_batch_tokens, "tile_tokens": tile_tokens}
+    told = {"progress": lambda done: progress(done, total)}
+    score = partial(score_candidates, config, mesh, params, **sizes, **told)
     scores: dict[str, dict[str, Any]] = {}
     for task, examples in zip(tasks, grade(tasks, tokenizer, score), strict=True):
         accuracy = sum(example.correct for example in examples) / len(examples)
@@ -92,11 +90,8 @@ def evaluate(
     for s in scores.values():
         s["secs"] = secs * s["tokens"] / tokens
     labels = dict.fromkeys([*num_examples, *(task.label for task in listed)])
-    partly = {
-        task.label: f"{task.num_available} of {num_examples[task.label]}"
-        for task in tasks
-        if task.num_available < num_examples.get(task.label, 0)
-    }
+    wanted = [(task, num_examples.get(task.label, 0)) for task in tasks]
+    partly = {t.label: f"{t.num_available} of {n}" for t, n in wanted if t.num_available < n}
     whole = set(scores) == set(num_examples) and not partly
     mean = sum(s["centered"] for s in scores.values()) / len(scores)
     return {

@@ -1,10 +1,7 @@
 """pass@k: how often at least one of k answers to a problem is right.
 
-Two estimates of it from n >= k answers each, correct [P problems, n answers]:
-
-  pass_at_k           are any of the first k right? What upstream reports.
-  pass_at_k_unbiased  the mean over all choices of k, 1 - C(n - c, k) / C(n, k) with c right answers
-                      (arXiv 2107.03374): the same expectation, less noise.
+Two estimates from n >= k answers to each problem: of the first k, as upstream reports, and the mean
+over all choices of k (arXiv 2107.03374): the same expectation, less noise.
 """
 
 from math import comb
@@ -18,11 +15,7 @@ def pass_at_k(correct: np.ndarray) -> list[float]:
 
 
 def pass_at_k_unbiased(correct: np.ndarray) -> list[float]:
-    """For k = 1..n, the expected share of problems that k answers solve. correct: bool [P, n]."""
-    n = correct.shape[1]
-    right = np.sum(correct, axis=1).tolist()
-
-    def solved(k: int) -> float:
-        return float(np.mean([1 - comb(n - c, k) / comb(n, k) for c in right]))
-
-    return [solved(k) for k in range(1, n + 1)]
+    """For k = 1..n, the mean of 1 - C(n - c, k) / C(n, k), c of a problem's answers being right."""
+    n, right = correct.shape[1], np.sum(correct, axis=1).tolist()
+    solved = [[1 - comb(n - c, k) / comb(n, k) for c in right] for k in range(1, n + 1)]
+    return [float(np.mean(of_k)) for of_k in solved]

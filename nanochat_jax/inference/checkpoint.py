@@ -1,9 +1,8 @@
-"""From a run's stage to its model, ready to be evaluated or talked to: the one door.
+"""From a run's stage to its model, ready to be evaluated or talked to.
 
-find_stage    the newest checkpoint of a stage, its files as their checksums say
+find_stage    the newest checkpoint of a stage
 open_stage    its parameters on a mesh, and the tokenizer they were trained with
-open_model    both, for those who have a recipe and nothing else: chat, server
-chat_engine, text_engine    what writes with them
+open_model    both, for chat and server, which start from a recipe alone
 """
 
 from pathlib import Path
@@ -22,22 +21,23 @@ from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.train.checkpoint import (
-    CHECKSUMS,
-    damage,
-    list_steps,
-    read_host,
-    restore_params,
-    step_dir,
-)
+from nanochat_jax.train import checkpoint as saved
 
-STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
-# Keys of config.model that may differ from the checkpoint's: they say how to compute, not what.
-HOW = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")
+# The stages that train, in the order they happen, and their scripts.
+SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
+STAGES = tuple(SCRIPTS)
+# What may differ from the checkpoint's recipe: it says how to compute, not what.
+MAY_DIFFER = (
+    "compute_dtype",
+    "attention",
+    "remat",
+    "fp8_layers",
+    "loss_tile_tokens",
+)  # of config.model
 
 
 class StageCheckpoint(NamedTuple):
-    """A checkpoint of a stage; config and tokenizer hash of its training are in `host`."""
+    """A checkpoint of a stage; `host` holds config and tokenizer hash of its training."""
 
     stage: str
     folder: Path  # of all checkpoints of the stage
@@ -45,12 +45,12 @@ class StageCheckpoint(NamedTuple):
 
     @property
     def host(self) -> dict[str, Any]:
-        return read_host(self.folder, self.step)
+        return saved.read_host(self.folder, self.step)
 
     @property
     def checksum(self) -> str:
         """Of all its files."""
-        return sha256_file(step_dir(self.folder, self.step) / CHECKSUMS)
+        return sha256_file(saved.step_dir(self.folder, self.step) / saved.CHECKSUMS)
 
     def __str__(self) -> str:
         return f"{self.stage}, step {self.step}"
@@ -66,13 +66,13 @@ class Opened(NamedTuple):
 
 def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
     """The newest checkpoint of `stage` in a run's folder, by default of the latest that has one."""
-    steps = {name: list_steps(run / name / "checkpoints") for name in STAGES}
+    steps = {name: saved.list_steps(run / name / "checkpoints") for name in STAGES}
     trained = [name for name in STAGES if steps[name]]
     if stage not in (None, *trained) or not trained:
         raise UserError(
             f"{run} has checkpoints of {', '.join(trained) or 'no stage'}, expected of "
-            f"{stage or 'any'}; choose another --stage, name the run with --config=FILE or "
-            "--config.run.name=NAME, or train it first"
+            f"{stage or 'any'}; run scripts/{SCRIPTS.get(stage or 'base', 'train.py')} with this "
+            "recipe first, or name another run with --config=FILE or --config.run.name=NAME"
         )
     stage = stage or trained[-1]
     return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])
@@ -81,11 +81,9 @@ def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
 def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:
     """The newest checkpoint of `stage`, its files as their checksums say."""
     found = newest(run, stage)
-    if lines := damage(found.folder, found.step):
+    if lines := saved.damage(found.folder, found.step):
         done = found.folder.parent / "result.json"
-        raise UserError(
-            f"{lines[0]}; choose another stage, or delete {done} and train {found.stage} again"
-        )
+        raise UserError(f"{lines[0]}; delete {done} and run scripts/{SCRIPTS[found.stage]} again")
     return found
 
 
@@ -99,45 +97,37 @@ def open_stage(found: StageCheckpoint, model: GPTConfig, mesh: Mesh) -> Opened:
             f"{was[:12]}..., now {now[:12]}...); put that one back"
         )
     shardings = param_shardings(mesh, param_shapes(model))
-    params = restore_params(found.folder, found.step, shardings)
+    params = saved.restore_params(found.folder, found.step, shardings)
     return Opened(found, model, mesh, params, tokenizer)
 
 
 def open_model(config: Recipe, stage: str | None = None) -> Opened:
-    """The model of a recipe's run on one copy of it: config.mesh.tensor devices. Says which."""
+    """The model of a recipe's run, one copy of it on config.mesh.tensor devices; logs which."""
     found = find_stage(run_dir(config.run.name), stage)
     log(f"model: {config.run.name}, stage {found.stage}, step {found.step}")
-    start_runtime(compile_cache=config.run.compile_cache)
+    log(start_runtime(compile_cache=config.run.compile_cache))
     recipe.resolve(config, platform=jax.default_backend(), num_devices=jax.device_count())
-    trained_as = found.host["config"]
-    trained = {f"model.{key}": value for key, value in trained_as["model"].items()}
-    trained["tokenizer.vocab_size"] = trained_as["tokenizer"]["vocab_size"]
-    may_change = tuple(f"model.{key}" for key in HOW)
-    now = recipe.flat_json(config, "model.") | recipe.flat_json(config, "tokenizer.vocab_size")
+    was, now = found.host["config"], recipe.flat_json(config, "model.")
+    trained = {f"model.{key}": value for key, value in was["model"].items()}
+    trained["tokenizer.vocab_size"] = was["tokenizer"]["vocab_size"]
+    now["tokenizer.vocab_size"] = config.tokenizer.vocab_size
+    may_change = tuple(f"model.{key}" for key in MAY_DIFFER)
     recipe.refuse_changes(trained, now, may_change, f"the model in {found.folder}")
-    model, _ = check_attention(recipe.gpt_config(config), config.model.attention)
+    model, line = check_attention(recipe.gpt_config(config), config.model.attention)
+    log(line)
     tensor = config.mesh.tensor
     mesh = make_mesh(data=1, tensor=tensor, devices=jax.devices()[:tensor])
     return open_stage(found, model, mesh)
 
 
-def chat_engine(
-    model: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, *, tool: str = "calculator", **sizes: int
+def make_engine(
+    model: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, *, base=False, tool="calculator", **sizes
 ) -> Engine:
-    """An engine, yet without parameters, that stops where the assistant ends and may call a tool.
+    """An engine without parameters; one of a base model continues text and calls no tool.
 
     sizes: slots, max_len and burst as in Engine.
     """
-    stop_ids = (tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id)
+    if base:
+        return Engine(model, mesh, stop_ids=[tokenizer.bos_id], **sizes)
+    stop_ids = [tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id]
     return Engine(model, mesh, stop_ids=stop_ids, tool=make_tool(tool, tokenizer), **sizes)
-
-
-def start_engine(opened: Opened, *, tool: str = "calculator", **sizes: int) -> Engine:
-    """An engine with its parameters; one of a base model continues text and calls no tool."""
-    model, mesh, tokenizer = opened.model, opened.mesh, opened.tokenizer
-    if opened.checkpoint.stage == "base":
-        engine = Engine(model, mesh, stop_ids=(tokenizer.bos_id,), tool=None, **sizes)
-    else:
-        engine = chat_engine(model, mesh, tokenizer, tool=tool, **sizes)
-    engine.load(opened.params)
-    return engine

@@ -1,11 +1,11 @@
 """The two programs a device runs to write texts: prefill and burst.
 
   prefill   prompts -> keys and values of all their positions but the last
-  burst     up to `steps` tokens for every slot, one forward pass of one position each
+  burst     a few tokens for every slot, one forward pass of one position each
 
-The last token of a prompt is the first input of a burst, so that no program but `burst` needs the
-head. A slot pauses at an id that ends its text, at one that calls a tool, and when its budget is
-spent; it is computed on with the others until the burst ends, but nothing of that is kept.
+The last token of a prompt is the first input of a burst: only `burst` needs the head. A slot pauses
+at an id that ends its text or calls a tool, and when its budget is spent; what is computed for it
+until the burst ends is not kept.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ class SlotTable(NamedTuple):
     token: Column  # the last one of the text, not yet in the cache
     previous: Column  # the one before it; -1: none
     position: Column  # of `token`
-    budget: Column  # tokens the slot may still get in this burst; 0: an empty slot
+    budget: Column  # tokens the slot may get in this burst, at most `steps`; 0: an empty slot
     num_forced: Column
     forced: Column  # [B, steps]: these come first, whatever the model says
     settings: Settings
@@ -59,12 +59,8 @@ def burst(
     params: dict,
     cache: Cache,
     table: SlotTable,
-    steps: int,
 ) -> tuple[Cache, Written]:
-    """At most `steps` tokens for each slot, and the cache with them.
-
-    The cache must have room for position + budget of each slot.
-    """
+    """Write as many tokens as the budget of each slot, for which the cache must have room."""
     model = bind(config, params)
     B, most = table.forced.shape
     start, stops = jnp.asarray(table.position), jnp.array(pause_ids, jnp.int32)
@@ -80,10 +76,7 @@ def burst(
             return kv_cache.attend(q, cache[layer], own, window=window, start=start, step=i), own
 
         x, new = model.run(
-            token[:, None],
-            positions=position[:, None],
-            previous=previous[:, None],
-            attend=attend,
+            token[:, None], positions=position[:, None], previous=previous[:, None], attend=attend
         )
         logits = model.logits(x[:, 0])  # [B, V]
         forced = i < table.num_forced
@@ -100,15 +93,10 @@ def burst(
         running = running & ~paused & (i + 1 < table.budget)
         return i + 1, drawn, token, running, written, new
 
-    def unfinished(carry):
-        i, _, _, running, _, _ = carry
-        return (i < steps) & jnp.any(running)
-
-    nothing = Written(
-        jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)), jnp.zeros(B, jnp.int32)
-    )
+    count = jnp.zeros(B, jnp.int32)
+    nothing = Written(jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)), count)
     new = [(kv_cache.new_kv(config, B, most), kv_cache.new_kv(config, B, most)) for _ in cache]
     first = (jnp.int32(0), table.token, table.previous, table.budget > 0, nothing, new)
-    *_, written, new = jax.lax.while_loop(unfinished, step, first)
+    *_, written, new = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), step, first)
     cache = kv_cache.merge(cache, new, start, written.count)
     return cache, jax.lax.with_sharding_constraint(written, P())  # every process reads all slots

@@ -1,20 +1,18 @@
 """The engine: writes many texts at once, each as if it were alone.
 
 The scheduler says which texts write (scheduler.py); the engine computes the prompts of the new ones
-and decodes all in bursts of several tokens (decode.py), between which the scheduler looks. All
-about a text but its cache lives on the host, so a burst takes and gives a few small arrays.
+and decodes all in bursts of several tokens (decode.py). All about a text but its cache lives on the
+host, so a burst takes and gives a few small arrays.
 
-Invariants: an answer is a function of (params, prompt, seed, settings), up to rounding: not of
-slots, burst, order or company. Prompts alike that are admitted together are computed once. Few
-programs are compiled: lengths are powers of two, numbers of prompts a few sizes.
+Invariants: an answer depends, up to rounding, on params, prompt, seed and settings alone, not on
+slots, burst, order or company. Equal prompts admitted together are computed once. Few programs are
+compiled: lengths are powers of two, numbers of prompts a few sizes.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
@@ -33,7 +31,7 @@ MIN_CANDIDATES = 64  # of top-k
 class Engine:
     """Texts of at most `max_len` tokens, `slots` of them at once (rounded up to the mesh's rows).
 
-    stop_ids end a text. burst: tokens between two looks of the host. Not for several threads.
+    stop_ids end a text. burst: tokens between two looks of the host. Not thread-safe.
     """
 
     def __init__(
@@ -56,20 +54,16 @@ class Engine:
         self.scheduler = Scheduler(self.slots, max_len, config.vocab_size, stop_ids, tool)
         self._pause_ids = tuple(sorted({*stop_ids, *([tool.end_id] if tool else [])}))
         self._prefill_rows = sorted({_round_up(n, shards) for n in PREFILL_ROWS}, reverse=True)
-        self._params: dict[str, Array] | None = None
+        self._params: dict[str, jax.Array] | None = None
         self._shardings = param_shardings(mesh, param_shapes(config))
         self.length = min(MIN_CACHE, max_len)  # of the cache
         with jax.set_mesh(mesh):
             self._cache = empty_cache(config, self.slots, self.length)
 
-    def load(self, params: dict[str, Array]) -> None:
-        """Write with these parameters from now on.
-
-        Where neither dtype nor place changes they are not copied: a training step that consumes
-        (donates) them must be followed by another load.
-        """
-        placed = jax.device_put(params, self._shardings)
-        dtype = jnp.dtype(self.config.compute_dtype)
+    def load(self, params: dict[str, jax.Array]) -> None:
+        """Write with these parameters; not copied where dtype and place stay, so a training step
+        that donates them must be followed by another load."""
+        placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
 
     def unload(self) -> None:
@@ -81,14 +75,13 @@ class Engine:
         requests: Sequence[Request],
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Answers in the order of the requests; any number of them. on_finish gets each at once."""
+        """Answers to any number of requests, in their order. on_finish gets each as it ends."""
         assert not self.scheduler.busy(), "generate needs the engine for itself"
-        answers = [Completion() for _ in requests]
-        numbers: dict[int, int] = {}
+        answers, numbers = [Completion() for _ in requests], {}
         try:
             for number, request in enumerate(requests):
                 numbers[self.scheduler.submit(request)] = number
-            # An idle engine starts as a new one would: what it did before leaves no trace.
+            # Start as a new engine would: what it did before leaves no trace.
             self._resize(min(MIN_CACHE, self.max_len))
             while self.scheduler.busy():
                 for piece in self.step(self.burst):
@@ -116,7 +109,7 @@ class Engine:
         scheduler = self.scheduler
         cancelled, scheduler.cancelled = scheduler.cancelled, []
         admitted = scheduler.admit()
-        if not (texts := scheduler.writing()):
+        if not (texts := scheduler.texts):
             return cancelled
         steps = first_tokens if admitted else self.burst
         budgets = {slot: min(steps, scheduler.left(text)) for slot, text in texts.items()}
@@ -125,25 +118,17 @@ class Engine:
         if length > self.length or length <= self.length // 4:  # down only to a quarter
             self._resize(length)
         with jax.set_mesh(self.mesh):
-            for ids, *where in prompt_batches(
-                admitted, self._prefill_rows, self.slots, self.max_len
-            ):
+            sizes = self._prefill_rows
+            for ids, *where in prompt_batches(admitted, sizes, self.slots, self.max_len):
                 fresh = decode.prefill(self.config, self._params, ids)
                 self._cache = insert(self._cache, fresh, *where)
-            self._cache, written = decode.burst(
-                self.config,
-                self._pause_ids,
-                self._needs(texts),
-                self._params,
-                self._cache,
-                self._table(texts, budgets),
-                steps,
-            )
+            static = self.config, self._pause_ids, self._needs(texts)
+            table = self._table(texts, budgets)
+            self._cache, written = decode.burst(*static, self._params, self._cache, table)
         written = jax.device_get(written)
         if not np.isfinite(written.logprobs).all():
             raise UserError(
-                "got logits that are not finite, expected numbers: the model's parameters are "
-                "broken; use an earlier checkpoint"
+                "logits are not finite: the parameters are broken; use an earlier checkpoint"
             )
         return cancelled + scheduler.advance(*written)
 
@@ -164,7 +149,7 @@ class Engine:
             top_k = min(r.top_k, self.config.vocab_size)  # more need not fit an int32
             numbers[:, slot] = ids[-1], previous, len(ids) - 1, budgets[slot], len(ahead), top_k
             forced[slot, : len(ahead)] = ahead
-            seed[slot] = (r.seed >> 32) & 0xFFFFFFFF, r.seed & 0xFFFFFFFF
+            seed[slot] = divmod(r.seed % 2**64, 2**32)
             temperature[slot], top_p[slot] = r.temperature, r.top_p
         token, previous, position, budget, num_forced, top_k = numbers
         settings = Settings(seed, temperature, top_k, top_p)
@@ -182,10 +167,10 @@ class Engine:
 def prompt_batches(
     texts: dict[int, Text], sizes: Sequence[int], num_slots: int, max_len: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """The prompts of {slot: text}, each different one once, in few shapes (sizes: falling).
+    """The prompts of {slot: text}, each different one once, in few shapes.
 
-    ids [n, T] and lengths [n] without each prompt's last id; rows and slots [m]: which row goes to
-    which slot. A pair that only fills up names a slot that does not exist.
+    Yields ids [n, T] and lengths [n] without each prompt's last id, rows and slots [m]: which row
+    goes to which slot (num_slots: to none). sizes: the values of n, falling.
     """
     slots_of: dict[tuple[int, ...], list[int]] = {}
     for slot, text in texts.items():

@@ -1,8 +1,7 @@
-"""A chat's history: as much of it as fits into a prompt, and an answer read back into it.
+"""A chat's history: as much of it as fits into a prompt, and answers read back into it.
 
-Invariants: a turn (a user message and its answer) is kept whole or not at all; no text is handed
-out before its last byte is there, so a character is never shown by halves; what an AnswerReader has
-read renders to the tokens' own text.
+Invariants: a turn (a user message and its answer) is kept whole or not at all; a character is never
+shown by halves; what an AnswerReader has read renders to the tokens' own text.
 """
 
 import codecs
@@ -11,7 +10,7 @@ from typing import Any
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import PARTS, render_for_completion
+from nanochat_jax.tokenizer.chat import PARTS, check, render_for_completion
 
 
 class PromptTooLong(UserError):
@@ -23,28 +22,24 @@ def fit_prompt(
 ) -> tuple[list[int], int]:
     """The prompt for the next answer, at most max_tokens ids, and how many old turns it lacks.
 
-    The system message stays. An assistant's message at the end is what is to be answered anew.
-    Raises UserError for malformed messages, PromptTooLong when the last turn alone does not fit.
+    The system message stays. A last message of the assistant is answered anew. UserError for
+    malformed messages, PromptTooLong when the last turn alone does not fit.
     """
-    ids, dropped = render_for_completion(tokenizer, {"messages": list(messages)}), 0
-    first = int(messages[0]["role"] == "system")
-    while len(ids) > max_tokens:
-        if len(messages) - first - 2 * dropped <= 2:
-            raise PromptTooLong(
-                f"the last message is {len(ids):,} tokens long with all that frames it, expected "
-                f"at most {max_tokens:,}; shorten it"
-            )
-        dropped += 1
-        kept = [*messages[:first], *messages[first + 2 * dropped :]]
+    check({"messages": list(messages)})
+    first, ids = int(messages[0]["role"] == "system"), []
+    for old in range(first, len(messages), 2):
+        kept = [*messages[:first], *messages[old:]]
         ids = render_for_completion(tokenizer, {"messages": kept})
-    return ids, dropped
+        if len(ids) <= max_tokens:
+            return ids, (old - first) // 2
+    raise PromptTooLong(
+        f"the last message is {len(ids):,} tokens long with all that frames it, expected at most "
+        f"{max_tokens:,}; shorten it"
+    )
 
 
 class AnswerReader:
-    """Reads an answer as it is sampled: `feed` ids in any portions, `content` is all so far.
-
-    Content consists of the parts of tokenizer/chat.py: text, python, python_output.
-    """
+    """Reads an answer as it is sampled: `feed` ids in any portions, `content` is all so far."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -87,6 +82,5 @@ class AnswerReader:
     @property
     def content(self) -> str | list[dict[str, str]]:
         """Content of an assistant message: the text itself, or parts where a tool was called."""
-        if all(part["type"] == "text" for part in self._parts):
-            return "".join(part["text"] for part in self._parts)
-        return self._parts
+        only_text = all(part["type"] == "text" for part in self._parts)
+        return "".join(part["text"] for part in self._parts) if only_text else self._parts

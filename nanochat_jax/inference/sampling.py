@@ -2,13 +2,12 @@
 
   token = argmax(logits / temperature + Gumbel noise)       (the Gumbel-max trick: a softmax sample)
 
-Noise is a function of (seed, position, id) and of nothing else: a token does not depend on what
-else is in the batch or how far a row had to wait, and truncation hides ids without changing the
-noise of those that stay. The function is Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the
-one under jax.random; written out, XLA fuses it with what follows, and single ids can be asked.
+Noise depends on (seed, position, id) alone: not on what else is in the batch, and truncation does
+not change the noise of the ids that stay. It is Threefry-2x32 with 20 rounds (Salmon et al., SC
+2011), the one under jax.random; written out, XLA fuses it with what follows.
 
-Truncation: the top_k most likely ids, of these the fewest whose probabilities (at the row's
-temperature, among the top_k) sum to top_p; then one of them in proportion.
+Truncation: the top_k most likely ids, and of these the fewest whose probabilities (at the row's
+temperature, among the top_k) sum to top_p.
 """
 
 from typing import NamedTuple
@@ -49,7 +48,12 @@ def sample(logits: jax.Array, settings: Settings, position: Column, needs: Needs
         token = jnp.where(greedy | truncated, token, drawn)
     if needs.candidates:
         values, ids = jax.lax.top_k(logits, needs.candidates)  # [B, C], most likely first
-        scores = jnp.where(kept(values / cold, top_k, top_p), values / cold, -jnp.inf)
+        scores, rank = values / cold, jnp.arange(needs.candidates)
+        allowed = (top_k[:, None] == 0) | (rank < top_k[:, None])
+        probs = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        kept = allowed & ((before < top_p[:, None]) | (rank == 0))
+        scores = jnp.where(kept, scores, -jnp.inf)
         best = argmax(scores + noise(seed, position, ids))[:, None]
         drawn = jnp.take_along_axis(ids, best, axis=-1)[:, 0]
         token = jnp.where(greedy | ~truncated, token, drawn)
@@ -61,15 +65,6 @@ def argmax(x: jax.Array) -> jax.Array:
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     largest = jnp.max(x, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x == largest, ids, x.shape[1]), axis=-1)
-
-
-def kept(scores: jax.Array, top_k: Column, top_p: Column) -> jax.Array:
-    """Which of the scores [B, C], falling from left to right, survive top_k and top_p, [B]."""
-    rank = jnp.arange(scores.shape[-1])
-    allowed = (top_k[:, None] == 0) | (rank < top_k[:, None])
-    probs = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    return allowed & ((before < top_p[:, None]) | (rank == 0))
 
 
 def noise(seed: Column, position: Column, ids: jax.Array) -> jax.Array:

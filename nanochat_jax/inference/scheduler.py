@@ -2,15 +2,14 @@
 
   submit -> queue -> admit -> slots -> advance -> pieces of answers
 
-A slot holds one text; when it ends the next request takes the slot, while the others write on
-(continuous batching, as in Orca, OSDI 2022). The engine asks `admit` before it computes and hands
-what was written to `advance`. The same calls make the same schedule, so several processes that see
-the same requests stay in step.
+When a text ends, the next request takes its slot while the others write on (continuous batching, as
+in Orca, OSDI 2022). The same calls make the same schedule, so several processes that see the same
+requests stay in step.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,10 +18,7 @@ from nanochat_jax.common import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, how far and how. Raises UserError when a setting is out of range.
-
-    The same prompt, seed and settings give the same answer, whatever else is in the batch.
-    """
+    """What to continue, how far and how. UserError when a setting is out of range."""
 
     prompt: Sequence[int]  # ids, not empty
     max_new_tokens: int
@@ -32,15 +28,12 @@ class Request:
     seed: int = 0
 
     def __post_init__(self):
-        for name, fine, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (the most likely token) or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1 (all)"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not fine:
-                raise UserError(f"{name} got {getattr(self, name)}, expected {expected}; change it")
+        least = {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        for name, value in least.items():
+            if not value <= (got := getattr(self, name)) < math.inf:
+                raise UserError(f"{name} got {got}, expected {value} or more; change it")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p got {self.top_p}, expected above 0, at most 1 (all); change it")
 
 
 @dataclass
@@ -61,10 +54,8 @@ class Completion:
 
 
 class Tool(NamedTuple):
-    """When the model says end_id after start_id, `run` gets the ids between them.
-
-    The ids it returns are forced next; none: the model goes on by itself.
-    """
+    """When the model says end_id after start_id, `run` gets the ids between them, and what it
+    returns is forced next."""
 
     start_id: int
     end_id: int
@@ -86,32 +77,25 @@ class Scheduler:
     """The texts in `slots` slots and the requests that wait for one."""
 
     def __init__(
-        self,
-        slots: int,
-        max_len: int,
-        vocab_size: int,
-        stop_ids: Collection[int],
-        tool: Tool | None,
+        self, slots: int, max_len: int, vocab_size: int, stop_ids: Container[int], tool: Tool | None
     ):
-        self.max_len, self.vocab_size = max_len, vocab_size
+        self.slots, self.max_len, self.vocab_size = slots, max_len, vocab_size
         self.stop_ids, self.tool = stop_ids, tool
-        self.texts: list[Text | None] = [None] * slots  # by slot
+        self.texts: dict[int, Text] = {}  # by slot
         self.cancelled: list[Completion] = []  # for the next step to tell
         self._waiting: deque[Text] = deque()
         self._last_id = 0
 
     def submit(self, request: Request) -> int:
-        """Put a request into the queue; its id in the pieces to come. Raises UserError."""
+        """Queue a request; the id of its pieces. UserError for a bad prompt."""
         ids = list(request.prompt)
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise UserError(
-                f"got id {wrong[0]} in a prompt, expected ids of the model's vocabulary, "
-                f"0..{self.vocab_size - 1}; use the tokenizer it was trained with"
+                f"got id {wrong[0]}, expected 0..{self.vocab_size - 1}; use the model's tokenizer"
             )
         if not 0 < len(ids) < self.max_len:
             raise UserError(
-                f"got a prompt of {len(ids)} tokens, expected 1 to {self.max_len - 1}: the cache "
-                f"holds {self.max_len} with the answer's; cut the history"
+                f"got a prompt of {len(ids)} tokens, expected 1 to {self.max_len - 1}; shorten it"
             )
         self._last_id += 1
         self._waiting.append(Text(self._last_id, request, ids))
@@ -119,7 +103,7 @@ class Scheduler:
 
     def cancel(self, id: int) -> None:
         """End a request; the next step says so. One that has ended is left alone."""
-        if any(text.id == id for text in (*self._waiting, *filter(None, self.texts))):
+        if any(text.id == id for text in (*self._waiting, *self.texts.values())):
             self.drop([id])
             self.cancelled.append(Completion(finish="cancelled", id=id))
 
@@ -128,23 +112,18 @@ class Scheduler:
         gone = set(ids)
         self.cancelled = [piece for piece in self.cancelled if piece.id not in gone]
         self._waiting = deque(text for text in self._waiting if text.id not in gone)
-        self.texts = [text if text and text.id not in gone else None for text in self.texts]
+        self.texts = {slot: text for slot, text in self.texts.items() if text.id not in gone}
 
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self.cancelled or self._waiting or any(self.texts))
+        return bool(self.cancelled or self._waiting or self.texts)
 
     def admit(self) -> dict[int, Text]:
         """Give waiting requests the free slots, in the order they came: {slot: text}."""
-        free = [slot for slot, text in enumerate(self.texts) if text is None]
+        free = [slot for slot in range(self.slots) if slot not in self.texts]
         admitted = {slot: self._waiting.popleft() for slot in free[: len(self._waiting)]}
-        for slot, text in admitted.items():
-            self.texts[slot] = text
+        self.texts |= admitted
         return admitted
-
-    def writing(self) -> dict[int, Text]:
-        """The texts that write: {slot: text}."""
-        return {slot: text for slot, text in enumerate(self.texts) if text}
 
     def left(self, text: Text) -> int:
         """Tokens the text may still get."""
@@ -152,23 +131,22 @@ class Scheduler:
         return min(all_ids, self.max_len) - len(text.ids)
 
     def advance(self, tokens, logprobs, count) -> list[Completion]:
-        """Take in what was written: arrays [slots, steps], of which count [slots] are a text's."""
+        """Take in what was written, arrays [slots, steps]; count [slots] tokens of it count."""
         pieces = []
-        for slot, text in self.writing().items():
+        for slot, text in sorted(self.texts.items()):
             n = int(count[slot])
             piece = self._extend(text, tokens[slot, :n].tolist(), logprobs[slot, :n].tolist())
             if piece.finish:
-                self.texts[slot] = None
+                del self.texts[slot]
             pieces.append(piece)
         return pieces
 
     def _extend(self, text: Text, tokens: list[int], logprobs: list[float]) -> Completion:
         """Look for the text's end; run the tool if it was called."""
-        num_forced = min(len(text.forced), len(tokens))
+        num_forced, finish = min(len(text.forced), len(tokens)), ""
         text.ids += tokens
         text.forced = text.forced[num_forced:]
         said = tokens[num_forced:]  # what the tool says ends no text and calls no tool
-        finish = ""
         if said and said[-1] in self.stop_ids:
             finish = "stop"
         elif not self.left(text):

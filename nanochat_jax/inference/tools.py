@@ -2,8 +2,8 @@
 
 <|python_start|> 12/60 <|python_end|>  ->  <|output_start|> 0.2 <|output_end|>, forced
 
-  calculator   an expression of the calculator, worked out here; anything else gets no answer
-  python       that, and else a program in the sandbox: what it prints, an expression its value
+  calculator   an expression of the calculator; anything else gets no answer
+  python       an expression or any program, in the sandbox; the answer is its value or output
 """
 
 import ast
@@ -23,8 +23,7 @@ def make_tool(name: str, tokenizer: Tokenizer) -> Tool | None:
     tools = {"none": None, "calculator": calculate, "python": run_python}
     if name not in tools:
         raise UserError(f"got tool {name!r}, expected one of {', '.join(tools)}")
-    answer = tools[name]
-    if answer is None:
+    if not (answer := tools[name]):
         return None
     start, end = (tokenizer.special_id(token) for token in PARTS["python"][:2])
     opening, closing = (tokenizer.special_id(token) for token in PARTS["python_output"][:2])
@@ -37,9 +36,8 @@ def make_tool(name: str, tokenizer: Tokenizer) -> Tool | None:
 
 
 def run_python(code: str) -> str | None:
-    """What a piece of Python says; the last line of its error where it fails."""
-    value = calculate(code)
-    if value is not None:
+    """The value of an expression or the output of a program; the last line of its error."""
+    if (value := calculate(code)) is not None:
         return value
     try:
         ast.parse(code.strip(), mode="eval")

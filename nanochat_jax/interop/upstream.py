@@ -1,8 +1,7 @@
-"""Names and layouts of upstream nanochat's weights, beside ours: one table, read both ways.
+"""Names and layouts of upstream nanochat's weights, beside ours.
 
 A torch Linear keeps its weight [out, in], our kernels are [in, out]: these are transposed. Tables
-and scalars are the same. A name that the table does not know is an error in both directions, so
-nothing is dropped on the way.
+and scalars are the same. A name that the table does not know is an error, so nothing is dropped.
 """
 
 import re
@@ -16,62 +15,36 @@ from nanochat_jax.common import UserError
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
-# upstream's name, ours, whether the matrix is transposed; {i} is the number of a layer.
-NAMES = (
-    ("transformer.wte.weight", "wte.table", False),
-    ("transformer.h.{i}.attn.c_q.weight", "blocks.{i}.attn.c_q.kernel", True),
-    ("transformer.h.{i}.attn.c_k.weight", "blocks.{i}.attn.c_k.kernel", True),
-    ("transformer.h.{i}.attn.c_v.weight", "blocks.{i}.attn.c_v.kernel", True),
-    ("transformer.h.{i}.attn.c_proj.weight", "blocks.{i}.attn.c_proj.kernel", True),
-    ("transformer.h.{i}.attn.ve_gate.weight", "blocks.{i}.attn.ve_gate.kernel", True),
-    ("transformer.h.{i}.mlp.c_fc.weight", "blocks.{i}.mlp.c_fc.kernel", True),
-    ("transformer.h.{i}.mlp.c_proj.weight", "blocks.{i}.mlp.c_proj.kernel", True),
-    ("lm_head.weight", "lm_head.kernel", True),
-    ("value_embeds.{i}.weight", "value_embeds.{i}.table", False),
-    ("smear_gate.weight", "smear_gate.kernel", True),
-    ("smear_lambda", "smear_lambda", False),
-    ("backout_lambda", "backout_lambda", False),
-    ("resid_lambdas", "resid_lambdas", False),
-    ("x0_lambdas", "x0_lambdas", False),
-)
+# upstream's name: ours; {i} is the number of a layer. What ends with "kernel" is transposed.
+NAMES = {
+    "transformer.wte.weight": "wte.table",
+    "transformer.h.{i}.attn.c_q.weight": "blocks.{i}.attn.c_q.kernel",
+    "transformer.h.{i}.attn.c_k.weight": "blocks.{i}.attn.c_k.kernel",
+    "transformer.h.{i}.attn.c_v.weight": "blocks.{i}.attn.c_v.kernel",
+    "transformer.h.{i}.attn.c_proj.weight": "blocks.{i}.attn.c_proj.kernel",
+    "transformer.h.{i}.attn.ve_gate.weight": "blocks.{i}.attn.ve_gate.kernel",
+    "transformer.h.{i}.mlp.c_fc.weight": "blocks.{i}.mlp.c_fc.kernel",
+    "transformer.h.{i}.mlp.c_proj.weight": "blocks.{i}.mlp.c_proj.kernel",
+    "lm_head.weight": "lm_head.kernel",
+    "value_embeds.{i}.weight": "value_embeds.{i}.table",
+    "smear_gate.weight": "smear_gate.kernel",
+    "smear_lambda": "smear_lambda",
+    "backout_lambda": "backout_lambda",
+    "resid_lambdas": "resid_lambdas",
+    "x0_lambdas": "x0_lambdas",
+}
 
 
-def our_path(name: str) -> tuple[str, bool]:
-    """(our dotted path, transposed) of an upstream weight."""
-    for upstream, ours, transposed in NAMES:
-        if path := _translate(name, upstream, ours):
-            return path, transposed
+def our_path(name: str) -> str:
+    """Our dotted path of an upstream weight."""
+    for upstream, ours in NAMES.items():
+        pattern = re.escape(upstream).replace(r"\{i\}", "(0|[1-9][0-9]*)")
+        if match := re.fullmatch(pattern, name):
+            return ours.replace("{i}", "".join(match.groups()))
     raise UserError(f"got the weight {name!r}, expected a name of upstream nanochat's GPT")
-
-
-def upstream_name(path: str) -> tuple[str, bool]:
-    """(upstream's name, transposed) of a parameter of ours."""
-    for upstream, ours, transposed in NAMES:
-        if name := _translate(path, ours, upstream):
-            return name, transposed
-    raise UserError(f"got the parameter {path!r}, expected one that upstream nanochat has too")
 
 
 def params_from_upstream(state: Mapping[str, Array]) -> dict[str, Array]:
     """Our flat parameters for an upstream state dict."""
-    params = {}
-    for name, value in state.items():
-        path, transposed = our_path(name)
-        params[path] = value.T if transposed else value
-    return params
-
-
-def params_to_upstream(params: Mapping[str, Array]) -> dict[str, Array]:
-    """An upstream state dict for our flat parameters."""
-    state = {}
-    for path, value in params.items():
-        name, transposed = upstream_name(path)
-        state[name] = value.T if transposed else value
-    return state
-
-
-def _translate(name: str, pattern: str, into: str) -> str | None:
-    """`name` written as `into` says, where it fits `pattern`."""
-    fits = re.escape(pattern).replace(r"\{i\}", r"(?P<layer>0|[1-9][0-9]*)")
-    match = re.fullmatch(fits, name)
-    return into.replace("{i}", match.groupdict().get("layer", "")) if match else None
+    params = {our_path(name): value for name, value in state.items()}
+    return {path: v.T if path.endswith("kernel") else v for path, v in params.items()}

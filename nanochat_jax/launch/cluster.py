@@ -1,13 +1,10 @@
 """Several processes as one run: who started them, how they meet, and how they end together.
 
-  find()   the launcher's environment, or the recipe's flags -> Launch; None: one process
-  join()   jax.distributed, before JAX starts its devices
-  watch()  one connection from each process to process 0, held open as long as both live
-
-When a process is killed the system closes its connection (TCP's keepalive finds a machine that lost
-its power): process 0 says which one is gone and ends, and by that ends the others. JAX's heartbeats
-find a process that lives but hangs. We read the environment ourselves, because jax.distributed
-takes SLURM's job for its step, gives one GPU to a process that is for all, and cannot Open MPI 5.
+Every process holds a connection to process 0. The system closes that of a process that is killed
+(TCP's keepalive finds a machine that lost its power): process 0 says which one is gone and ends,
+which ends the others. JAX's heartbeats find a process that hangs. We read the launchers' variables
+ourselves, because jax.distributed takes SLURM's job for its step, gives one GPU to a process that
+is for all, and does not know Open MPI 5.
 """
 
 import atexit
@@ -20,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -37,6 +33,7 @@ MEET_SECS = 300  # for all processes to start
 GRACE_SECS = 3.0  # for a process that has an error of its own to say so before it is ended
 FOLDER_SECS = 15  # for what process 0 has written to be seen by the others
 HELLO = struct.Struct("!QI")  # the run's secret, the process
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # half a minute; Linux
 
 
 @dataclass(frozen=True)
@@ -101,19 +98,10 @@ def find(
     """
     if launcher not in (known := ("auto", "none", "flags", *LAUNCHERS)):
         raise UserError(f"config.mesh.launcher got {launcher!r}, expected {' | '.join(known)}")
-    found = None
     if launcher == "flags" or (launcher == "auto" and num_processes > 1):
         found = Launch("flags", coordinator, num_processes, process_id)
-    elif launcher == "auto":
-        found = _detect(env)
-    elif launcher != "none":
-        try:
-            found = LAUNCHERS[launcher](env)
-        except KeyError as missing:
-            raise UserError(
-                f"config.mesh.launcher={launcher} got an environment without {missing}; start with "
-                "that launcher, or take config.mesh.launcher=flags"
-            ) from None
+    else:
+        found = _started_by(launcher, env)
     if found is None or found.num_processes == 1:
         return None
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS") or found.coordinator
@@ -124,8 +112,8 @@ def find(
             "below their number; set --config.mesh.coordinator, num_processes and process_id"
         )
     if not re.fullmatch(r"(\d+(,\d+)*)?", local_device_ids):
-        what = f"got {local_device_ids!r}, expected numbers like 0,1"
-        raise UserError(f"config.mesh.local_device_ids {what}")
+        got = f"config.mesh.local_device_ids got {local_device_ids!r}"
+        raise UserError(f"{got}, expected numbers like 0,1")
     # A process takes its own of all GPUs that it sees, unless the launcher shows it only that one.
     gpus = found.local_device_ids if "," in env.get("CUDA_VISIBLE_DEVICES", ",") else ()
     if local_device_ids:
@@ -133,12 +121,20 @@ def find(
     return replace(found, coordinator=coordinator, local_device_ids=gpus)
 
 
-def _detect(env: Mapping[str, str]) -> Launch | None:
-    for read in LAUNCHERS.values():
-        with suppress(KeyError):  # another launcher's environment
-            if (launch := read(env)).num_processes > 1:
-                return launch
-    if "JAX_COORDINATOR_ADDRESS" in env and env.get("JAX_NUM_PROCESSES") != "1":
+def _started_by(launcher: str, env: Mapping[str, str]) -> Launch | None:
+    """What a launcher's variables say; for auto the first of all that started several processes."""
+    for name in LAUNCHERS if launcher == "auto" else {launcher} - {"none"}:
+        try:
+            if (found := LAUNCHERS[name](env)).num_processes > 1:
+                return found
+        except KeyError as missing:
+            if launcher != "auto":
+                raise UserError(
+                    f"config.mesh.launcher={launcher} got an environment without {missing}; start "
+                    "with that launcher, or take config.mesh.launcher=flags"
+                ) from None
+    several = "JAX_COORDINATOR_ADDRESS" in env and env.get("JAX_NUM_PROCESSES") != "1"
+    if launcher == "auto" and several:
         raise UserError(
             "got JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES and JOB_COMPLETION_INDEX; set "
             "--config.mesh.num_processes and process_id, or launcher=none for one process"
@@ -146,18 +142,18 @@ def _detect(env: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def join(launch: Launch, timeout_secs: float = MEET_SECS) -> None:
+def join(launch: Launch) -> None:
     """Meet the other processes; ends this one, with a line, when they are not all there in time."""
     os.environ["NANOCHAT_PROCESS_INDEX"] = str(launch.process_id)  # all but 0 are silent from here
     gpus = f", GPUs {launch.local_device_ids} here" if launch.local_device_ids else ""
-    where = f"for them at {launch.coordinator}{gpus}"
-    log(f"launcher {launch.launcher}: {launch.num_processes} processes, waiting {where}")
+    who = f"launcher {launch.launcher}: {launch.num_processes} processes"
+    log(f"{who}, waiting for them at {launch.coordinator}{gpus}")
     message = (
-        f"{launch.name} did not meet the others within {timeout_secs:g} s, expected all of them to "
+        f"{launch.name} did not meet the others within {MEET_SECS} s, expected all of them to "
         f"reach process 0 at {launch.coordinator}; see config.mesh"
     )
     # Ours, because jax.distributed aborts with a stack trace when its own time is up.
-    too_late = threading.Timer(timeout_secs, _end, [message])
+    too_late = threading.Timer(MEET_SECS, _end, [message])
     too_late.daemon = True
     too_late.start()
     sys.excepthook = _end_with_traceback
@@ -192,10 +188,11 @@ def watch(launch: Launch) -> None:
         server = socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=dual)
         server.settimeout(MEET_SECS)
         port, secret = server.getsockname()[1], secrets.randbits(31)
-        base_dir().mkdir(parents=True, exist_ok=True)
-        _mark(secret).touch()
     port, secret = multihost_utils.broadcast_one_to_all(np.array([port, secret], np.int32)).tolist()
+    mark = base_dir() / f".together_{secret}"
     if server:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         lines = _accept(server, secret, set(range(1, launch.num_processes)))
     else:
         host = launch.coordinator.rsplit(":", 1)[0].strip("[]")
@@ -206,13 +203,11 @@ def watch(launch: Launch) -> None:
     atexit.register(leaving.set)  # after which all meet in jax.distributed's shutdown
     for line in lines:
         line.settimeout(None)
-        _keep_alive(line)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in KEEPALIVE.keys() & vars(socket).keys():
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), KEEPALIVE[name])
     threading.Thread(target=_wait_for_an_end, args=(lines, leaving, launch), daemon=True).start()
-    _require_one_folder(launch, _mark(secret))
-
-
-def _mark(secret: int) -> Path:
-    return base_dir() / f".together_{secret}"
+    _require_one_folder(launch, mark)
 
 
 def _require_one_folder(launch: Launch, mark: Path) -> None:
@@ -220,9 +215,10 @@ def _require_one_folder(launch: Launch, mark: Path) -> None:
     stop = time.monotonic() + FOLDER_SECS
     while not mark.exists():
         if time.monotonic() > stop:
-            what = f"which {launch.name} does not share with process 0"
-            expected = "expected one folder that all machines see"
-            raise UserError(f"$NANOCHAT_BASE_DIR got {base_dir()}, {what}; {expected}")
+            raise UserError(
+                f"$NANOCHAT_BASE_DIR got {base_dir()}, which {launch.name} does not share with "
+                "process 0; expected one folder that all machines see"
+            )
         time.sleep(0.2)
     multihost_utils.sync_global_devices("all have seen the mark")
     if launch.process_id == 0:
@@ -248,25 +244,16 @@ def _accept(server: socket.socket, secret: int, missing: set[int]) -> dict[socke
     return lines
 
 
-def _keep_alive(line: socket.socket) -> None:
-    """Find a machine that is gone without a word within half a minute."""
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):  # Linux
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
 def _wait_for_an_end(lines: dict[socket.socket, int], leaving, launch: Launch) -> None:
     gone = lines[connection.wait(list(lines))[0]]  # type: ignore  # nobody writes: one was closed
     if gone and not leaving.is_set():
         time.sleep(GRACE_SECS)
-    if leaving.is_set():
-        return
-    _end(
-        f"process {gone} of {launch.num_processes} is gone (killed, crashed, or its machine is); "
-        f"process {launch.process_id} ends too. Its own output may say why, and the same command "
-        "continues from the last checkpoint"
-    )
+    if not leaving.is_set():
+        _end(
+            f"process {gone} of {launch.num_processes} is gone (killed, crashed, or its machine "
+            f"is); process {launch.process_id} ends too. Its own output may say why, and the same "
+            "command continues from the last checkpoint"
+        )
 
 
 def _end(message: str) -> None:

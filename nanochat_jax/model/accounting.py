@@ -1,5 +1,4 @@
-"""What a model costs: parameters by group, FLOPs, bytes. Closed forms over GPTConfig, checked in
-tests against the parameters themselves and against upstream's figures.
+"""What a model costs: parameters by group, FLOPs, bytes, as closed forms over GPTConfig.
 
 A matmul weight costs 2 FLOPs a token forward and 4 backward; attention 4*D*window forward and 8
 backward per layer, counted without the causal halving, as upstream and most published MFUs do.
@@ -47,8 +46,7 @@ def kv_bytes_per_token(c: GPTConfig, bytes_per_value: int) -> int:
 
 
 def state_bytes(c: GPTConfig) -> dict[str, int]:
-    """Bytes of float32 masters, gradients and optimizer state: two moments for AdamW, one for
-    Muon."""
+    """Bytes in float32; the optimizer keeps two moments for AdamW, one for Muon."""
     counts = param_counts(c)
     adam = counts["total"] - counts["transformer_matrices"]
     return {

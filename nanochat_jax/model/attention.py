@@ -2,9 +2,8 @@
 
   cudnn    fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
   xla      the same call left to the compiler; anywhere
-  blocked  query blocks, each against the keys it can see and no others; for CPUs
-  auto     the fastest that this machine should have; a run takes the first that passes the
-           self-test of attention_check.py
+  blocked  query blocks, each against the keys that it can see; for CPUs
+  auto     the fastest for this machine; a run takes the first that passes attention_check.py
 
 A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Windows are always passed
 together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).
@@ -23,23 +22,16 @@ MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block; blocks of a row, all unroll
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, backend: str = "auto"
 ) -> jax.Array:
-    """softmax(q k' / sqrt(H)) v over the visible keys.
-
-    q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K; returns [B, T, N, H].
-    window: how many earlier positions are seen besides the own one; None: all.
-    """
+    """softmax(q k' / sqrt(H)) v over the visible keys: [B, T, N, H] from q [B, T, N, H] and k, v
+    [B, T, K, H], N a multiple of K. window: how many earlier positions are seen; None: all."""
     seq_len, backend = q.shape[1], choose_backend(backend, q.dtype)
     if backend == "blocked":
         return _attention_blocked(q, k, v, seq_len if window is None else window)
     local = None if window is None or window >= seq_len - 1 else (window, 0)
+    form = "cudnn" if backend == "cudnn" else "xla"
     with jax.numpy_dtype_promotion("standard"):  # jax's own code counts on it for bfloat16
         return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            local_window_size=local,
-            implementation="cudnn" if backend == "cudnn" else "xla",
+            q, k, v, is_causal=True, local_window_size=local, implementation=form
         )
 
 

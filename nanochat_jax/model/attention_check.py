@@ -1,10 +1,8 @@
 """Which attention a run computes with: the fastest backend that gets a small problem right.
 
-A fused kernel depends on driver, library and head dim, and one that masks wrongly still trains,
-only to something worthless. So before anything else each candidate computes outputs and gradients
-of a small problem with the model's own heads and dtype, with its windows and without, and is
-compared with the definition in float32. One line says who passed and why a faster one did not; a
-backend that was asked for by name has to pass.
+A fused kernel depends on driver, library and head dim, and a model trained with a wrong mask looks
+fine until it is used. So each candidate computes outputs and gradients of a small problem with the
+model's own heads, dtype and windows, and is compared with the definition in float32.
 """
 
 import math
@@ -23,20 +21,19 @@ from nanochat_jax.model.gpt import GPTConfig
 
 # Tokens of the problem: two blocks of queries on a CPU, several tiles of a GPU's kernels.
 LENGTH = {"cpu": 128, "gpu": 512}
-# Of the largest value of an array, about five roundings: to 8 bits in bfloat16, to 11 in float16,
-# to 24 in float32 with room for the order of the terms. A key too many or too few makes a
-# difference of more than a tenth.
+# Of the largest value of an array, about five roundings (float32: with room for the order of the
+# terms). A key too many or too few makes a difference of more than a tenth.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 2.5e-3, "float32": 1e-4}
 
 
 def check_attention(
     model: GPTConfig, backend: str, forms: dict[str, Callable] | None = None
 ) -> tuple[GPTConfig, str]:
-    """(the model with the backend it will use, the same one in all processes; a line that says
-    which and why).
+    """(the model with the backend it will use, the same in all processes; a line that says why);
+    UserError when none passes.
 
     backend: one of BACKENDS; auto tries them in order of speed. forms: other functions of q, k, v
-    and window to be tried instead, under these names. UserError when none passes.
+    and window to be tried instead, under these names.
     """
     if backend not in BACKENDS:
         raise UserError(
@@ -71,7 +68,7 @@ def _tolerance(dtype: str) -> float:
 
 
 def _difference(model: GPTConfig, form: Callable) -> tuple[float, str]:
-    """The largest difference in any array, of its largest value; infinite, and why, if it fails."""
+    """The largest difference relative to its array's largest value; infinite, and why, if none."""
     length = LENGTH.get(jax.default_backend(), 512)
     seen = [model.sees(layer) or model.seq_len for layer in range(model.num_layers)]
     is_windowed = min(seen) < model.seq_len

@@ -7,19 +7,17 @@
 
 Activations and weights get the format with more mantissa (e4m3: 3 bits), gradients the one with
 more range (e5m2: 2 bits), as arXiv 2209.05433 proposes; each scale comes from the tensor as it is
-now, not from its history. The dot products see the 8-bit numbers themselves: nothing is left to a
-compiler's pattern that would otherwise multiply in bfloat16 without a word. Of x only its 8 bits
-are kept for the backward pass.
+now. The dot products get the 8-bit numbers themselves, so that no compiler can multiply in bfloat16
+instead. Of x only its 8 bits are kept for the backward pass.
 
-Who quantises a weight does so once for many uses (train/step.py: once a step, before the
-microbatches), hands it on as a `Weight` in the place of its kernel, and the gradient comes back in
-the kernel's place. Without that a model computes as ever, so evaluation, inference and checkpoints
-know nothing of fp8.
+A weight is quantised once a step, before the microbatches (train/step.py), and bound as a `Weight`
+in the place of its kernel. Without that a model computes as ever: evaluation, inference and
+checkpoints know nothing of fp8.
 
-Rounding is 2.6% (e4m3) and 5.3% (e5m2) of a number, root mean square, if its magnitude is spread
-evenly over octaves; a dot product of independent numbers is off by 3.8% forward, 5.9% backward. The
-loss of a small model with all three kinds of layers in fp8 stays within 0.02 of bfloat16's at every
-step, and within 0.01 on average (tests/model/test_fp8.py).
+Rounding is 2.6% (e4m3) and 5.3% (e5m2) of a number, root mean square; a dot product of independent
+numbers is off by 3.8% forward, 5.9% backward. The loss of a small model with all three kinds of
+layers in fp8 stays within 0.02 of bfloat16's at every step, and within 0.01 on average
+(tests/model/test_fp8.py).
 """
 
 import re
@@ -48,20 +46,15 @@ class Scaled(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """What stands in a kernel's place where fp8 multiplies: it, for its gradient, and its 8 bits.
+    """Takes a kernel's place where fp8 multiplies."""
 
-    kernel, quantised.values: [in, out], the kernel in float32.
-    """
-
-    kernel: jax.Array
+    kernel: jax.Array  # [in, out] float32; for its gradient
     quantised: Scaled
 
 
 def quantise(x: jax.Array, dtype, amax: jax.Array | None = None) -> Scaled:
-    """x in E4M3 or E5M2, its largest magnitude (or `amax`, if it is known) the format's largest.
-
-    Zeros stay zeros, what exceeds amax saturates; inf and nan make all of it nan.
-    """
+    """x in E4M3 or E5M2; its largest magnitude, `amax`, becomes the format's largest. Inf or nan
+    in x makes all of it nan."""
     top, info = float(jnp.finfo(dtype).max), jnp.finfo(jnp.float32)
     amax = jnp.max(jnp.abs(x)) if amax is None else amax
     scale = jnp.maximum(amax.astype(jnp.float32) / top, info.tiny)  # tiny: 1 / scale is finite
@@ -83,10 +76,8 @@ def product(a, b, axis_a, axis_b, dtype) -> jax.Array:
 
 @jax.custom_vjp
 def dot(x: jax.Array, weight: Scaled, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out], in x's dtype; the gradient goes to x and to kernel, float32.
-
-    kernel: what weight was quantised from, in float32; its numbers are not read.
-    """
+    """x [..., in] @ weight [in, out] in x's dtype. kernel: what weight was quantised from, in
+    float32; it gets the weight's gradient, its numbers are not read."""
     return _forward(x, weight, kernel)[0]
 
 
@@ -106,15 +97,15 @@ dot.defvjp(_forward, _backward)
 
 
 def operands(head: jax.Array | Weight, dtype) -> tuple[jax.Array | Scaled, Callable, Callable]:
-    """(head, of_x, of_gradient): the head and what makes x, and a gradient of known amax, multiply
-    with it by `product`. Without fp8 they are casts to `dtype`."""
+    """(head, of_x, of_gradient): the head as `product` takes it, and functions that make the same
+    of x and of a gradient of known amax. Without fp8 they are casts to `dtype`."""
     if isinstance(head, Weight):
         return head.quantised, partial(quantise, dtype=E4M3), partial(quantise, dtype=E5M2)
     return head.astype(dtype), lambda x: x, lambda grad, amax: grad.astype(dtype)
 
 
 def quantise_weights(weights: dict[str, jax.Array], layers: tuple[str, ...]) -> dict[str, Scaled]:
-    """Those kernels of the weights by path that `layers` names and fp8 can multiply, in E4M3."""
+    """In E4M3: the kernels that `layers` names and whose dims fp8 can multiply."""
 
     def wanted(path: str, weight: jax.Array) -> bool:
         named = any(re.fullmatch(LAYERS[layer], path) for layer in layers)

@@ -4,22 +4,20 @@
   -> softcap
 
 classic  pre-norm blocks, rotary positions, QK-norm, relu^2 MLP, untied head, logits 15 tanh(x/15)
-modern   also (extras): value embeddings mixed into v by a gate on every other layer (arXiv
-2410.17897),
-         learned scales of the residual stream and of the first embedding at every layer, a "smear"
-         of the previous token's embedding, and "backout", which subtracts the mid-layer residual at
-         the end
+modern   also (extras): value embeddings, mixed into v by a gate on every other layer (arXiv
+         2410.17897); learned scales of the residual stream and of the first embedding at every
+         layer; a "smear" of the previous token's embedding; and "backout", which subtracts the
+         mid-layer residual at the end
 
 Dims: B batch, T query time, S key time, D model, N heads, K KV heads, H head dim, F MLP = 4D,
 V vocabulary (padded to a multiple of 64; padded ids are never predicted), L layers.
 
 Parameters travel as a flat dict {dotted path: float32 array}, e.g. "blocks.3.attn.c_q.kernel" [D,
-N*H]: the key of optimizer groups, shardings, checkpoints and conversions alike. `bind` puts them
-back into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact
-numbers.
+N*H]: the key of optimizer groups, shardings, checkpoints and conversions. `bind` puts them back
+into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact numbers.
 
-Training, prefill and decoding are one path, `GPT.run`: who decodes says where its tokens stand,
-what came before them, and which keys they attend to (inference/decode.py).
+Training, prefill and decoding all use `GPT.run`: decoding passes its tokens' positions, what came
+before them, and which keys they attend to (inference/decode.py).
 """
 
 from collections.abc import Callable
@@ -30,17 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.model.attention import attention
-from nanochat_jax.model.layers import (
-    Embedding,
-    Linear,
-    rms_norm,
-    rotary_tables,
-    rotate,
-    scaled,
-)
+from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate, scaled
 from nanochat_jax.model.sharding import shard_rows
 
 SOFTCAP = 15.0
@@ -89,39 +81,32 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """How far back each layer sees: seq_len, or a quarter of it rounded up to 128; last is
-        long."""
-        short = -(-self.seq_len // 4 // 128) * 128
-        size = {"S": short, "L": self.seq_len}
-        pattern = [
-            self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_layers)
-        ]
-        return tuple(size[letter] for letter in pattern[:-1] + ["L"])
+        """How far back each layer sees: seq_len (L, the last layer), or a quarter of it, rounded up
+        to a multiple of 128 (S)."""
+        size = {"S": -(-self.seq_len // 4 // 128) * 128, "L": self.seq_len}
+        pattern = self.window_pattern * self.num_layers
+        return tuple(size[letter] for letter in pattern[: self.num_layers - 1] + "L")
 
     def sees(self, layer: int) -> int | None:
-        """How many earlier positions the attention of a layer sees; None: all.
-
-        Classic has no windows: where a text is longer than seq_len, all of it is seen.
-        """
-        windowed = self.extras or "S" in self.window_pattern
-        return self.windows[layer] if windowed else None
+        """How many earlier positions a layer's attention sees; None (classic): all of them, even
+        in a text longer than seq_len."""
+        return self.windows[layer] if self.extras or "S" in self.window_pattern else None
 
     def has_value_embed(self, layer: int) -> bool:
         return self.extras and layer % 2 == (self.num_layers - 1) % 2
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Mark what remat=names keeps: results of matmuls that the backward pass reads again. Norms,
-    rotations, gates and relu^2 are recomputed from them, at the price of some memory traffic."""
+    """Mark what remat=names keeps: results of matmuls that the backward pass reads again. The rest
+    is recomputed from them, which costs some memory traffic."""
     return checkpoint_name(x, "kept")
 
 
 def is_kept(primitive, *_, **params) -> bool:
     """The policy of remat=names for jax.checkpoint.
 
-    cuDNN's forward attention is kept as a whole: its backward pass reads the log-sum-exp too, which
-    bears no name, and would run the forward once more to have it. The other backends recompute
-    their scores.
+    cuDNN's forward attention is kept as a whole: its backward pass also reads the log-sum-exp,
+    which has no name, and would run the forward again to get it.
     """
     named = primitive.name == "name" and params["name"] == "kept"
     return named or primitive.name.startswith("dot_product_attention_fwd")
@@ -184,13 +169,9 @@ class GPT(nnx.Module):
         self.lm_head = Linear(normal(rngs, (D, V), 0.001))
         if config.extras:
             kv_dim = config.num_kv_heads * config.head_dim
-            self.value_embeds = nnx.Dict(
-                {
-                    str(layer): Embedding(uniform(rngs, (V, kv_dim), D))
-                    for layer in range(L)
-                    if config.has_value_embed(layer)
-                }
-            )
+            layers = [layer for layer in range(L) if config.has_value_embed(layer)]
+            tables = {str(layer): Embedding(uniform(rngs, (V, kv_dim), D)) for layer in layers}
+            self.value_embeds = nnx.Dict(tables)
             depth_frac = jnp.arange(L, dtype=jnp.float32) / max(L - 1, 1)
             self.resid_lambdas = nnx.Param(1.15 - 0.10 * depth_frac)
             self.x0_lambdas = nnx.Param(0.20 - 0.15 * depth_frac)
@@ -199,8 +180,7 @@ class GPT(nnx.Module):
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Softcapped logits [B, T, vocab_size] in float32 for ids [B, T]; holds all of them at
-        once."""
+        """Softcapped logits [B, T, vocab_size] in float32 for ids [B, T], all of them at once."""
         return self.logits(self.hidden(ids))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -223,12 +203,11 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, list]:
         """`hidden`, and the cache of each layer that `attend` returned.
 
-        positions [B, T]: where the ids stand; by default 0..T-1. previous [B, T]: the id before
-        each of them, negative where there is none; by default the one to its left. attend: in
-        place of causal attention among these positions.
+        positions [B, T]: of the ids; by default 0..T-1. previous [B, T]: the id before each of
+        them, negative where there is none; by default the one to its left. attend: replaces causal
+        attention among these positions.
         """
-        c = self.config
-        attend = attend or self.attend
+        c, attend = self.config, attend or self.attend
         x = self.embed(ids)
         if c.extras:
             x = self.smear(x, previous)
@@ -249,11 +228,8 @@ class GPT(nnx.Module):
             one_layer = nnx.remat(one_layer, policy=is_kept if c.remat == "names" else None)
         caches = []
         for layer, block in enumerate(self.blocks):
-            lambdas = value_embed = None
-            if c.extras:
-                lambdas = self.resid_lambdas[layer], self.x0_lambdas[layer]
-                if c.has_value_embed(layer):
-                    value_embed = self.value_embeds[str(layer)]
+            lambdas = (self.resid_lambdas[layer], self.x0_lambdas[layer]) if c.extras else None
+            value_embed = self.value_embeds[str(layer)] if c.has_value_embed(layer) else None
             x, cache = one_layer(block, value_embed, lambdas, x, x0, cos_sin)
             caches.append(cache)
             if layer == c.num_layers // 2:
@@ -282,8 +258,7 @@ class GPT(nnx.Module):
 
 def init_params(config: GPTConfig, key: jax.Array) -> dict[str, jax.Array]:
     """Fresh parameters; the same numbers however they are sharded."""
-    model = GPT(config, nnx.Rngs(params=key))
-    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return params_of(GPT(config, nnx.Rngs(params=key)))
 
 
 def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -292,29 +267,19 @@ def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def bind(config: GPTConfig, params: dict[str, jax.Array]) -> GPT:
     """The module with these parameters; cheap, meant to be called inside jit."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graphdef, unflatten(params))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    keys = flatten_dict(nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, unflatten_dict({key: params[dotted(key)] for key in keys}))
 
 
-def flatten(nested: dict, prefix: str = "") -> dict[str, jax.Array]:
-    flat = {}
-    for key, value in nested.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
-    return flat
+def params_of(model: GPT) -> dict[str, jax.Array]:
+    """The parameters of a module by path."""
+    flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return {dotted(key): value for key, value in flat.items()}
 
 
-def unflatten(flat: dict[str, jax.Array]) -> dict:
-    nested: dict = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = nested
-        for depth, parent in enumerate(parents):
-            # Modules in a list are keyed by int, those in a dict by str.
-            key = int(parent) if depth == 1 and parents[0] == "blocks" else parent
-            node = node.setdefault(key, {})
-        node[last] = value
-    return nested
+def dotted(key: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, key))
 
 
 # Uniform of the same spread as a normal, without its outliers.

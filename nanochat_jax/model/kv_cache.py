@@ -2,18 +2,14 @@
 
   cache = (k, v) of every layer, each [B slots, K, S, H] in the compute dtype
 
-The cache has a length, the positions it has room for, and is resized as texts grow. A layer that
-sees w earlier positions keeps a ring of S = w of them; one that sees all keeps S = length. Position
-p lies at index p % S. Nothing says what an index holds: it follows from how many positions a slot's
-text has written (`held`), so a slot is reused without being cleared, and what lies in it beyond the
-text is never seen.
+The cache has room for `length` positions and is resized as texts grow. A layer that sees w earlier
+positions keeps a ring of S = w of them; one that sees all keeps S = length. Position p lies at
+index p % S. What an index holds follows from how many positions the slot's text has written
+(`held`), so a slot is reused without being cleared.
 
-A burst of decoding steps reads the cache and writes beside it: the keys and values of the burst go
-to arrays of their own, [B, K, steps, H], and into the cache once, at the end. In the loop nothing
-large is copied, and a row that stopped half way leaves no trace.
-
-Heads come before positions, unlike in attention.py: each head's keys are then one contiguous
-matrix, which is what a decoding step multiplies by.
+A burst of decoding steps writes its keys and values to arrays of their own, [B, K, steps, H], which
+go into the cache once, at the end: the loop copies nothing large. Heads come before positions, so
+that each head's keys are one contiguous matrix.
 """
 
 from functools import partial
@@ -68,20 +64,16 @@ def resize(config: GPTConfig, length: int, cache: Cache) -> Cache:
 
 
 def held(size: int, written: jax.Array) -> jax.Array:
-    """The position at each index of a ring of `size`, [B, S]; negative: none yet.
-
-    written [B]: how many positions each text has put into the ring.
-    """
+    """The position at each index of a ring, [B, S], after written [B] of them; negative: none."""
     last = written[:, None] - 1
     return last - (last - jnp.arange(size)) % size
 
 
 @partial(jax.jit, donate_argnums=0)
 def insert(cache: Cache, fresh: Cache, lengths, source, slots) -> Cache:
-    """Put texts into slots: text source[i] into slots[i]; a slot that does not exist is skipped.
+    """Put text source[i] into slots[i], [m] of each; a slot that does not exist is skipped.
 
-    fresh: k, v [n, K, T, H] of every layer, of which lengths [n] positions count; source and slots
-    are [m].
+    fresh: k, v [n, K, T, H] of every layer, of which lengths [n] positions count.
     """
 
     def put(old, new):
@@ -95,10 +87,8 @@ def insert(cache: Cache, fresh: Cache, lengths, source, slots) -> Cache:
 
 
 def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cache:
-    """Write positions start..start+count-1 of each row, [B], from a burst [B, K, steps, H].
-
-    steps must not exceed the smallest ring.
-    """
+    """Write positions start..start+count-1 of each row, [B], from a burst [B, K, steps, H], whose
+    steps must not exceed the smallest ring."""
     step = jnp.arange(burst[0][0].shape[2])
 
     def put(old, new):

@@ -1,9 +1,7 @@
 """The parts a GPT is made of: linear maps, embeddings, RMSNorm and rotary positions.
 
-Parameters are float32 masters, cast to the activation's dtype where they are used, so the same
-module computes in bfloat16 on a GPU and in float32 on a CPU; sums are in float32 everywhere. No
-layer has a bias or a learned norm.
-A linear map whose kernel was bound as an fp8.Weight multiplies in 8 bits.
+Parameters are float32 masters, cast to the activation's dtype where they are used; sums are in
+float32 everywhere. No layer has a bias or a learned norm.
 """
 
 import jax
@@ -16,7 +14,7 @@ from nanochat_jax.model import fp8
 
 
 class Linear(nnx.Module):
-    """x [..., in] @ kernel [in, out]."""
+    """x [..., in] @ kernel [in, out]; in 8 bits if the kernel was bound as an fp8.Weight."""
 
     def __init__(self, kernel: jax.Array):
         self.kernel = nnx.Param(kernel)
@@ -47,16 +45,15 @@ def rms_norm(x: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """scale * x in x's dtype, computed in float32, for a scale of fewer numbers than x: its
-    gradient is a sum over x, which bfloat16 would lose (a GPU adds up in the dtype it is given)."""
+    """scale * x in x's dtype, computed in float32: the gradient of a small scale is a sum over x,
+    and a GPU adds up in the dtype it is given."""
     return (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_tables(
     positions: jax.Array | np.ndarray, head_dim: int, base: float
 ) -> tuple[jax.Array, jax.Array]:
-    """cos, sin [..., H/2] in float32 for integer positions [...]; any position, no table to
-    outgrow. Positions known while tracing (a numpy array) give constants."""
+    """cos, sin [..., H/2] in float32 for integer positions [...]; constants for NumPy's."""
     frequencies = (base ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions.astype(np.float32)[..., None] * frequencies
     if isinstance(positions, np.ndarray):

@@ -3,12 +3,11 @@
   loss = sum over tokens of weight * (logsumexp(y) - y[target]),   y = 15 tanh(x head / 15)
 
 Logits are the largest tensor of a small GPT: at 32 rows of 2,048 tokens and 65,536 ids, 17 GB in
-float32. Here the time dim is cut into tiles and each tile's logits live only while the tile is
-worked on. Because the loss is a sum, the forward pass already knows each tile's gradient up to one
-scalar, so it computes d/dx and d/dhead right there (three matmuls a tile, none repeated) and the
-backward pass only multiplies: the idea of Liger (arXiv 2410.10989), tiled over tokens so that every
-matmul keeps the whole vocabulary. Softcapped logits lie within +-15, so logsumexp needs no maximum
-subtracted.
+float32. Here the time dim is cut into tiles, and each tile's logits live only while the tile is
+worked on. The forward pass already knows each tile's gradient up to one scalar, so it computes d/dx
+and d/dhead right there (three matmuls a tile, none repeated) and the backward pass only multiplies:
+the idea of Liger (arXiv 2410.10989), tiled over tokens so that every matmul keeps the whole
+vocabulary. Softcapped logits lie within +-15, so logsumexp needs no maximum subtracted.
 
 x [B, T, D] compute dtype; head [D, V] float32, or an fp8.Weight: then all three matmuls are in fp8;
 targets [B, T] int, negative = ignored; weights [B, T] float32. vocab_size < V: the padded columns
@@ -25,11 +24,8 @@ from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import SOFTCAP
 
 
-def cross_entropy_naive(
-    x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: int
-) -> jax.Array:
-    """nll [B, T] (0 where ignored) with all logits at once: the definition the tiled form must
-    equal."""
+def cross_entropy_naive(x, head, targets, vocab_size: int) -> jax.Array:
+    """nll [B, T] (0 where ignored) with all logits at once: the definition."""
     logits = (x @ head.astype(x.dtype))[..., :vocab_size].astype(jnp.float32)
     log_probs = jax.nn.log_softmax(SOFTCAP * jnp.tanh(logits / SOFTCAP), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -38,13 +34,12 @@ def cross_entropy_naive(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(x, head, targets, weights, vocab_size: int, tile: int) -> jax.Array:
-    """The weighted sum of nll over all tokens, a float32 scalar. tile: time steps worked on at
-    once."""
+    """The weighted sum of nll over all tokens; tile: time steps worked on at once."""
     return jnp.sum(token_nll(x, head, targets, vocab_size, tile) * weights)
 
 
 def token_nll(x, head, targets, vocab_size: int, tile: int) -> jax.Array:
-    """nll [B, T] (0 where ignored), tile by tile; for evaluation, not for gradients."""
+    """nll [B, T] (0 where ignored), tile by tile; not for gradients."""
     head, of_x, _ = fp8.operands(head, x.dtype)
 
     def step(_, tile_xs):
@@ -67,11 +62,8 @@ def _forward(x, head, targets, weights, vocab_size: int, tile: int):
         capped, total, onehot = _softmax_parts(x, operand, targets, vocab_size)
         loss += jnp.sum(weights * (jnp.log(total) - _pick(capped, onehot)))
         probs = jnp.exp(capped) / total[..., None]
-        dlogits = (
-            weights[..., None]
-            * (probs - onehot.astype(probs.dtype))
-            * (1 - lax.square(capped / SOFTCAP))
-        )
+        dlogits = weights[..., None] * (probs - onehot.astype(probs.dtype))
+        dlogits = dlogits * (1 - lax.square(capped / SOFTCAP))
         dlogits = _mask(dlogits, vocab_size, 0.0)
         dlogits = of_gradient(dlogits, amax=jnp.max(jnp.abs(weights)))  # the rest is at most 1
         dx = fp8.product(dlogits, operand, (2,), (1,), dtype)  # [B, t, D]
@@ -94,8 +86,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _softmax_parts(x, head, targets, vocab_size: int):
-    """Softcapped logits, sum of their exponentials, and where the target is. [B, t, V], [B, t], [B,
-    t, V]"""
+    """Softcapped logits [B, t, V], sum of their exponentials, and where the target is."""
     logits = fp8.product(x, head, (2,), (0,), jnp.float32)
     capped = SOFTCAP * jnp.tanh(logits / SOFTCAP)
     capped = _mask(capped, vocab_size, -jnp.inf)
@@ -115,8 +106,7 @@ def _mask(logits, vocab_size: int, value: float):
 
 
 def _to_tiles(a: jax.Array, tile: int, fill) -> jax.Array:
-    """[B, T, ...] -> [ceil(T / tile), B, tile, ...]: time is cut, rows stay whole and so stay
-    sharded."""
+    """[B, T, ...] -> [ceil(T / tile), B, tile, ...]: rows stay whole and so stay sharded."""
     B, T = a.shape[:2]
     num_tiles = -(-T // tile)
     padding = [(0, 0), (0, num_tiles * tile - T)] + [(0, 0)] * (a.ndim - 2)

@@ -1,4 +1,4 @@
-"""Where everything lives: the mesh, and one table that says how each parameter is split.
+"""The mesh, and one table that says how each parameter is split over it.
 
 Axes (sizes from the recipe's mesh section; a size of 1 means the axis does nothing):
   data    rows of the batch; every group has its own copy of the weights
@@ -6,9 +6,9 @@ Axes (sizes from the recipe's mesh section; a size of 1 means the axis does noth
   tensor  heads, MLP width and vocabulary; rows are shared
 
 In evaluation and inference the compiler (GSPMD) derives all communication from the placement of
-inputs, parameters and the row constraint on activations, so the model code never names a device.
-Training says itself what moves over the row axes, once a step (train/sharded.py): there data and
-fsdp are the same, and masters and optimizer state are split over all devices.
+inputs and parameters and from shard_rows. Training says itself what is sent over the row axes
+(train/sharded.py): there data and fsdp are the same, and masters and optimizer state are split over
+all devices.
 """
 
 import re
@@ -58,7 +58,7 @@ def param_spec(path: str) -> P:
 
 
 def param_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
-    """Shardings for {path: array or shape struct}; says which parameter does not divide, if any."""
+    """Shardings for {path: array or shape struct}; UserError if a parameter does not divide."""
     shardings = {}
     for path, leaf in shapes.items():
         spec = param_spec(path)
@@ -72,18 +72,13 @@ def param_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
     return shardings
 
 
-def tensor_spec(path: str) -> P:
-    """The split over the tensor axis alone, of a weight that is whole in all else."""
-    return P(*(axis if axis == "tensor" else None for axis in param_spec(path)))
-
-
 def num_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-    """Keep an activation split by rows; nothing is said without a mesh (a lone test) and inside a
-    training step's shard_map, where a device has its own rows only."""
+    """Keep an activation split by rows, except without a mesh (in a test) and inside a training
+    step's shard_map, where a device has its own rows only."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or ROW_AXES[0] in mesh.manual_axes:
         return x

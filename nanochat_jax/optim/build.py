@@ -1,12 +1,11 @@
-"""The optimizer: every parameter gets a label by its path, every label a transform.
+"""The optimizer: each parameter gets a label by its path, each label a transform.
 
   muon          all matrices of the blocks, gates too
   embed         token embedding             AdamW
   unembed       head                        AdamW
   value_embeds  resid  x0  smear            AdamW, modern extras
 
-A parameter that no label fits is an error. The learning rates of embedding, value embeddings and
-head go with model_dim^-0.5 (muP); a recipe's batch scaling multiplies all of them but smear's.
+The learning rates of embedding, value embeddings and head go with model_dim^-0.5 (muP).
 """
 
 import re
@@ -66,10 +65,8 @@ def adam_groups(o: OptimConfig, model_dim: int) -> dict[str, AdamGroup]:
     by_dim = (model_dim / 768) ** -0.5
     embed, unembed = o.embed_lr * o.lr_scale * by_dim, o.unembed_lr * o.lr_scale * by_dim
     if o.recipe == "classic":
-        return {
-            "embed": AdamGroup(embed, 0.8, 0.95, 0.0),
-            "unembed": AdamGroup(unembed, 0.8, 0.95, 0.0),
-        }
+        rates = {"embed": embed, "unembed": unembed}
+        return {name: AdamGroup(lr, 0.8, 0.95, 0.0) for name, lr in rates.items()}
     assert o.recipe == "modern", o.recipe
     scalar = o.scalar_lr * o.lr_scale
     return {
@@ -91,41 +88,27 @@ def build_optimizer(
     momentum: Schedule,
     weight_decay: Schedule,
 ) -> optax.GradientTransformation:
-    """The transform for parameters at `paths` or stacks of them (whose names get the same labels).
-
-    The three schedules are functions of the step.
-    """
+    """The transform for parameters at `paths`, or for stacks of them, whose names get the same
+    labels. The three schedules are functions of the step."""
     groups = adam_groups(o, model_dim)
-    unknown = {label(path) for path in paths} - set(groups) - {"muon"}
-    if unknown:
-        raise ValueError(
-            f"optim.recipe={o.recipe} has no settings for the groups {sorted(unknown)}"
-        )
+    if unknown := {label(path) for path in paths} - set(groups) - {"muon"}:
+        raise ValueError(f"optim.recipe={o.recipe} has no settings for {sorted(unknown)}")
 
     def scheduled(lr: float) -> Schedule:
         return lambda step: lr * lr_multiplier(step)
 
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        name: optax.adamw(
-            scheduled(g.lr), b1=g.b1, b2=g.b2, eps=ADAM_EPS, weight_decay=g.weight_decay
-        )
+        name: optax.adamw(scheduled(g.lr), g.b1, g.b2, ADAM_EPS, weight_decay=g.weight_decay)
         for name, g in groups.items()
     }
-    transforms["muon"] = muon(
-        scheduled(o.matrix_lr * o.lr_scale),
-        momentum,
-        weight_decay,
-        modern=o.recipe == "modern",
-        dtype=o.ns_dtype,
-    )
+    lr, modern = scheduled(o.matrix_lr * o.lr_scale), o.recipe == "modern"
+    transforms["muon"] = muon(lr, momentum, weight_decay, modern=modern, dtype=o.ns_dtype)
     return optax.multi_transform(transforms, lambda params: {name: label(name) for name in params})
 
 
 def warm_start(opt_state):
-    """An optimizer state for the next stage: its moments stay, its schedules start over.
-
-    Adam's own count stays too, for its moments are no longer biased towards zero.
-    """
+    """An optimizer state for the next stage: schedules start over; moments stay, and with them
+    Adam's own count, which corrects their bias towards zero."""
 
     def is_counted(node) -> bool:
         return isinstance(node, MuonState | optax.ScaleByScheduleState)

@@ -1,10 +1,8 @@
-"""Muon: momentum, orthogonalised. An Optax transform over matrices [..., in, out], both
-generations.
+"""Muon: momentum, orthogonalised. An Optax transform over matrices [..., in, out].
 
 Momentum gives a matrix u per parameter; Muon steps along the nearest orthogonal matrix instead (all
-singular values near 1), so that rare directions learn as fast as common ones. The nearest
-orthogonal matrix comes from a few odd matrix polynomials X <- aX + (b XX' + c (XX')^2) X, all
-matmuls.
+singular values near 1), so that rare directions learn as fast as common ones. It comes from a few
+odd matrix polynomials X <- aX + (b XX' + c (XX')^2) X, all matmuls.
 
   classic  Newton-Schulz, 5 times the same polynomial (https://kellerjordan.github.io/posts/muon)
   modern   rows equilibrated first; Polar Express polynomials (arXiv 2505.16932); renormalised
@@ -12,8 +10,7 @@ matmuls.
            where it agrees with the step ("cautious")
 
 Papers and upstream write weights [out, in]; ours are the transpose, so their "row" is our last dim.
-A leaf may be a stack of matrices, each of which is treated by itself in one batched program; no
-operation crosses the stack, so it can be split over devices.
+A leaf may be a stack of matrices. No operation crosses the stack, so it can be split over devices.
 """
 
 from collections.abc import Callable
@@ -51,11 +48,7 @@ def muon(
     modern: bool,
     dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Steps for matrices [..., in, out]; the schedules are functions of the step count.
-
-    dtype: of the orthogonalisation; bfloat16 on GPUs. The returned updates are to be added as they
-    are.
-    """
+    """The transform, whose updates are added as they are; dtype: of the orthogonalisation."""
 
     def init(params):
         return MuonState(

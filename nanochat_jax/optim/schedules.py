@@ -11,11 +11,7 @@ import numpy as np
 def lr_multiplier(
     step, *, num_steps: int, warmup_steps: int, warmdown_frac: float, final_frac: float
 ):
-    """(step+1)/warmup_steps, then 1, then over the last warmdown_frac of the steps down to
-    final_frac.
-
-    The stages after pretraining are the same shape: mid is warmdown_frac 0.2, SFT and RL are 1.0.
-    """
+    """(step+1)/warmup_steps, then 1; over the last warmdown_frac of the steps to final_frac."""
     xp = _namespace(step)
     warmdown_steps = round(warmdown_frac * num_steps)
     left = (num_steps - step) / max(warmdown_steps, 1)

@@ -12,7 +12,7 @@ import jax
 from nanochat_jax.common import UserError, aligned
 from nanochat_jax.parity.core import compare_core
 from nanochat_jax.parity.model import compare_model
-from nanochat_jax.parity.reference import Comparison, collect, miss, read
+from nanochat_jax.parity.reference import Row, collect, miss, read
 from nanochat_jax.parity.scaling import compare_scaling
 from nanochat_jax.parity.text import compare_text
 
@@ -35,7 +35,7 @@ NOT_COVERED = {
 HEADER = ("file", "what", "compared", "largest difference", "tolerance", "result", "")
 
 
-def compare_folder(folder: Path, core_data: Path | None) -> tuple[list[Comparison], list[str]]:
+def compare_folder(folder: Path, core_data: Path | None) -> tuple[list[Row], list[str]]:
     """(everything compared, the entries that are not covered yet).
 
     core_data: folder of CORE's tasks; without it only those that need no data are compared.
@@ -51,10 +51,8 @@ def compare_folder(folder: Path, core_data: Path | None) -> tuple[list[Compariso
     return rows, [name for name in entries if name in NOT_COVERED]
 
 
-def compare_files(
-    folder: Path, files: tuple[str, ...], core_data: Path | None = None
-) -> list[Comparison]:
-    """Everything in files that are read together; a key that no comparison takes out is a miss."""
+def compare_files(folder: Path, files: tuple[str, ...], core_data: Path | None = None) -> list[Row]:
+    """Everything in files that are read together; a key that no comparison reads is a miss."""
     references = []
     for file in files:
         try:
@@ -66,12 +64,12 @@ def compare_files(
     highest, one = jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[0])
     with highest, one, jax.enable_x64(False):
         rows = list(collect(files[0], "all", COMPARISONS[files](folder, *references, **more)))
-    if any(row.what == "all" for row in rows):
-        return rows
-    return rows + [row for reference in references for row in reference.leftovers()]
+    if not any(row.what == "all" for row in rows):
+        rows += [row for reference in references for row in reference.unread()]
+    return rows
 
 
-def table(rows: list[Comparison], not_covered: list[str]) -> str:
+def table(rows: list[Row], not_covered: list[str]) -> str:
     """Aligned columns, one line a row, notes behind it; then the entries not covered, a summary."""
     cells: list[tuple[str, ...]] = [HEADER]
     for row in rows:

@@ -1,92 +1,150 @@
-"""Parity of a model's numbers: classic.npz/.json or modern.npz/.json of a folder.
+"""Parity of a model and its training: classic.npz/.json or modern.npz/.json of a folder.
 
-Logits, losses and gradients (the definition and the tiled form that training uses), policy
-gradient, bits per byte, greedy tokens, counts; optimizer and training steps are in updates.py.
-Sizes, seeds, numbers of steps and lengths are whatever the files hold.
+Sizes and learning rates come from the json; what a generation fixes (rotary base, extras, betas)
+comes from the recipe that people train with, so that the recipe itself is compared too. Numbers of
+steps and lengths are whatever the files hold.
 """
 
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
+from nanochat_jax import recipe
+from nanochat_jax.config import CONFIGS, load
 from nanochat_jax.eval.bpb import make_bpb
 from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.interop.upstream import our_path, params_from_upstream
 from nanochat_jax.model import accounting
-from nanochat_jax.model.gpt import bind
+from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes
 from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum, token_nll
-from nanochat_jax.parity.case import Case, read_case
-from nanochat_jax.parity.reference import Comparison, Reference, collect, miss
-from nanochat_jax.parity.updates import compare_groups, compare_steps, compare_trajectory
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.optim import build
+from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
+from nanochat_jax.parity.reference import Reference, Row, collect, miss
 from nanochat_jax.rl.policy import policy_loss
+from nanochat_jax.train.sharded import Owners
+from nanochat_jax.train.state import TrainState
+from nanochat_jax.train.step import make_train_step
 
 TOLERANCE = 1e-5  # logits, losses, gradients: float32, no more than rounding apart
-KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# What the two files of a generation must hold beside what every model has.
-EXPECTED = {
-    "classic": (
-        {"rl_loss", "bpb", "greedy_tokens", "num_params", "flops_per_token"},
-        {"optimizer.adam_betas"},
-    ),
-    "modern": (
-        {"greedy_tokens", "greedy_long_tokens", "window_sizes"},
-        {"param_groups", "param_counts.total", "flops_per_token", "matmul_params"},
-    ),
+STEP_TOLERANCE = 2e-5
+TRAJECTORY_TOLERANCE = 1e-4
+LR_TOLERANCE = 1e-9  # relative; both are computed in float64
+# Decay is applied where update and weight have the same sign. Where the update is all but 0 its
+# sign is that of a rounding error, and the weight may differ by the decay: lr * wd * |p|.
+MAX_ROUNDED_SIGNS = 3  # elements a step
+RECIPES = {"classic": CONFIGS / "d20.py", "modern": CONFIGS / "gpt2.py"}
+KEYS = {  # the reference's word: ours
+    "config.sequence_len": "model.seq_len",
+    "config.vocab_size": "tokenizer.vocab_size",
+    "config.n_layer": "model.depth",
+    "config.n_head": "model.num_heads",
+    "config.n_kv_head": "model.num_kv_heads",
+    "config.n_embd": "model.model_dim",
+    "config.window_pattern": "model.window_pattern",
+    "optimizer.embedding_lr": "optim.embed_lr",
+    "optimizer.unembedding_lr": "optim.unembed_lr",
+    "optimizer.matrix_lr": "optim.matrix_lr",
+    "optimizer.scalar_lr": "optim.scalar_lr",
 }
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# What the files of a generation must hold beside what every model has.
+EXPECTED = {
+    "classic": "bpb flops_per_token greedy_tokens num_params optimizer.adam_betas rl_loss",
+    "modern": "flops_per_token greedy_long_tokens greedy_tokens matmul_params param_counts.total "
+    "param_groups window_sizes",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """arrays and settings: the two files of a model."""
+
+    arrays: Reference
+    settings: Reference
+    config: GPTConfig
+    optim: build.OptimConfig
+    params: dict[str, jax.Array]
+    mesh: Mesh
+
+    @property
+    def batch(self) -> dict[str, jax.Array]:
+        keys = {"inputs": "idx", "targets": "targets"}
+        return {ours: jnp.asarray(self.arrays[key], jnp.int32) for ours, key in keys.items()}
+
+    @property
+    def tile(self) -> int:
+        """Time steps of a loss tile, so that there are several and the last one is not full."""
+        return next((n for n in (7, 5, 3) if self.arrays["idx"].shape[1] % n), 7)
+
+    def arrays_of_params(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays below `prefix`, by our names and in our layout."""
+        return params_from_upstream(self.arrays[prefix])
+
+    def compare_shapes(self, what: str) -> Row:
+        ours = {path: leaf.shape for path, leaf in param_shapes(self.config).items()}
+        return self.arrays.compare(what, ours, {path: v.shape for path, v in self.params.items()})
+
+
+def read_case(arrays: Reference, settings: Reference, generation: str) -> Case:
+    overrides = {"model.compute_dtype": "float32"}
+    for theirs, ours in KEYS.items():
+        if theirs in settings:
+            overrides[ours] = str(settings[theirs]).upper()
+    config = load(RECIPES[generation], overrides)
+    o = config.optim
+    params = params_from_upstream(arrays["state"])
+    return Case(
+        arrays=arrays,
+        settings=settings,
+        config=recipe.gpt_config(config),
+        optim=recipe.optim_config(config, "cpu", embed_lr=o.embed_lr, unembed_lr=o.unembed_lr),
+        params={path: jnp.asarray(value, jnp.float32) for path, value in params.items()},
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
 
 
 def compare_model(
     folder: Path, arrays: Reference, settings: Reference, generation: str
-) -> Iterable[Comparison]:
+) -> Iterable[Row]:
     case = read_case(arrays, settings, generation)
     row = case.compare_shapes("state/* (names, shapes)")
     yield row
     if not row.ok:
         return
-    ids, targets = (jnp.asarray(arrays.take(key), jnp.int32) for key in ("idx", "targets"))
-    batch = {"inputs": ids, "targets": targets}
-    # Time steps of a loss tile: several tiles, and a last one that is not full.
-    tile = next((n for n in (7, 5, 3) if ids.shape[1] % n), 7)
-    for what, rows in (
-        ("forward", compare_forward(case, batch, tile)),
-        ("gradients", compare_gradients(case, batch, tile)),
-        ("bpb", compare_bpb(case, batch, tile)),
-        ("greedy tokens", compare_greedy(case)),
-        ("counts", compare_counts(case)),
-        ("optimizer groups", compare_groups(case)),
-        ("optimizer steps", compare_steps(case)),
-        ("trajectory", compare_trajectory(case, batch, tile)),
-    ):
-        yield from collect(arrays.file, what, rows)
-    for reference, expected in zip((arrays, settings), EXPECTED[generation], strict=True):
-        missing = sorted(key for key in expected if key not in reference)
-        yield from (miss(reference.file, key, "missing") for key in missing)
+    parts = (compare_losses, compare_greedy, compare_counts)
+    for compare in (*parts, compare_groups, compare_steps, compare_trajectory):
+        yield from collect(arrays.file, compare.__name__, compare(case))
+    for key in EXPECTED[generation].split():
+        if key not in arrays and key not in settings:
+            yield miss(arrays.file, key, "missing")
 
 
-def compare_forward(case: Case, batch: dict, tile: int) -> Iterable[Comparison]:
-    @jax.jit
-    def forward(params):
-        model = bind(case.config, params)
-        loss_of = (model.hidden(batch["inputs"]), params["lm_head.kernel"], batch["targets"])
-        naive = cross_entropy_naive(*loss_of, case.config.vocab_size)
-        return model(batch["inputs"]), naive, token_nll(*loss_of, case.config.vocab_size, tile)
+def compare_losses(case: Case) -> Iterable[Row]:
+    """Logits, losses and gradients; the mean loss by its definition and tiled.
 
-    logits, naive, tiled = forward(case.params)
-    yield case.arrays.compare("logits", logits, case.arrays.take("logits"), TOLERANCE)
-    theirs = case.arrays.take("loss_none").reshape(batch["targets"].shape)
-    yield case.arrays.compare("loss_none", naive, theirs, TOLERANCE)
-    yield case.arrays.compare("loss_none, tiled", tiled, theirs, TOLERANCE)
-
-
-def compare_gradients(case: Case, batch: dict, tile: int) -> Iterable[Comparison]:
-    """Of the mean loss, by its definition and tiled, and of the policy gradient's loss.
-
-    All three meet the model at its last hidden state; one compiled pullback takes them from there.
+    All losses are functions of the last hidden state; one compiled pullback takes the gradient from
+    there to the parameters.
     """
-    arrays, targets, V = case.arrays, batch["targets"], case.config.vocab_size
+    arrays, batch, tile, V = case.arrays, case.batch, case.tile, case.config.vocab_size
+    targets, head = batch["targets"], case.params["lm_head.kernel"]
     num_targets = jnp.sum(targets >= 0).astype(jnp.float32)
+
+    @jax.jit
+    def hidden_of(params):
+        return bind(case.config, params).hidden(batch["inputs"])
+
+    @jax.jit
+    def pull_back(params, d_hidden):
+        return jax.vjp(hidden_of, params)[1](d_hidden)[0]
 
     def naive(hidden, head):
         return jnp.sum(cross_entropy_naive(hidden, head, targets, V)) / num_targets
@@ -96,63 +154,181 @@ def compare_gradients(case: Case, batch: dict, tile: int) -> Iterable[Comparison
         return cross_entropy_sum(hidden, head, targets, weights, V, tile)
 
     def policy(hidden, head):
-        advantages = jnp.asarray(arrays.take("advantages"), jnp.float32)
+        advantages = jnp.asarray(arrays["advantages"], jnp.float32)
         return policy_loss(hidden, head, targets, advantages, V, tile)
 
-    def hidden_of(params):
-        return bind(case.config, params).hidden(batch["inputs"])
-
-    @jax.jit
-    def pull_back(params, d_hidden):
-        return jax.vjp(hidden_of, params)[1](d_hidden)[0]
-
-    hidden, head = jax.jit(hidden_of)(case.params), case.params["lm_head.kernel"]
-    losses = [("loss_mean", "grad/", "", naive), ("loss_mean", "grad/", ", tiled", tiled)]
-    losses += [("rl_loss", "rl_grad/", "", policy)] if "rl_loss" in arrays else []
+    hidden, theirs = hidden_of(case.params), arrays["loss_none"].reshape(targets.shape)
+    logits = bind(case.config, case.params).logits(hidden)
+    yield arrays.compare("logits", logits, arrays["logits"], TOLERANCE)
+    naive_nll = cross_entropy_naive(hidden, head, targets, V)
+    tiled_nll = token_nll(hidden, head, targets, V, tile)
+    yield arrays.compare("loss_none", naive_nll, theirs, TOLERANCE)
+    yield arrays.compare("loss_none, tiled", tiled_nll, theirs, TOLERANCE)
+    losses = [("loss_mean", "grad", "", naive), ("loss_mean", "grad", ", tiled", tiled)]
+    losses += [("rl_loss", "rl_grad", "", policy)] if "rl_loss" in arrays else []
     for key, prefix, form, loss_fn in losses:
         loss, (d_hidden, d_head) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(hidden, head)
         grads = pull_back(case.params, d_hidden) | {"lm_head.kernel": d_head}
-        yield arrays.compare(key + form, loss, arrays.take(key), TOLERANCE)
-        yield arrays.compare(f"{prefix}*{form}", grads, case.take_params(prefix), TOLERANCE)
+        theirs = case.arrays_of_params(prefix)
+        yield arrays.compare(key + form, loss, arrays[key], TOLERANCE)
+        yield arrays.compare(f"{prefix}/*{form}", grads, theirs, TOLERANCE)
+    if "bpb" in arrays:
+        bpb = make_bpb(case.config, case.mesh, arrays["token_bytes"], tile)
+        yield arrays.compare("bpb", bpb(case.params, [batch]), arrays["bpb"], TOLERANCE)
 
 
-def compare_bpb(case: Case, batch: dict, tile: int) -> Iterable[Comparison]:
-    if "bpb" in case.arrays:
-        bpb = make_bpb(case.config, case.mesh, case.arrays.take("token_bytes"), tile)
-        ours = bpb(case.params, [batch])
-        yield case.arrays.compare("bpb", ours, case.arrays.take("bpb"), TOLERANCE)
+def compare_greedy(case: Case) -> Iterable[Row]:
+    for key in case.arrays:
+        name, _, kind = key.rpartition("_")
+        if name.startswith("greedy") and kind == "tokens":
+            prompt, theirs = case.arrays[f"{name}_prompt"].tolist(), case.arrays[key].tolist()
+            max_len = len(prompt) + len(theirs)
+            engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
+            engine.load(case.params)
+            (ours,) = engine.generate([Request(prompt, len(theirs))])
+            yield case.arrays.compare(key, ours.tokens, theirs)
 
 
-def compare_greedy(case: Case) -> Iterable[Comparison]:
-    for match in case.arrays.matching(r"(greedy\w*)_tokens"):
-        prompt = case.arrays.take(f"{match[1]}_prompt").tolist()
-        theirs = case.arrays.take(match[0]).tolist()
-        max_len = len(prompt) + len(theirs)
-        engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
-        engine.load(case.params)
-        (ours,) = engine.generate([Request(prompt, len(theirs))])
-        yield case.arrays.compare(match[0], ours.tokens, theirs)
-
-
-def compare_counts(case: Case) -> Iterable[Comparison]:
+def compare_counts(case: Case) -> Iterable[Row]:
     """Closed forms of the accounting, and the number of weights there are."""
     c = case.config
     counts = accounting.param_counts(c)
     ours = {
         "num_params": counts["total"],
+        "param_counts": counts,
         "flops_per_token": accounting.train_flops_per_token(c),
         "matmul_params": accounting.matmul_params(c),
         "window_sizes": list(c.windows),
     }
+    for name, size in KV_BYTES.items():
+        ours[f"kv_bytes_per_token_{name}"] = accounting.kv_bytes_per_token(c, size)
     for reference in (case.arrays, case.settings):
-        for match in reference.matching(r"decode_flops_at_(\d+)"):
-            ours[match[0]] = accounting.decode_flops(c, int(match[1]))
-        for match in reference.matching(rf"kv_bytes_per_token_({'|'.join(KV_BYTES)})"):
-            ours[match[0]] = accounting.kv_bytes_per_token(c, KV_BYTES[match[1]])
         for key in reference:
-            if key in ours:
-                yield reference.compare(key, ours[key], np.asarray(reference.take(key)).tolist())
-        if reference.matching(r"param_counts\..*"):
-            yield reference.compare("param_counts", counts, reference.under("param_counts."))
+            name, _, length = key.rpartition("_")
+            if name == "decode_flops_at":
+                ours[key] = accounting.decode_flops(c, int(length))
+        for key in filter(reference.__contains__, ours):
+            theirs = reference[key]
+            theirs = theirs.tolist() if isinstance(theirs, np.ndarray) else theirs
+            yield reference.compare(key, ours[key], theirs)
     weights = sum(value.size for value in case.params.values())
     yield case.arrays.compare("state/* (number of weights)", counts["total"], weights)
+
+
+def compare_groups(case: Case) -> Iterable[Row]:
+    settings, o = case.settings, case.optim
+    groups = build.adam_groups(o, case.config.model_dim)
+    if "optimizer.adam_betas" in settings:  # classic: one setting for all
+        for key, ours in (
+            ("optimizer.adam_betas", [[g.b1, g.b2] for g in groups.values()]),
+            ("optimizer.adam_eps", [build.ADAM_EPS] * len(groups)),
+            ("optimizer.weight_decay", [g.weight_decay for g in groups.values()]),
+        ):
+            yield settings.compare(key, ours, [settings[key]] * len(groups))
+    if "param_groups" not in settings:
+        return
+    members, lrs, others = [], ({}, {}), ({}, {})  # of ours and of theirs
+    for index, group in enumerate(settings["param_groups"]):
+        theirs = dict(group)
+        members.append(sorted(our_path(name) for name in theirs.pop("params")))
+        name = build.label(members[-1][0])
+        for side, values in enumerate((_group_settings(o, groups.get(name)), theirs)):
+            lrs[side][f"group {index} ({name})"] = values.pop("lr_after_dim_scaling")
+            others[side].update({f"group {index} ({name}) {k}": v for k, v in values.items()})
+    # AdamW's groups are our labels; Muon's have one shape each, as we stack them.
+    together: dict[tuple, list[str]] = {}
+    for path, value in sorted(case.params.items()):
+        shape = value.shape if build.label(path) == "muon" else None
+        together.setdefault((build.label(path), shape), []).append(path)
+    row = settings.compare("param_groups members", sorted(together.values()), sorted(members))
+    yield row._replace(compared=sum(map(len, members)))
+    yield settings.compare("param_groups settings", *others)
+    yield settings.compare("param_groups lr", *lrs, LR_TOLERANCE, relative=True)
+
+
+def _group_settings(o: build.OptimConfig, adam: build.AdamGroup | None) -> dict[str, Any]:
+    """In the reference's words; `adam` is None for a group of Muon's."""
+    if not adam:
+        settings = {"kind": "muon", "ns_steps": len(POLAR_EXPRESS), "beta2": VARIANCE_DECAY}
+        return settings | {"lr_after_dim_scaling": o.matrix_lr}
+    settings = {"kind": "adamw", "betas": [adam.b1, adam.b2], "eps": build.ADAM_EPS}
+    return settings | {"weight_decay": adam.weight_decay, "lr_after_dim_scaling": adam.lr}
+
+
+def compare_steps(case: Case) -> Iterable[Row]:
+    """One row a step: the weights after it, from the state and the gradients given."""
+    settings = case.settings
+    multipliers = settings["optimizer.lr_multiplier"]
+    prefix = "muon_" if "optimizer.muon_momentum" in settings else ""
+    momentum = settings[f"optimizer.{prefix}momentum"]
+    decays = settings.get("optimizer.weight_decay_per_step", [0.0] * len(multipliers))
+    tx = _optimizer(case, multipliers, momentum, decays)
+
+    @jax.jit
+    def update(grads, opt_state, params):
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
+            updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = case.params, tx.init(case.params)
+    for step, (lr, _, decay) in enumerate(zip(multipliers, momentum, decays, strict=True)):
+        before, grads = params, case.arrays_of_params(f"opt/grad{step}")
+        params, opt_state = update(grads, opt_state, params)
+        theirs = case.arrays_of_params(f"opt/param{step + 1}")
+        lr_decay = case.optim.matrix_lr * lr * decay
+        params, note = settle_signs(before, params, theirs, lr_decay)
+        row = case.arrays.compare(f"opt/param{step + 1}/*", params, theirs, STEP_TOLERANCE)
+        yield row._replace(note=note) if row.ok else row
+
+
+def _optimizer(
+    case: Case, lr_multiplier: list[float], momentum: list[float], weight_decay: list[float]
+) -> optax.GradientTransformation:
+    """Ours, with a value of each schedule for every step."""
+    return build.build_optimizer(
+        case.params,
+        case.config.model_dim,
+        case.optim,
+        lr_multiplier=jnp.asarray(lr_multiplier, jnp.float32).__getitem__,
+        momentum=jnp.asarray(momentum, jnp.float32).__getitem__,
+        weight_decay=jnp.asarray(weight_decay, jnp.float32).__getitem__,
+    )
+
+
+def settle_signs(before: dict, ours: dict, theirs: dict, lr_decay: float) -> tuple[dict, str]:
+    """Our weights after a step, and a note: the reference's where a rounding error decided the
+    sign, for then weights of Muon differ by lr_decay * |weight before|, scaled as the update is."""
+    settled, num_rounded = dict(ours), 0
+    for path, value in theirs.items():
+        if build.label(path) == "muon":
+            rows, columns = value.shape
+            decay = lr_decay * max(1.0, columns / rows) ** 0.5 * np.abs(np.asarray(before[path]))
+            difference = np.abs(np.asarray(ours[path]) - value)
+            off_by_decay = np.abs(difference - decay) <= STEP_TOLERANCE
+            rounded = (difference > STEP_TOLERANCE) & off_by_decay
+            num_rounded += int(np.sum(rounded))
+            settled[path] = jnp.asarray(np.where(rounded, value, ours[path]))
+    if num_rounded > MAX_ROUNDED_SIGNS:
+        return ours, ""
+    note = f"{num_rounded} of at most {MAX_ROUNDED_SIGNS} signs come from rounding"
+    return settled, note if num_rounded else ""
+
+
+def compare_trajectory(case: Case) -> Iterable[Row]:
+    """Training on the one batch, loss before each update. Its settings stand in a note."""
+    note, theirs = str(case.settings["optimizer.note"]), case.arrays["trajectory_loss"]
+    stated = {"weight decay": case.settings["optimizer.weight_decay"]}
+    stated |= re.findall(r"\b(multiplier|momentum|weight decay) (\d+(?:\.\d+)?)", note)
+    constants = (stated["multiplier"], stated["momentum"], stated["weight decay"])
+    tx = _optimizer(case, *([float(value)] * len(theirs) for value in constants))
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
+    owners = Owners(case.config, case.mesh)
+    state = owners.to_owned(state)
+    step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=case.tile)
+    losses = []
+    with jax.set_mesh(case.mesh):
+        for _ in theirs:
+            state, metrics = step(state, case.batch)
+            losses.append(float(metrics["loss"]))
+    yield case.arrays.compare("trajectory_loss", np.array(losses), theirs, TRAJECTORY_TOLERANCE)

@@ -1,12 +1,8 @@
-"""A file of reference numbers that remembers what was compared, and how a comparison went.
-
-Whatever a comparison takes out is crossed off; what is left in the end was not compared, and is
-reported as a miss (`Reference.leftovers`). Nothing here knows what the numbers mean.
-"""
+"""A file of reference numbers, and a row of the table: our value beside the file's."""
 
 import math
-import re
 import zipfile
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +12,11 @@ import numpy as np
 from nanochat_jax.common import UserError, read_json
 
 ABSENT = "nothing"  # in a note, for a key that one side does not have
-RELATIVE_FLOOR = 1e-12  # below it two numbers are relatively the same: 2e-16 is a rounded 0
+RELATIVE_FLOOR = 1e-12  # numbers closer than this are relatively the same: 2e-16 is a rounded 0
 
 
-class Comparison(NamedTuple):
-    """A line of the table; where a comparison is exact, the tolerance is 0."""
+class Row(NamedTuple):
+    """One comparison. Where it is exact, the tolerance is 0."""
 
     file: str
     what: str
@@ -34,46 +30,40 @@ class Comparison(NamedTuple):
         return self.difference <= self.tolerance
 
 
-class Reference:
-    """{key: value} of one file; `take` crosses a key off, a key that is not there is a KeyError."""
+class Reference(UserDict[str, Any]):
+    """The values of one file by key; it remembers which of them were read.
+
+    Where there is no key "a", "a" stands for all "a.rest" and "a/rest", as {rest: value}.
+    """
 
     def __init__(self, file: str, values: Mapping[str, Any]):
+        super().__init__(values)
         self.file = file
-        self._values = dict(values)
-        self._left = dict.fromkeys(values)  # a set that keeps the file's order
+        self._unread = dict.fromkeys(values)  # a set that keeps the file's order
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
+    def __contains__(self, key: object) -> bool:
+        return key in self.data or any(name.startswith((f"{key}.", f"{key}/")) for name in self)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def take(self, key: str) -> Any:
-        if key not in self._values:
+    def __getitem__(self, key: str) -> Any:
+        if key in self.data:
+            self._unread.pop(key, None)
+            return self.data[key]
+        names = [name for name in self if name.startswith((f"{key}.", f"{key}/"))]
+        if not names:
             raise KeyError(f"{key} is missing")
-        self._left.pop(key, None)
-        return self._values[key]
+        return {name[len(key) + 1 :]: self[name] for name in names}
 
-    def under(self, prefix: str) -> dict[str, Any]:
-        """{rest of the key: value} of all keys that begin with `prefix`; at least one."""
-        keys = [key for key in self._values if key.startswith(prefix)]
-        if not keys:
-            raise KeyError(f"{prefix}* is missing")
-        return {key.removeprefix(prefix): self.take(key) for key in keys}
-
-    def matching(self, pattern: str) -> list[re.Match]:
-        """The keys that fit as a whole, without crossing them off."""
-        return [match for key in self._values if (match := re.fullmatch(pattern, key))]
-
-    def leftovers(self) -> list[Comparison]:
-        return [miss(self.file, key) for key in self._left]
+    def unread(self) -> list[Row]:
+        """A miss for each key that no comparison has read."""
+        return [miss(self.file, key) for key in self._unread]
 
     def compare(
         self, what: str, ours: Any, theirs: Any, tolerance: float = 0.0, relative: bool = False
-    ) -> Comparison:
-        """Of plain values, or lists or dicts of them; with a tolerance, of arrays or dicts of them.
+    ) -> Row:
+        """A row for two values, or for two lists or dicts of them.
 
-        The difference is the largest distance, without a tolerance how many values differ.
+        With a tolerance, values are arrays and the difference is the largest distance; without one
+        it is how many values differ.
         """
         pairs = _pair_up(ours, theirs)
         if tolerance:
@@ -89,16 +79,16 @@ class Reference:
             worst = max(off, key=lambda key: off[key])
             got, reference = map(_short, pairs[worst])
             note = f"{worst}: got {got}, reference {reference}".removeprefix(": ")
-        return Comparison(self.file, what, compared, difference, tolerance, note)
+        return Row(self.file, what, compared, difference, tolerance, note)
 
 
-def miss(file: str, what: str, reason: str = "") -> Comparison:
-    """Something is there that no comparison covers, or that none understands."""
+def miss(file: str, what: str, reason: str = "") -> Row:
+    """A row for what is in the file and was not compared."""
     note = f"not able to compare: {reason}" if reason else "not able to compare"
-    return Comparison(file, what, 0, math.inf, 0.0, note)
+    return Row(file, what, 0, math.inf, 0.0, note)
 
 
-def collect(file: str, what: str, rows: Iterable[Comparison]) -> Iterator[Comparison]:
+def collect(file: str, what: str, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows as they come; numbers that do not fit together are a miss, not a crash."""
     try:
         yield from rows
@@ -108,7 +98,7 @@ def collect(file: str, what: str, rows: Iterable[Comparison]) -> Iterator[Compar
 
 
 def read(path: Path) -> Reference:
-    """An .npz, without unpickling anything; or a JSON object, nested ones under dotted keys."""
+    """An .npz of plain arrays, never unpickled; or a JSON object, nested ones by dotted keys."""
     if path.suffix == ".json":
         content = read_json(path, "a folder of reference numbers holds it")
         if not isinstance(content, dict):
@@ -139,15 +129,14 @@ def _pair_up(ours: Any, theirs: Any) -> dict[Any, tuple[Any, Any]]:
 
 
 def _distance(ours: Any, theirs: Any, relative: bool) -> float:
+    """The largest one; infinite for other shapes and where one side alone is nan."""
     if ours is ABSENT or theirs is ABSENT or np.shape(ours) != np.shape(theirs):
         return math.inf
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    distance = np.abs(ours - theirs)
+    off = np.where(np.isnan(ours) & np.isnan(theirs), 0, np.abs(ours - theirs))
     if relative:
-        scaled = distance / np.maximum(np.abs(theirs), RELATIVE_FLOOR)
-        distance = np.where(distance <= RELATIVE_FLOOR, 0, scaled)
-    largest = float(np.max(distance, initial=0.0))
-    return math.inf if math.isnan(largest) else largest
+        off = np.where(off > RELATIVE_FLOOR, off / np.maximum(np.abs(theirs), RELATIVE_FLOOR), 0)
+    return float(np.nan_to_num(np.max(off, initial=0.0), nan=math.inf))
 
 
 def _short(value: Any) -> str:

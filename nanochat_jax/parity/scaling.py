@@ -5,9 +5,7 @@ row of a schedule is our schedule at that step. All relative to 1e-9, counts too
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +14,44 @@ from nanochat_jax.config import Recipe, load
 from nanochat_jax.model.accounting import param_counts, train_flops_per_token
 from nanochat_jax.optim import schedules
 from nanochat_jax.optim.build import adam_groups
-from nanochat_jax.parity.case import RECIPES
-from nanochat_jax.parity.reference import Comparison, Reference, collect, dotted
+from nanochat_jax.parity.model import RECIPES
+from nanochat_jax.parity.reference import ABSENT, Reference, Row, collect, dotted
 
 TOLERANCE = 1e-9
 KEYS = {"depth": "model.depth", "vocab": "tokenizer.vocab_size", "ratio": "base.tokens_per_param"}
 SIZES = {"classic": "models", "modern": "scaling"}
-SCHEDULE_ROWS = r"(schedules?_(\d+)_iterations\.)rows"
 
 Values = dict[str, Any]  # {column: number} of one row
 
 
-def compare_scaling(folder: Path, reference: Reference, generation: str) -> Iterable[Comparison]:
-    file = reference.file
-    yield from collect(file, SIZES[generation], _compare_sizes(reference, generation))
-    yield from collect(file, "schedules", _compare_schedules(reference, generation))
+def compare_scaling(folder: Path, reference: Reference, generation: str) -> Iterable[Row]:
+    sizes, names = SIZES[generation], dict.fromkeys(key.partition(".")[0] for key in reference)
+    yield from collect(reference.file, sizes, _compare_sizes(reference, sizes, generation))
+    for name in [name for name in names if name.startswith("schedule")] or ["schedules"]:
+        yield from collect(reference.file, name, _compare_schedule(reference, name, generation))
 
 
-def _columns(
-    reference: Reference, prefix: str, rows: Iterable[tuple[str, Values, Values]]
-) -> Iterable[Comparison]:
-    """A comparison for each column of a table, given (name, ours, theirs) of its rows."""
-    ours, theirs = defaultdict(dict), defaultdict(dict)  # {column: {name of the row: number}}
-    for name, *sides in rows:
-        for columns, row in zip((ours, theirs), sides, strict=True):
-            for column, value in row.items():
-                columns[column][name] = value
-    for column in theirs | ours:
-        values = ours[column], theirs[column]
-        yield reference.compare(prefix + column, *values, TOLERANCE, relative=True)
+def _compare_columns(
+    reference: Reference, prefix: str, ours: list[Values], theirs: list[Values]
+) -> Iterable[Row]:
+    """A comparison for each column of a table, given its rows."""
+    for column in dict.fromkeys(column for row in [*ours, *theirs] for column in row):
+        got, expected = ([row.get(column, ABSENT) for row in rows] for rows in (ours, theirs))
+        yield reference.compare(prefix + column, got, expected, TOLERANCE, relative=True)
 
 
-def _compare_sizes(reference: Reference, generation: str) -> Iterable[Comparison]:
-    note = str(reference.take("note")) if "note" in reference else ""
-    stated = re.search(r"seq_len (\d+)", note)
-    rows = []
-    for given in reference.take(SIZES[generation]):
-        row = dotted(given)
+def _compare_sizes(reference: Reference, sizes: str, generation: str) -> Iterable[Row]:
+    stated = re.search(r"seq_len (\d+)", str(reference.get("note")))
+    ours, theirs = [], [dotted(row) for row in reference[sizes]]
+    for row in theirs:
         for column in list(row):  # the ratio may be part of a column's name
             if match := re.fullmatch(r"(num_iterations)_ratio(\d+)", column):
                 row |= {match[1]: row.pop(column), "ratio": float(match[2])}
-        keys = {key: row.pop(column) for column, key in KEYS.items() if column in row}
-        keys |= {"model.seq_len": stated[1]} if stated else {}
-        config = load(RECIPES[generation], {key: str(value) for key, value in keys.items()})
+        keys = {key: str(row.pop(column)) for column, key in KEYS.items() if column in row}
+        config = load(RECIPES[generation], keys | ({"model.seq_len": stated[1]} if stated else {}))
         recipe.resolve(config, platform="cpu", num_devices=1)
-        where = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in keys.items())
-        rows.append((where, _sizes(config, generation), row))
-    yield from _columns(reference, f"{SIZES[generation]}: ", rows)
+        ours.append(_sizes(config, generation))
+    yield from _compare_columns(reference, f"{sizes}: ", ours, theirs)
 
 
 def _sizes(config: Recipe, generation: str) -> Values:
@@ -87,27 +76,29 @@ def _sizes(config: Recipe, generation: str) -> Values:
     }
 
 
-def _compare_schedules(reference: Reference, generation: str) -> Iterable[Comparison]:
-    tables = reference.matching(SCHEDULE_ROWS)
-    if not tables:
-        raise KeyError("schedules are missing")
-    for match in tables:
-        functions = _schedules(reference, match[1], int(match[2]), generation)
-        rows = []
-        for theirs in map(dict, reference.take(match[0])):
-            step = theirs.pop("it")
-            ours = {column: float(function(step)) for column, function in functions.items()}
-            rows.append((f"it {step}", ours, theirs))
-        yield from _columns(reference, match[1], rows)
+def _compare_schedule(reference: Reference, name: str, generation: str) -> Iterable[Row]:
+    """The table `name`, like schedules_1000_iterations: settings, and rows of chosen steps."""
+    table = Reference(reference.file, reference[name])
+    num_steps, c = int(re.findall(r"\d+", name)[0]), load(RECIPES[generation])
+    theirs = [dict(row) for row in table["rows"]]
+    ours = [_schedules(table, row.pop("it"), num_steps, c) for row in theirs]
+    yield from _compare_columns(reference, f"{name}.", ours, theirs)
+    yield from table.unread()
 
 
-def _schedules(
-    reference: Reference, prefix: str, num_steps: int, generation: str
-) -> dict[str, Callable[[int], Any]]:
-    c: Recipe = load(RECIPES[generation])
-    lr = partial(schedules.lr_multiplier, num_steps=num_steps)
-    momentum = partial(
-        schedules.muon_momentum,
+def _schedules(table: Reference, step: int, num_steps: int, c: Recipe) -> Values:
+    def lr(warmup_steps: int, warmdown_frac: float, final_frac: float):
+        fracs = {"warmdown_frac": warmdown_frac, "final_frac": final_frac}
+        return schedules.lr_multiplier(
+            step, num_steps=num_steps, warmup_steps=warmup_steps, **fracs
+        )
+
+    def stated_lr(of: str):
+        warmup_steps = round(table[f"{of}.warmup_ratio"] * num_steps)
+        return lr(warmup_steps, table[f"{of}.warmdown_ratio"], table[f"{of}.final_lr_frac"])
+
+    momentum = schedules.muon_momentum(
+        step,
         num_steps=num_steps,
         warmdown_frac=c.base.warmdown_frac,
         start=c.optim.momentum_start,
@@ -115,29 +106,19 @@ def _schedules(
         end=c.optim.momentum_end,
         warmup_steps=c.optim.momentum_warmup_steps,
     )
-
-    def given_lr(name: str, warmup_steps: int):
-        warmdown, final = (reference.take(name + k) for k in ("warmdown_ratio", "final_lr_frac"))
-        return partial(lr, warmup_steps=warmup_steps, warmdown_frac=warmdown, final_frac=final)
-
-    if generation == "modern":
+    if c.optim.recipe == "modern":
         return {
-            "lr_multiplier": given_lr(prefix, reference.take(f"{prefix}warmup_steps")),
+            "lr_multiplier": lr(
+                table["warmup_steps"], table["warmdown_ratio"], table["final_lr_frac"]
+            ),
             "muon_momentum": momentum,
-            "weight_decay_multiplier": partial(schedules.cosine_to_zero, num_steps=num_steps),
+            "weight_decay_multiplier": schedules.cosine_to_zero(step, num_steps=num_steps),
         }
-
-    def classic_lr(name: str):
-        warmup_frac = reference.take(f"{prefix}{name}.warmup_ratio")
-        return given_lr(f"{prefix}{name}.", round(warmup_frac * num_steps))
-
     return {
-        "lr_multiplier": classic_lr("base"),
-        "lr_multiplier_warm": classic_lr("warm"),
+        "lr_multiplier": stated_lr("base"),
+        "lr_multiplier_warm": stated_lr("warm"),
         "muon_momentum": momentum,
         # Stages after pretraining are the same schedule with other numbers (optim/schedules.py).
-        "mid_lr_multiplier_at_progress": partial(
-            lr, warmup_steps=0, warmdown_frac=0.2, final_frac=0.0
-        ),
-        "sft_rl_lr_multiplier": partial(lr, warmup_steps=0, warmdown_frac=1.0, final_frac=0.0),
+        "mid_lr_multiplier_at_progress": lr(0, 0.2, 0.0),
+        "sft_rl_lr_multiplier": lr(0, 1.0, 0.0),
     }

@@ -1,40 +1,29 @@
-"""Parity of all that is text: tokenizer.json and text.json of a folder of reference numbers.
+"""Parity of all that is text: tokenizer.json and text.json of a folder, every value exact."""
 
-Every comparison is exact. Nothing here knows the sizes, conversations or expressions of one
-particular folder.
-"""
-
-import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.parity.reference import Comparison, Reference, collect
+from nanochat_jax.parity.reference import Reference, Row, collect
 from nanochat_jax.tasks.base import mixture_order
 from nanochat_jax.tasks.gsm8k import extract_answer
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
 from nanochat_jax.tokenizer import bpe, chat
 from nanochat_jax.tools.calculator import calculate
 
-# The reference does not say in which order a mixture lists its tasks: up to so many tasks every
-# order is tried, beyond that only the alphabetical one.
-MAX_PERMUTED_TASKS = 6
-
 Compute = Callable[[Any], tuple[Any, Any]]  # what the file has -> (ours, theirs), to be compared
 
 
-def compare_text(folder: Path, ranks: Reference, text: Reference) -> Iterable[Comparison]:
+def compare_text(folder: Path, ranks: Reference, text: Reference) -> Iterable[Row]:
     for key, compute in _computes(bpe.Tokenizer.load(folder), text).items():
         file = ranks if key in ("pattern", "ranks", "special") else text
         yield from collect(file.file, key, _row(file, key, compute))
-    if "num_docs" in text:
-        text.take("num_docs")
-        yield Comparison(text.file, "num_docs", 0, 0.0, 0.0, "for information")
+    if text.get("num_docs"):
+        yield Row(text.file, "num_docs", 0, 0.0, 0.0, "for information")
 
 
-def _row(file: Reference, key: str, compute: Compute) -> Iterable[Comparison]:
-    content = file.take(key) if key in file else file.under(f"{key}.")
-    yield file.compare(key, *compute(content))
+def _row(file: Reference, key: str, compute: Compute) -> Iterable[Row]:
+    yield file.compare(key, *compute(file[key]))
 
 
 def _computes(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
@@ -49,19 +38,13 @@ def _computes(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
         return chat.render_conversation(tokenizer, row["conversation"], row["max_tokens"])
 
     def conversation(row):
-        ids, mask = render(row)
         prompt = chat.render_for_completion(tokenizer, row["conversation"])
-        return {"ids": ids, "mask": mask, "for_completion": prompt}
+        return dict(zip(("ids", "mask"), render(row), strict=True)) | {"for_completion": prompt}
 
     def sft_collate(content):
-        given = text.take("conversations")
-        rows = [render(given[index]) for index in content["rows"]]
+        rows = [render(text["conversations"][index]) for index in content["rows"]]
         inputs, targets = chat.pad_batch(rows, tokenizer.special_id("<|assistant_end|>"))
-        ours = {"inputs": inputs.tolist(), "targets": targets.tolist(), "rows": content["rows"]}
-        return ours, content
-
-    def out(function, argument="text"):
-        return _entries([argument], lambda row: {"out": function(row[argument])})
+        return content | {"inputs": inputs.tolist(), "targets": targets.tolist()}, content
 
     return {
         "pattern": lambda content: (bpe.SPLIT_PATTERN, content),
@@ -71,36 +54,36 @@ def _computes(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
         "special_tokens": lambda content: (tokenizer.special, content),
         "first_100_merges": lambda content: (merges[: len(content)], content),
         "last_merge": lambda content: (merges[-1], content),
-        "encode": _entries(["text"], lambda row: {"ids": tokenizer.encode(row["text"])}),
-        "encode_bos": _entries(["text"], lambda row: {"ids": tokenizer.encode(row["text"], True)}),
-        "conversations": _entries(["conversation", "max_tokens"], conversation),
+        "encode": _entries(lambda row: {"ids": tokenizer.encode(row["text"])}),
+        "encode_bos": _entries(lambda row: {"ids": tokenizer.encode(row["text"], bos=True)}),
+        "conversations": _entries(conversation),
         "sft_collate": sft_collate,
-        "gsm_extract": out(extract_answer),
-        "extract_program": out(extract_program),
-        "extract_imports": out(extract_imports),
-        "calculator": out(calculate, "expr"),
+        "gsm_extract": _entries(lambda row: {"out": extract_answer(row["text"])}),
+        "extract_program": _entries(lambda row: {"out": extract_program(row["text"])}),
+        "extract_imports": _entries(lambda row: {"out": extract_imports(row["text"])}),
+        "calculator": _entries(lambda row: {"out": calculate(row["expr"])}),
         "mixture": _mixture,
     }
 
 
-def _entries(inputs: Iterable[str], compute: Callable[[dict], dict]) -> Compute:
+def _entries(compute: Callable[[dict], dict]) -> Compute:
     """Of a list of entries, every field that is no input, against what `compute` makes of it."""
+    inputs = {"text", "expr", "conversation", "max_tokens"}
 
-    def flat(entries: Iterable[dict]) -> dict[str, Any]:
-        return {
-            f"{i} {k}": v for i, e in enumerate(entries) for k, v in e.items() if k not in inputs
-        }
+    def fields(entries: Iterable[dict]) -> dict[str, Any]:
+        each = ((i, *field) for i, entry in enumerate(entries) for field in entry.items())
+        return {f"{i} {name}": value for i, name, value in each if name not in inputs}
 
-    return lambda content: (flat(map(compute, content)), flat(content))
+    return lambda content: (fields(map(compute, content)), fields(content))
 
 
 def _mixture(content: list[list]) -> tuple[Any, Any]:
-    """The tasks are read off the reference: their names, and the indices each takes part with."""
-    names = sorted({name for name, _ in content})
-    indices = {name: sorted(index for task, index in content if task == name) for name in names}
-    orders = itertools.permutations(names) if len(names) <= MAX_PERMUTED_TASKS else [names]
-    candidates = [
-        [[order[task], index] for task, index in mixture_order([indices[name] for name in order])]
-        for order in map(list, orders)
-    ]
-    return max(candidates, key=lambda ours: sum(map(list.__eq__, ours, content))), content
+    """The shuffle undone shows in which order the tasks were listed, and their indices."""
+    listed = [[]] * len(content)
+    for (_, place), pair in zip(mixture_order([range(len(content))]), content, strict=True):
+        listed[place] = pair
+    indices: dict[str, list[int]] = {}
+    for task, index in listed:
+        indices.setdefault(task, []).append(index)
+    names = list(indices)
+    return [[names[task], index] for task, index in mixture_order(list(indices.values()))], content

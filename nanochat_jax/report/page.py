@@ -1,7 +1,6 @@
 """The report of a run: one set of facts, shown by two templates, as a web page and as Markdown.
 
-Nothing writes to the report while a run goes on: it can be made at any time, and the same files
-give the same report. Every value is escaped, by the `finalize` of the template that shows it.
+It can be made at any time; the same files give the same report. `finalize` escapes every value.
 """
 
 import re
@@ -30,17 +29,12 @@ def make_report(run_dir: Path, draw: Callable = plots.draw) -> tuple[Path, Path]
     folder = run_dir / "report"
     for name, _, svg in sum(drawn.values(), []):
         atomic_write(folder / f"{name}.svg", svg)
+    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.undefined = ChainableUndefined  # a fact of a stage that has not run
+    env.loader = FileSystemLoader(Path(__file__).parent / "templates")
+    env.filters |= {"amount": tables.amount, "readable": tables.readable}
     for page, finalize in (("report.md", in_markdown), ("report.html", shown)):
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"),
-            autoescape=True,
-            finalize=finalize,
-            undefined=ChainableUndefined,  # a fact of a stage that has not run
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"amount": tables.amount, "readable": tables.readable}
-        atomic_write(folder / page, environment.get_template(page).render(facts))
+        atomic_write(folder / page, env.overlay(finalize=finalize).get_template(page).render(facts))
     return folder / "report.md", folder / "report.html"
 
 

@@ -37,9 +37,8 @@ CURVES = {
 def charts(stage: Stage, draw: Callable[..., str]) -> Iterator[tuple[str, str, str]]:
     """(name of the file, title, <svg>) of what the stage has at least two points of."""
     for name, (title, keys) in CURVES.items():
-        curves = {label: stage.curve(key) for key, label in keys.items()}
-        curves = {label: points for label, points in curves.items() if len(points) > 1}
-        if curves:
+        found = {label: stage.curve(key) for key, label in keys.items()}
+        if curves := {label: points for label, points in found.items() if len(points) > 1}:
             yield f"{stage.name}_{name}", title, draw(title, curves)
 
 

@@ -1,7 +1,6 @@
 """What a run left behind, as plain facts: a Stage for each part of the run that has begun.
 
-The files are our own and are trusted, but any may be missing: a run may be half done or made by
-older code. What is missing is absent here and "-" in the report. Read are, below runs/<name>/,
+Any file may be missing, as a run may be half done or of older code. Below runs/<name>/ are read
 
     <stage>/config.json, run_info.json, metrics.jsonl
     <stage>/train_conversations/conversations.json    how many conversations were trained on
@@ -36,8 +35,7 @@ class Stage:
         return [(line["step"], line[key]) for line in self.lines if key in line]
 
     @property
-    def answers(self) -> dict[str, str]:
-        """Prompt -> what the model wrote: its answer in a chat, or how it continued a text."""
+    def answers(self) -> dict[str, str]:  # prompt -> how the model answered or went on
         given = [*self.facts["samples"], *self.facts["answers"]]
         return {answer["prompt"]: answer["text"] for answer in given}
 
@@ -66,9 +64,8 @@ def _read_stage(run_dir: Path, name: str) -> Stage:
     steps = [line for line in lines if line["kind"] == "train"]
     # A batch that is as wide as its longest row has no fixed cost: what counts are trained tokens.
     is_ragged = name == "rl" or config.get(name, {}).get("packing") == "rows"
-    for step in steps:
-        if not is_ragged:
-            step["tokens"] = info.get("tokens_per_step", step["tokens"])
+    for step in [] if is_ragged else steps:
+        step["tokens"] = info.get("tokens_per_step", step["tokens"])
     for step in steps[1:]:  # the first one compiles
         step["tokens_per_sec"] = step["tokens"] / step["step_secs"]
     facts: dict[str, Any] = dict(steps_done=0, tasks={}, samples=[], answers=[], usd=None)
@@ -87,8 +84,7 @@ def _read_stage(run_dir: Path, name: str) -> Stage:
 
 
 def _derived(steps: list[dict[str, Any]], info: dict[str, Any], is_ragged: bool) -> dict[str, Any]:
-    speeds = [step["tokens_per_sec"] for step in steps[1:]]
-    speed = median(speeds) if speeds else None
+    speed = median(step["tokens_per_sec"] for step in steps[1:]) if len(steps) > 1 else None
     peak = None if is_ragged else info.get("peak_flops")
     waited = [step["wait_secs"] for step in steps if "wait_secs" in step]
     last_tenth = steps[-math.ceil(len(steps) / 10) :]

@@ -128,13 +128,11 @@ def time(stages: Stages) -> Table:
 
 
 def details(stages: Stages) -> list[Table]:
-    """What only some readers want to know."""
     found = [_core(stage) for stage in stages.values() if "core_tasks" in stage.facts]
     found += [_chat_tasks(stage) for stage in stages.values() if stage.facts["tasks"]]
     found += [_tokenizer(stage.facts) for stage in stages.values() if "kinds" in stage.facts]
-    infos = {name: stage.info for name, stage in stages.items()}
-    configs = {name: stage.config for name, stage in stages.items()}
-    return [*found, _merged("Machine, code and parameters", infos), _merged("Settings", configs)]
+    found += [_merged("Machine, code and parameters", {s.name: s.info for s in stages.values()})]
+    return [*found, _merged("Settings", {s.name: s.config for s in stages.values()})]
 
 
 def _core(stage: Stage) -> Table:
@@ -168,8 +166,8 @@ def _tokenizer(compression: dict[str, Any]) -> Table:
     for kind, row in compression["kinds"].items():
         ratios = [f"{row['bytes_per_token'][name]:.3f}" for name in sizes]
         rows.append([kind, row["bytes"], row["tokens"]["ours"], *ratios])
-    missing = " and ".join(compression["missing"])
-    remark = f"{missing} could not be loaded to compare with." if missing else ""
+    missing = compression["missing"]
+    remark = f"{' and '.join(missing)} could not be loaded to compare with." if missing else ""
     header = ["", "bytes", "our tokens", *(f"{name}, {size:,} ids" for name, size in sizes.items())]
     return Table(header, rows, "Tokenizer, bytes per token", remark)
 
@@ -184,7 +182,7 @@ def _merged(title: str, of_stage: dict[str, dict[str, Any]]) -> Table:
                     values.setdefault(f"{section}.{key}".strip("."), {})[name.upper()] = value
     rows = []
     for key, told in sorted(values.items()):
-        is_same = all(value == next(iter(told.values())) for value in told.values())
-        texts = [value if is_same else f"{value} ({name})" for name, value in told.items()]
-        rows.append([key, texts[0] if is_same else texts])
+        first, *others = told.values()
+        differing = [f"{value} ({name})" for name, value in told.items()]
+        rows.append([key, differing if any(value != first for value in others) else first])
     return Table(["", ""], rows, title)

@@ -3,10 +3,9 @@
   loss of a pass = - sum over sampled tokens of logp * advantage / number of sampled tokens
   loss of a step = the mean over passes of `pass_rows` answers to one question
 
-Because -logp is the token's nll, this is the tiled cross entropy with other weights: it too never
-holds all logits, and the training step needs nothing new. On-policy, hence without ratios and
-clipping; no KL term and no division by the spread of the rewards. Token by token, so a long answer
-weighs more than a short one (as in DAPO, arXiv 2503.14476).
+-logp is the token's nll, so this is the tiled cross entropy with other weights. On-policy, hence
+without ratios and clipping; no KL term, no division by the spread of the rewards. A long answer
+weighs more than a short one, as in DAPO (arXiv 2503.14476).
 """
 
 import jax
@@ -27,19 +26,17 @@ def token_weights(targets, advantages, pass_rows: int):
     targets [B, T], negative = not sampled (prompt, forced tool output, padding); advantages [B].
     Every `pass_rows` rows are a pass; numpy and JAX arrays both do.
     """
-    rows, width = targets.shape
-    num_passes = rows // pass_rows
-    passes = (targets >= 0).reshape(num_passes, pass_rows * width)
+    num_passes = len(targets) // pass_rows
+    passes = (targets >= 0).reshape(num_passes, -1)
     sampled = passes.sum(axis=1).clip(1).astype(np.float32)  # [passes]
     scale = advantages.reshape(num_passes, pass_rows) / (sampled[:, None] * num_passes)
-    return scale.reshape(rows, 1) * (targets >= 0).astype(np.float32)
+    return scale.reshape(-1, 1) * (targets >= 0).astype(np.float32)
 
 
 def policy_loss(hidden, head, targets, advantages, vocab_size: int, tile: int) -> jax.Array:
-    """The loss of one pass, a float32 scalar: what the training step minimises by its weights.
+    """The loss of one pass, a float32 scalar; targets and advantages as in `token_weights`.
 
-    hidden [B, T, D] from the model; head [D, V]; targets and advantages as in `token_weights`.
-    tile: time steps whose logits exist at once.
+    hidden [B, T, D]; head [D, V]; tile: time steps whose logits exist at once.
     """
     weights = token_weights(targets, advantages, len(targets)).astype(jnp.float32)
     return cross_entropy_sum(hidden, head, targets, weights, vocab_size, tile)

@@ -1,10 +1,7 @@
 """Practice: the model answers questions, the task grades them, and the answers become a batch.
 
-    questions --engine, samples each--> answers --grade--> rewards --> inputs, targets, weights
-
-Targets are the sampled tokens alone, the stop token among them: prompt, tool output and padding
-train nothing. What is sampled depends on the parameters, the seed and the question's place, so a
-continued run repeats it.
+Targets are the sampled tokens alone, the stop token among them. What is sampled depends on the
+parameters, the seed and the question's place, so a continued run repeats it.
 """
 
 import time
@@ -31,17 +28,15 @@ def practise(
     *,
     samples: int,
     pass_rows: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
     seed: tuple[int, ...],
+    **sampling: Any,
 ) -> dict[str, Any]:
-    """A batch of all processes' rows, [questions * samples, T], with metrics about the answers."""
+    """A batch of all processes' rows, [questions * samples, T], and metrics of the answers."""
     began = time.perf_counter()
     asked = [question for question in questions for _ in range(samples)]
     prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
     requests = [
-        Request(prompt, max_new_tokens, temperature, top_k, seed=seed_of(*seed, place, sample))
+        Request(prompt, seed=seed_of(*seed, place, sample), **sampling)
         for place, prompt in enumerate(prompts)
         for sample in range(samples)
     ]
@@ -72,11 +67,9 @@ def pad(
     requests: Sequence[Request], answers: Sequence[Completion], pad_id: int, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """inputs and targets, int32 [R, T]; T is the bucket of the longest row."""
-    rows = [
-        ([*request.prompt, *answer.tokens], [0] * len(request.prompt) + [*map(int, answer.sampled)])
-        for request, answer in zip(requests, answers, strict=True)
-    ]
-    inputs, targets = pad_batch(rows, pad_id)
+    ids = [[*r.prompt, *a.tokens] for r, a in zip(requests, answers, strict=True)]
+    mask = [[0] * len(r.prompt) + a.sampled for r, a in zip(requests, answers, strict=True)]
+    inputs, targets = pad_batch(list(zip(ids, mask, strict=True)), pad_id)
     extra = ((0, 0), (0, bucket(inputs.shape[1], longest) - inputs.shape[1]))
     targets = np.pad(targets, extra, constant_values=IGNORE)
     return np.pad(inputs, extra, constant_values=pad_id), targets

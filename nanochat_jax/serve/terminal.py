@@ -1,15 +1,11 @@
 """A chat in the terminal: lines in, answers out as they are sampled.
 
-`Chat` holds one conversation and does what a line asks for, `Screen` is where it is shown. A base
-model has no conversation: every line is continued on its own.
-
 Invariants: bad input is told in one line and the chat goes on; the first Ctrl-C stops the answer
 between two bursts of the engine, which stays usable; with one question the answer alone goes to
 stdout, notes go to stderr; control characters of the model reach no terminal.
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import threading
@@ -23,7 +19,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.history import AnswerReader, fit_prompt
 from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import render_conversation
+from nanochat_jax.tokenizer.chat import check
 
 COMMANDS = {
     "new": "forget the conversation",
@@ -35,10 +31,8 @@ COMMANDS = {
     "help": "this list",
     "quit": "leave, as Ctrl-D does",
 }
-CONVERSATIONS_ONLY = ("new", "system", "save", "load")
 GREEN, YELLOW, DIM, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
-TOOL_LABELS = {"python": "python", "python_output": "output"}
-# A model's text must not steer the terminal: all control characters but line ends and tabs.
+# What could steer the terminal: all control characters but line ends and tabs.
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -47,8 +41,7 @@ class Screen:
 
     def __init__(self, out: TextIO, notes: TextIO, *, interactive: bool, no_color: bool = False):
         self.out, self.notes, self.interactive = out, notes, interactive
-        # Colours only on a terminal, and not where $NO_COLOR is set (no-color.org).
-        self.color = notes.isatty() and not no_color and not os.environ.get("NO_COLOR")
+        self.color = notes.isatty() and not (no_color or os.environ.get("NO_COLOR"))
         self._kind = "text"
 
     def prompt(self, words: str) -> str:
@@ -56,32 +49,21 @@ class Screen:
         return f"\x01{GREEN}\x02{words}\x01{PLAIN}\x02" if self.color else words
 
     def show(self, pieces: Iterable[tuple[str, str]]) -> None:
-        """(kind, text) pieces of an AnswerReader."""
+        """(kind, text) pieces of an AnswerReader; the tool's parts in brackets, if interactive."""
         for kind, text in pieces:
-            self._enter(kind)
+            if self.interactive or self.out.isatty():  # a pipe gets what was said
+                text = text.translate(CONTROLS)
+            if self.interactive and kind != self._kind:
+                closing = f"]{PLAIN * self.color}" * (self._kind != "text")
+                label = kind.removeprefix("python_")  # python or output
+                text = closing + f"{DIM * self.color}[{label}: " * (kind != "text") + text
+            self._kind = kind
             if self.interactive or kind == "text":
-                watched = self.interactive or self.out.isatty()  # a pipe gets what was said
-                self._write(text.translate(CONTROLS) if watched else text)
-
-    def end(self) -> None:
-        self._enter("text")
-        self._write("\n")
+                print(text, end="", file=self.out, flush=True)
 
     def note(self, text: str) -> None:
         """A line that is not the model's."""
         print(f"{YELLOW * self.color}{text}{PLAIN * self.color}", file=self.notes, flush=True)
-
-    def _enter(self, kind: str) -> None:
-        """Frame the tool's parts."""
-        if kind != self._kind and self.interactive:
-            if self._kind != "text":
-                self._write(f"]{PLAIN * self.color}")
-            if kind != "text":
-                self._write(f"{DIM * self.color}[{TOOL_LABELS[kind]}: ")
-        self._kind = kind
-
-    def _write(self, text: str) -> None:
-        print(text, end="", file=self.out, flush=True)
 
 
 @dataclass
@@ -118,7 +100,7 @@ class Chat:
                 if interrupted.is_set():
                     self.engine.scheduler.cancel(piece.id)  # the next piece is the last one
         self.screen.show(reader.finish())
-        self.screen.end()
+        self.screen.show([("text", "\n")])
         self.num_asked += 1
         if not self.base and (reader.content or finish != "cancelled"):
             self.turns.append({"role": "user", "content": text})
@@ -128,17 +110,17 @@ class Chat:
         elif finish == "context":
             self.screen.note(f"[cut off: the context of {self.engine.max_len:,} tokens is full]")
         elif finish == "length" and not self.base:
-            most = self.settings.max_new_tokens
-            self.screen.note(f"[cut off after {most:,} tokens, --max-new-tokens]")
+            self.screen.note(
+                f"[cut off after {self.settings.max_new_tokens:,} tokens, --max-new-tokens]"
+            )
         return finish
 
     def command(self, line: str) -> bool:
         """Do what a line like "/top_k 50" says; True: leave. Raises UserError."""
-        name, _, value = line[1:].strip().partition(" ")
-        value = value.strip()
+        name, value = (word.strip() for word in line[1:].strip().partition(" ")[::2])
         if name not in COMMANDS:
             raise UserError(f"no command /{name}; see /help, or begin a message with a blank")
-        if self.base and name in CONVERSATIONS_ONLY:
+        if self.base and name in ("new", "system", "save", "load"):
             raise UserError(f"/{name}: a base model continues text and holds no conversation")
         match name:
             case "new":
@@ -154,12 +136,13 @@ class Chat:
                     raise UserError(f"/{name} got {value!r}, expected a number") from None
                 self.settings = replace(self.settings, **{name: number})
                 self.screen.note(f"{name} {number:g}")
-            case "save" | "load" if not value:
-                raise UserError(f"/{name} got no file name; write /{name} FILE")
-            case "save":
-                self._save(value)
-            case "load":
-                self._load(value)
+            case "save" | "load":
+                if not value:
+                    raise UserError(f"/{name} got no file name; write /{name} FILE")
+                try:
+                    (self._save if name == "save" else self._load)(Path(value).expanduser())
+                except (OSError, RuntimeError, ValueError) as error:  # no home, no characters
+                    raise UserError(f"could not {name} {value}: {error}") from None
             case "help":
                 for known, meaning in COMMANDS.items():
                     self.screen.note(f"/{known:<12} {meaning}")
@@ -168,7 +151,7 @@ class Chat:
     def loop(self, read: Callable[[str], str] = input) -> None:
         """Ask and obey until /quit or the end of input."""
         with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # input() then edits lines and recalls them
+            import readline  # noqa: F401 - input() then edits lines and recalls them
         while True:
             try:
                 line = read(self.screen.prompt("text: " if self.base else "you: "))
@@ -194,33 +177,24 @@ class Chat:
         ids, dropped = fit_prompt(self.tokenizer, asked, max_len - room)
         if dropped != self.num_dropped:
             self.screen.note(
-                f"[the context of {max_len:,} tokens is full: the model no longer sees the oldest "
-                f"{dropped} of {len(self.turns) // 2} turns; /new starts over]"
+                f"[the context is full: the model no longer sees the oldest {dropped} of "
+                f"{len(self.turns) // 2} turns; /new starts over]"
             )
         self.num_dropped = dropped
         return ids
 
-    def _save(self, file: str) -> None:
+    def _save(self, file: Path) -> None:
         if not self.turns:
-            raise UserError("there is no conversation to save yet; ask something first")
-        try:
-            write_json(Path(file).expanduser(), {"messages": self.messages})
-        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # no home, no characters
-            raise UserError(f"could not save {file}: {error}; name another, or /new") from None
+            raise UserError("there is no conversation yet; ask something first")
+        write_json(file, {"messages": self.messages})
         self.screen.note(f"saved {len(self.turns) // 2} turns to {file}")
 
-    def _load(self, file: str) -> None:
-        expected = 'expected {"messages": [{"role", "content"}, ...]} as /save writes it'
-        try:
-            found = read_json(Path(file).expanduser(), expected)
-            render_conversation(self.tokenizer, found)
-        except (OSError, RuntimeError, UserError) as error:
-            raise UserError(f"could not load {file}: {error}") from None
-        turns = [
-            {key: message[key] for key in ("role", "content")} for message in found["messages"]
-        ]
+    def _load(self, file: Path) -> None:
+        found = read_json(file, "name a file that /save wrote")
+        check(found)
+        turns = [{"role": m["role"], "content": m["content"]} for m in found["messages"]]
         if turns[-1]["role"] != "assistant":
-            raise UserError(f"{file} ends with a user message, expected the answer to it last")
+            raise UserError("it ends with a user message, expected the answer to it last")
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
         self.turns, self.num_dropped = turns, 0
         self.screen.note(f"loaded {len(turns) // 2} turns from {file}")
@@ -229,13 +203,13 @@ class Chat:
 @contextlib.contextmanager
 def first_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event handed out, the next ones interrupt as they always do."""
-    seen, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    seen = threading.Event()
 
     def handle(*_) -> None:
         seen.set()
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, handle)
+    before = signal.signal(signal.SIGINT, handle)
     try:
         yield seen
     finally:

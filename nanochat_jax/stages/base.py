@@ -1,13 +1,11 @@
 """Pretraining: the base model learns from text."""
 
-import jax
-
 from nanochat_jax import recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import train_batches
 from nanochat_jax.data.sources import Corpus
-from nanochat_jax.stages.evals import make_core, make_samples, text_bpb
+from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
 from nanochat_jax.stages.text import run_data, run_tokenizer
 from nanochat_jax.stages.train import Stage
@@ -25,7 +23,7 @@ class Base(Stage):
         self.use_rows(recipe.rows_per_step(config, run.row_shards)[0])
         self.widest = run.model.seq_len
         self.use_optimizer(b.num_steps)
-        # Before the download that would be for nothing.
+        # Checked first: the download takes hours.
         require_memory(abstract_state(self.owners, self.tx), run.mesh)
         self.tokenizer = run_tokenizer(config)
         train_paths, val_path = run_data(config)
@@ -40,12 +38,12 @@ class Base(Stage):
         self.batches = train_batches(
             order,
             batch_rows=self.rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **self.run.process,
             prefetch=d.prefetch_batches,
         )
         bpb = text_bpb(run, self.tokenizer, val_path)
-        samples = make_samples(run, self.tokenizer, config.eval.prompts, config.eval.sample_tokens)
+        prompts, new_tokens = config.eval.prompts, config.eval.sample_tokens
+        samples = make_answers(run, self.tokenizer, prompts, new_tokens, in_chat=False)
         self.evaluations = [
             Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
             Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import locked, log
 from nanochat_jax.data import conversations as conv
@@ -11,7 +9,7 @@ from nanochat_jax.stages.evals import validation_bpb
 from nanochat_jax.stages.run import Run, finished_parent
 from nanochat_jax.stages.text import run_tokenizer
 from nanochat_jax.stages.train import Stage
-from nanochat_jax.tasks.registry import file_stamps, mixture
+from nanochat_jax.tasks.registry import Mixture, file_stamps
 from nanochat_jax.train.loop import Evaluation
 
 
@@ -47,7 +45,7 @@ class _Chat(Stage):
         }
 
         def make() -> conv.Rendered:
-            mixed = mixture(specs, task_dir=data.task_dir, persona=data.persona)
+            mixed = Mixture(specs, task_dir=data.task_dir, persona=data.persona)
             log(f"{self.name}: rendering {len(mixed):,} conversations to {split} on")
             for spec, count in mixed.counts().items():
                 log(f"  {count:>9,} {spec}")
@@ -69,8 +67,7 @@ class _Chat(Stage):
             seq_len=self.run.model.seq_len,
             packing=packing,
             batch_rows=rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **self.run.process,
             prefetch=data.prefetch_batches,
         )
 

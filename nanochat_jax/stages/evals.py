@@ -1,10 +1,9 @@
 """Evaluations: those of the base model, those of a chat model, and the functions that training
 stages run between steps.
 
-A result is a file, eval/<stage>.json, which says of which checkpoint and settings it is: asked
-again, nothing is computed twice; of another checkpoint or other settings, the earlier file moves to
-eval/replaced/. The chat evaluation keeps each task's score as it comes, so that a long one survives
-a kill.
+A result is a file, eval/<stage>.json, which names its checkpoint and settings. If both are the
+same, nothing is computed again; otherwise the earlier file moves to eval/replaced/. The chat
+evaluation keeps each task's score as it comes, so that a long one survives a kill.
 """
 
 import time
@@ -18,17 +17,22 @@ from tqdm import tqdm
 
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
-from nanochat_jax.config import Recipe
+from nanochat_jax.config import REMOVED, Recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.checkpoint import StageCheckpoint, chat_engine, find_stage, open_stage
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.checkpoint import (
+    STAGES,
+    StageCheckpoint,
+    find_stage,
+    make_engine,
+    open_stage,
+)
 from nanochat_jax.inference.scheduler import Request
-from nanochat_jax.stages.run import ORDER, Run, has_stage, start
+from nanochat_jax.stages.run import Run, has_stage, start
 from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer
 from nanochat_jax.tasks.base import Task
@@ -48,28 +52,30 @@ def run_base_eval(config: Recipe) -> None:
     found = find_stage(run.dir, "base")
     keys = {k: v for k, v in recipe.flat_json(config, "eval.").items() if "eval.chat_" not in k}
     out, settings = run.dir / "eval" / "base.json", {"checkpoint": found.checksum, **keys}
-    if _is_done(out, settings):
+    values = _found(out, settings)
+    if values and _answers(values, e.chat_prompts):
         log(f"base_eval: {out} is there, of step {found.step}")
         return
     began = time.monotonic()
     bundle = hub.eval_bundle(e.core_dir) if e.core else None
     tokenizer, params = _open(run, found)
-    train_paths, val_path = run_data(config)
-
-    values: dict[str, Any] = {"step": found.step}
-    values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
-    values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
-    if bundle:
-        values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
-    values["samples"] = make_samples(run, tokenizer, e.prompts, e.sample_tokens)(params)
-    if e.chat_prompts:
-        values["answers"] = make_samples(run, tokenizer, e.chat_prompts, ANSWER_TOKENS)(params)
+    if not values:
+        train_paths, val_path = run_data(config)
+        values = {"step": found.step, "eval_secs": 0.0, "settings": settings}
+        values["val_bpb"] = text_bpb(run, tokenizer, val_path)(params)
+        values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
+        if bundle:
+            values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
+        continued = make_answers(run, tokenizer, e.prompts, e.sample_tokens, in_chat=False)
+        values["samples"] = continued(params)
+    continued = make_answers(run, tokenizer, e.chat_prompts, ANSWER_TOKENS, in_chat=False)
+    values["answers"] = continued(params)
     for name, value in values.items():
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
-    for sample in [*values["samples"], *values.get("answers", ())]:
+    for sample in [*values["samples"], *values["answers"]]:
         log(f"  {sample['prompt']!r} -> {sample['text']!r}")
-    values |= {"eval_secs": time.monotonic() - began, "settings": settings}
+    values["eval_secs"] += time.monotonic() - began
     _write(run, out, values)
 
 
@@ -80,42 +86,43 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     score(run, tokenizer, params, spec, task) -> Score of one task; by default the model's own.
     """
     name, score = config.eval.chat_stage, score or task_score
-    if name not in ORDER:
-        raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(ORDER)}")
+    if name not in STAGES:
+        raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(STAGES)}")
     if not has_stage(config, name):
         return
     _refuse_same_names(config.eval.chat_tasks)
     run = start(config)
     config, specs = run.config, config.eval.chat_tasks
     found = find_stage(run.dir, name)
-    keys = {k: v for k, v in recipe.flat_json(config, "eval.chat_").items() if k[10:] != "tasks"}
+    not_settings = ("eval.chat_tasks", "eval.chat_prompts")  # each result names its own
+    keys = recipe.flat_json(config, "eval.chat_")
+    keys = {key: value for key, value in keys.items() if key not in not_settings}
     made_of = {"persona": config.data.persona, "task_dir": config.data.task_dir}
     settings = {"checkpoint": found.checksum, **made_of, **keys}
     out = run.dir / "eval" / f"{name}_chat.json"
     values = {"step": found.step, "tasks": {}, "eval_secs": 0.0, "settings": settings}
-    if _is_done(out, settings):
-        values = read_json(out, "delete it")
+    values |= _found(out, settings)
     wanted = [spec for spec in specs if spec not in values["tasks"]]
-    if not wanted:
+    if not wanted and _answers(values, config.eval.chat_prompts):
         log(f"chat_eval: {out} is there, of {name}, step {found.step}")
         if values != (asked := _with_means(values, specs)):
             _write(run, out, asked)
         return
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
     tokenizer, params = _open(run, found)
-    if "answers" not in values:
-        values["answers"] = chat_answers(run, tokenizer, params)
+    prompts, most = config.eval.chat_prompts, config.eval.chat_max_new_tokens
+    if not _answers(values, prompts):
+        answers = make_answers(run, tokenizer, prompts, min(most, ANSWER_TOKENS), in_chat=True)
+        values["answers"] = answers(params)
         for answer in values["answers"]:
             log(f"  {answer['prompt']!r} -> {answer['text']!r}")
+        _write(run, out, _with_means(values, specs))
     for spec, task in tasks.items():
         values["tasks"][spec] = found_score = score(run, tokenizer, params, spec, task).to_json()
         values["eval_secs"] += found_score["seconds"]
         # After each task: a long evaluation can be interrupted.
         _write(run, out, _with_means(values, specs))
-    scores = {spec: dict(values["tasks"][spec]) for spec in specs}
-    for saved in scores.values():
-        saved.pop("accuracy")
-    log(chat.table({_metric(spec): chat.Score(**saved) for spec, saved in scores.items()}))
+    log(chat.table({_metric(spec): chat.Score.from_json(values["tasks"][spec]) for spec in specs}))
 
 
 def _refuse_same_names(specs: Sequence[str]) -> None:
@@ -176,7 +183,7 @@ def task_score(
             longest = longest_prompt(tokenizer, task, range(count))
             max_len = longest + e.chat_max_new_tokens
             sizes = {"slots": e.chat_slots, "max_len": max_len}
-            engine = chat_engine(run.model, run.mesh, tokenizer, **sizes)
+            engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
             engine.load(params)
             score = chat.generative(
                 engine,
@@ -194,22 +201,6 @@ def task_score(
     return score
 
 
-def chat_answers(run: Run, tokenizer: bpe.Tokenizer, params: dict) -> list[dict[str, str]]:
-    """What the model answers to eval.chat_prompts, greedily: the report shows it stage by stage."""
-    e = run.config.eval
-    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in e.chat_prompts]
-    ids = [render_for_completion(tokenizer, user) for user in users]
-    if not ids:
-        return []
-    new_tokens = min(e.chat_max_new_tokens, ANSWER_TOKENS)
-    max_len = max(map(len, ids)) + new_tokens
-    engine = chat_engine(run.model, run.mesh, tokenizer, slots=len(ids), max_len=max_len)
-    engine.load(params)
-    answers = engine.generate([Request(prompt, new_tokens) for prompt in ids])
-    texts = [chat.answer_text(tokenizer, answer) for answer in answers]
-    return [{"prompt": p, "text": t} for p, t in zip(e.chat_prompts, texts, strict=True)]
-
-
 def longest_prompt(tokenizer: bpe.Tokenizer, task: Task, problems) -> int:
     return max(len(render_for_completion(tokenizer, task[problem])) for problem in problems)
 
@@ -220,20 +211,29 @@ def _metric(spec: str) -> str:
     return name if split.lstrip().startswith("test") else spec
 
 
-def _is_done(out: Path, settings: dict[str, Any]) -> bool:
-    return out.exists() and read_json(out, "delete it").get("settings") == settings
+def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result in a file if it was made with these settings, else {}."""
+    saved = read_json(out, "delete it") if out.exists() else {}
+    made_with = {k: v for k, v in saved.get("settings", {}).items() if k not in REMOVED}
+    return saved if made_with == settings else {}
+
+
+def _answers(values: dict[str, Any], prompts: Sequence[str]) -> bool:
+    """Whether a result holds the answers to these prompts."""
+    return [answer["prompt"] for answer in values.get("answers", ())] == list(prompts)
 
 
 def _write(run: Run, out: Path, values: dict[str, Any]) -> None:
     """Write a result; one of another checkpoint or other settings is kept in replaced/."""
     if not run.is_main:
         return
-    if out.exists() and not _is_done(out, values["settings"]):
+    if out.exists() and not _found(out, values["settings"]):
         aside = out.parent / "replaced" / f"{out.stem}-{out.stat().st_mtime_ns}.json"
         log(f"{out} is of another checkpoint or other settings: moved to {aside}")
         aside.parent.mkdir(exist_ok=True)
         out.rename(aside)
     write_json(out, values)
+    run.keep_derived()
 
 
 def _open(run: Run, found: StageCheckpoint) -> tuple[bpe.Tokenizer, dict[str, jax.Array]]:
@@ -277,8 +277,7 @@ def text_bpb(run: Run, tokenizer: bpe.Tokenizer, path: Path) -> Callable[[dict],
         DataOrder(Corpus([path]), tokenizer, run.model.seq_len),
         batch_rows=rows,
         num_batches=max(1, e.val_tokens // (rows * run.model.seq_len)),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **run.process,
     )
     return validation_bpb(run, tokenizer, batches)
 
@@ -293,27 +292,28 @@ def validation_bpb(
     return lambda params: bpb(params, (put_batch(batch, run.mesh) for batch in batches))
 
 
-def make_samples(
-    run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int
+def make_answers(
+    run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int, *, in_chat: bool
 ) -> Callable[[dict], list[dict[str, str]]]:
-    """params -> the prompts with their greedy continuations."""
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    requests = [Request(prompt, new_tokens) for prompt in ids]
-    engine = Engine(
-        run.model,
-        run.mesh,
-        slots=len(ids),
-        max_len=max(map(len, ids)) + new_tokens,
-        stop_ids=(tokenizer.bos_id,),
-    )
+    """params -> the prompts with what the model writes greedily: answers, or continued text."""
+    if in_chat:
+        users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+        ids = [render_for_completion(tokenizer, user) for user in users]
+    else:
+        ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    if not ids:
+        return lambda params: []
+    sizes: dict[str, Any] = {"slots": len(ids), "max_len": max(map(len, ids)) + new_tokens}
+    engine = make_engine(run.model, run.mesh, tokenizer, base=not in_chat, **sizes)
 
-    def samples(params: dict) -> list[dict[str, str]]:
+    def answers(params: dict) -> list[dict[str, str]]:
         engine.load(params)
-        texts = [chat.answer_text(tokenizer, answer) for answer in engine.generate(requests)]
+        completions = engine.generate([Request(prompt, new_tokens) for prompt in ids])
         engine.unload()
+        texts = [chat.answer_text(tokenizer, completion) for completion in completions]
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
-    return samples
+    return answers
 
 
 @contextmanager

@@ -5,12 +5,11 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import recipe
 from nanochat_jax.common import UserError
 from nanochat_jax.config import Recipe
 from nanochat_jax.data.conversations import bucket
 from nanochat_jax.eval.chat import generative
-from nanochat_jax.inference.checkpoint import chat_engine
+from nanochat_jax.inference.checkpoint import make_engine
 from nanochat_jax.rl.rollout import practise
 from nanochat_jax.stages.evals import longest_prompt
 from nanochat_jax.stages.run import Run, finished_parent
@@ -59,7 +58,6 @@ class RL(Stage):
         self.parent = finished_parent(run, "rl")
         self.tokenizer = run_tokenizer(config)
         self.task, self.val_task = (_graded_task(config, spec) for spec in (r.task, r.val_task))
-        recipe.check_rl(config)
         super().__init__(run)
         self.use_rows(r.questions_per_step * r.samples)
         all_steps = max(1, len(self.task) // r.questions_per_step)
@@ -71,7 +69,7 @@ class RL(Stage):
         longest_val = longest_prompt(self.tokenizer, self.val_task, asked)
         max_len = max(longest, longest_val) + r.max_new_tokens
         sizes = {"slots": r.slots, "max_len": max_len}
-        self.engine = chat_engine(run.model, run.mesh, self.tokenizer, **sizes)
+        self.engine = make_engine(run.model, run.mesh, self.tokenizer, **sizes)
         self.widest = bucket(longest + r.max_new_tokens - 1, max_len)
         self.sampling = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k")}
         self.evaluations = [Evaluation("pass_at_k", r.eval_every, self.pass_at_k, at_start=True)]
@@ -79,6 +77,7 @@ class RL(Stage):
     def next_batch(self, params: dict[str, jax.Array]) -> dict[str, Any]:
         r = self.section
         self.engine.load(params)
+        del params  # the engine has its own copy
         batch = practise(
             self.engine,
             self.tokenizer,

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, atomic_write, log, run_dir
 from nanochat_jax.config import Recipe
-from nanochat_jax.inference.checkpoint import StageCheckpoint, find_stage
+from nanochat_jax.inference.checkpoint import SCRIPTS, STAGES, StageCheckpoint, find_stage
 from nanochat_jax.launch import cluster
 from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model.attention_check import check_attention
@@ -18,10 +19,9 @@ from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh, num_row_shards
 from nanochat_jax.train.watch import parse_steps
 
-# Stages that train, in order: the key without which a recipe does not have it, and the script.
-TASKS = {"base": "base.num_steps", "mid": "mid.mixture", "sft": "sft.mixture", "rl": "rl.task"}
-SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
-ORDER = tuple(TASKS)
+# The key without which a recipe has no such stage; all have base.
+TASKS = {"mid": "mid.mixture", "sft": "sft.mixture", "rl": "rl.task"}
+DERIVED = "derived.txt"
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Run:
     mesh: Mesh
     model: GPTConfig
     dir: Path
+    derived: str  # what was derived from the recipe and how, as lines
 
     @property
     def is_main(self) -> bool:
@@ -40,6 +41,15 @@ class Run:
     @property
     def row_shards(self) -> int:
         return num_row_shards(self.mesh)
+
+    @property
+    def process(self) -> dict[str, Any]:
+        return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def keep_derived(self) -> None:
+        """Once a stage is begun or an evaluation done: later ones need not print it again."""
+        if self.is_main:
+            atomic_write(self.dir / DERIVED, self.derived)
 
 
 def start(config: Recipe) -> Run:
@@ -56,45 +66,43 @@ def start(config: Recipe) -> Run:
     )
     lines = [start_runtime(compile_cache=config.run.compile_cache, launch=launch)]
     platform, num_devices = jax.default_backend(), jax.device_count()
-    for key, value, formula in recipe.resolve(config, platform=platform, num_devices=num_devices):
-        lines.append(f"  {key} = {value:,}" if isinstance(value, int) else f"  {key} = {value}")
-        lines[-1] += f"  ({formula})"
-    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
-    run = Run(config, mesh, recipe.gpt_config(config), run_dir(config.run.name))
-    if run.row_shards % jax.process_count():
-        raise UserError(
-            f"config.mesh got data x fsdp = {run.row_shards} row shards for "
-            f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
-        )
-    run.model, line = check_attention(run.model, config.model.attention)
-    _tell_once(run, "\n".join([*lines, line]))
-    return run
-
-
-def _tell_once(run: Run, text: str) -> None:
-    """Print what was derived, unless an earlier stage of the run has said the same."""
-    told = run.dir / "derived.txt"
-    if told.exists() and told.read_text() == text:
-        log(f"{text.splitlines()[0]}; derived numbers and attention as before: {told}")
+    derived = recipe.resolve(config, platform=platform, num_devices=num_devices)
+    lines += [f"  {d.key} = {d.text}  ({d.formula})" for d in derived]
+    try:
+        mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+        if num_row_shards(mesh) % jax.process_count():
+            raise UserError(
+                f"config.mesh got data x fsdp = {num_row_shards(mesh)} row shards for "
+                f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
+            )
+        model, line = check_attention(recipe.gpt_config(config), config.model.attention)
+    except UserError:
+        log("\n".join(lines))  # what the error is about
+        raise
+    folder, text = run_dir(config.run.name), "\n".join([*lines, line])
+    if (folder / DERIVED).exists() and (folder / DERIVED).read_text() == text:
+        log(f"{lines[0]}; derived numbers and attention as before: {folder / DERIVED}")
     else:
         log(text)
-        if run.is_main:
-            atomic_write(told, text)
+    return Run(config, mesh, model, folder, text)
 
 
 def has_stage(config: Recipe, name: str) -> bool:
     """Whether the recipe has this stage at all; says so if not."""
-    section, key = TASKS[name].split(".")
-    if name == "base" or config[section][key]:
-        return True
-    log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
-    return False
+    if not _names_tasks(config, name):
+        log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
+        return False
+    return True
+
+
+def _names_tasks(config: Recipe, name: str) -> bool:
+    section, _, key = TASKS.get(name, "").partition(".")
+    return name == "base" or bool(config[section][key])
 
 
 def before(config: Recipe, name: str) -> str | None:
     """The stage that `name` starts from: the nearest earlier one that the recipe has."""
-    tasks = {s: config[key.split(".")[0]][key.split(".")[1]] for s, key in TASKS.items()}
-    earlier = [s for s in ORDER[: ORDER.index(name)] if s == "base" or tasks[s]]
+    earlier = [stage for stage in STAGES[: STAGES.index(name)] if _names_tasks(config, stage)]
     return earlier[-1] if earlier else None
 
 

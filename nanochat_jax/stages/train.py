@@ -2,7 +2,7 @@
 
   scripts/train.py, mid_train.py, chat_sft.py, chat_rl.py
     train_stage     is it complete? else train it, in a smaller layout if memory runs out
-      Stage         what is its own: base.py, chat.py (mid, SFT) and rl.py have one each
+      Stage         what is its own: base.py, chat.py (mid and SFT), rl.py
       _train        continue or begin, compile, fit() (train/loop.py), say what happened
 
 What a stage leaves lies in $NANOCHAT_BASE_DIR/runs/<config.run.name>/. text.py makes data and
@@ -33,7 +33,7 @@ from nanochat_jax.stages.same import same_parent, same_result, same_run
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train.checkpoint import Checkpoints, read_data_states, read_host, restore_params
 from nanochat_jax.train.layout import LayoutRecord, candidates, note_too_large
-from nanochat_jax.train.loop import LoopState, Trained, fit
+from nanochat_jax.train.loop import LoopState, Trainee, fit
 from nanochat_jax.train.memory import OutOfMemory, outside_the_step, return_freed_memory
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.sharded import Owners
@@ -44,9 +44,9 @@ from nanochat_jax.train.watch import Watch, parse_steps
 LAYOUT = "layout.json"
 
 
-class Stage(Trained):
-    """A stage that trains; base.py, chat.py and rl.py have one each, whose __init__(run) sets what
-    is declared here and calls use_rows and use_optimizer."""
+class Stage(Trainee):
+    """A stage that trains: Base, Mid, SFT, RL. Their __init__(run) sets what is declared here and
+    calls use_rows and use_optimizer."""
 
     name: str  # its folder, and its section of the recipe
     tokenizer: Tokenizer
@@ -213,15 +213,17 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
 
     if run.is_main:
         write_json(folder / "config.json", config.to_dict())
+    run.keep_derived()
     flops, peak = _tell_cost(stage, info, record)
     first, steps = int(state.step), parse_steps(config.run.profile)
     metrics = MetricsLog(
         folder / "metrics.jsonl", first, config.run.tracker, config.run.name, run.is_main
     )
-    later_tokens = plan.remaining_secs(config, name, 1.0, jax.default_backend())
+    # The rate of on-policy steps says nothing of later ones: it counts the time of sampling.
+    later_tokens = 0.0 if stage.on_policy else plan.later_tokens(config, name)
     console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
-    with closing(metrics), closing(console), closing(watch):
+    with closing(metrics), closing(console):
         step, finished = fit(
             stage, state, loop_state, train_step, owners, checkpoints, metrics, console, watch
         )

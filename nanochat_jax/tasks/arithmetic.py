@@ -11,16 +11,15 @@
 
 Level 0 is a sum, level n > 0 a story of n steps; arithmetic.toml has their words. A step calls the
 calculator first and then says what came out, so that the number it says stands right before it.
-Numbers are drawn until every step gives a whole number that is not too large. A tenth of what
-decides the numbers of an answer, the sum or story without its names, things and wording, is test
-and in no training example.
+Numbers are drawn until every step gives a whole number that is not too large. No sum, and no story
+with the same numbers, is in both splits, whatever its names, things and wording.
 """
 
 import random
 import re
 
 from nanochat_jax.tasks.base import Conversation, GeneratedTask, messages, read_toml, split_of
-from nanochat_jax.tasks.gsm8k import NumberTask
+from nanochat_jax.tasks.gsm8k import NumberTask, solution_parts
 from nanochat_jax.tools.calculator import calculate
 
 MAX_RESULT = 999
@@ -50,22 +49,13 @@ class Arithmetic(NumberTask, GeneratedTask):
                 break
         slots |= zip("ABC", rng.sample(_PHRASES["names"], 3), strict=True)
         slots |= {word: rng.choice(_PHRASES[f"{word}s"]) for word in ("item", "pack", "thing")}
-        parts = []
-        for name, call, sentence in steps:
-            parts += [
-                {"type": "python", "text": call.format(**slots)},
-                {"type": "python_output", "text": slots[name]},
-                {"type": "text", "text": f"{sentence.format(**slots)}\n"},
-            ]
-        parts[-1]["text"] += f"#### {slots['n']}"
-        return messages(question.format(**slots), parts) | {"level": level}
+        said = [f"<<{call}={{{name}}}>>{sentence}\n" for name, call, sentence in steps]
+        solution = "".join([*said, "#### {n}"]).format(**slots)
+        return messages(question.format(**slots), solution_parts(solution)) | {"level": level}
 
 
 def solve(steps: _Steps, slots: dict[str, str], least: int) -> bool:
-    """Add the results of the steps to `slots`; False if one is no number from least to MAX_RESULT.
-
-    Nor may a division leave a remainder.
-    """
+    """Add the results to `slots`; False if one is not from least to MAX_RESULT or not whole."""
     for name, call, _ in steps:
         call = call.format(**slots)
         result = calculate(call)

@@ -6,18 +6,18 @@
 
 A conversation is {"messages": [{"role", "content"}, ...]} as in tokenizer/chat.py, plus what the
 verdict needs. A task is a pure function of its index: the same example at every call, on every
-machine. Tasks that make their own examples also split them, by the hash of what train and test
-must not share.
+machine. Generated tasks split their examples by the hash of what train and test must not share.
 """
 
 import hashlib
-import itertools
 import random
 import tomllib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
+
+from nanochat_jax.tokenizer.chat import ROLES
 
 Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
@@ -42,14 +42,10 @@ class Task(Sequence[Conversation]):
         """Verdicts on (index, what the model said), in order; only generative tasks have them."""
         raise NotImplementedError(f"{type(self).__name__} is {self.kind}, not generative")
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self.example(i) for i in range(len(self))[index]]
-        return self.example(range(len(self))[index])
+    def __getitem__(self, index: Any) -> Any:
+        """The example at an index, a list of them for a slice."""
+        chosen = range(len(self))[index]
+        return self.example(chosen) if isinstance(chosen, int) else [*map(self.example, chosen)]
 
 
 class RowTask(Task):
@@ -87,9 +83,8 @@ class GeneratedTask(Task):
 
 def messages(*contents: Any) -> Conversation:
     """The conversation in which user and assistant say these in turn."""
-    roles = itertools.cycle(("user", "assistant"))
-    said = zip(roles, contents, strict=False)
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
+    said = enumerate(contents)
+    return {"messages": [{"role": ROLES[i % 2], "content": content} for i, content in said]}
 
 
 def read_toml(name: str) -> dict[str, Any]:

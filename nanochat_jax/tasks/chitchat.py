@@ -4,13 +4,12 @@
     Good, I went hiking. And yours?  assistant
 
 Filtered and tidied as for pretraining in data/demo.py, and cut into pieces short enough for small
-contexts. What one person says before the other answers is one message; a piece starts with a
-greeting or a question, so that it needs nothing said before, and ends with an answer. Whole
-conversations belong to one split, so what is validation in the demo's pretraining is in no training
-example here (split_of).
+contexts. A piece starts with a greeting or a question, so that it needs nothing said before, and
+ends with an answer. Whole conversations belong to one split, so what is validation in the demo's
+pretraining is in no training example here (split_of).
 
-Making the pieces takes seconds, and every stage that chats needs them: they are kept in
-$NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with the hashes of what they were made from.
+Making the pieces takes seconds: they are kept in $NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with
+the hashes of what they were made from.
 """
 
 import re
@@ -69,26 +68,19 @@ def _make_pieces() -> Iterator[tuple[str, list[str]]]:
                 yield key, piece
 
 
-def cut(turns: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
+def cut(turns: Iterable[tuple[str, str]]) -> list[list[str]]:
     """Runs of an even number of messages, from (speaker, text) turns.
 
     Speakers take turns in a run, which starts with an opening and has at most MAX_CHARS. A message
     that is left out ends the run; a turn without text is as if it had not been.
     """
-    piece: list[str] = []
+    pieces: list[list[str]] = [[]]
     for _, of_speaker in groupby((turn for turn in turns if turn[1]), key=lambda turn: turn[0]):
         text = " ".join(text for _, text in of_speaker)
         left_out = demo.LEFT_OUT.search(text) or _SETTING.search(text)
         unwanted = left_out or len(text) > _MAX_MESSAGE_CHARS
-        if unwanted or sum(map(len, piece)) + len(text) > MAX_CHARS:
-            yield from _even(piece)
-            piece = []
-        if not unwanted and (piece or _OPENING.match(text)):
-            piece.append(text)
-    yield from _even(piece)
-
-
-def _even(piece: list[str]) -> Iterator[list[str]]:
-    """The piece up to its last answer, if it has one."""
-    if len(piece) >= 2:
-        yield piece[: len(piece) // 2 * 2]
+        if unwanted or sum(map(len, pieces[-1])) + len(text) > MAX_CHARS:
+            pieces.append([])
+        if not unwanted and (pieces[-1] or _OPENING.match(text)):
+            pieces[-1].append(text)
+    return [piece[: len(piece) // 2 * 2] for piece in pieces if len(piece) > 1]  # to an answer

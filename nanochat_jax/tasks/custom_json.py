@@ -22,10 +22,6 @@ class CustomJSON(RowTask):
     def __init__(self, path: Path | str):
         lines = read_jsonl(Path(path).expanduser())
         super().__init__([_conversation(where, value) for where, value in lines])
-        if not self.rows:
-            raise UserError(
-                f"{path}: got no conversation, expected one a line; correct the path or the file"
-            )
 
 
 def _conversation(where: str, value: Any) -> Conversation:

@@ -44,8 +44,7 @@ class NumberTask(Task):
         number = extract_answer(solution)
         if number is None:  # would make an answer without number right
             raise UserError(
-                f"got the solution {solution[-60:]!r}, expected it to end in '#### number'; "
-                "correct the row"
+                f"got the solution {solution[-60:]!r}, expected '#### number'; correct the row"
             )
         return number
 

@@ -9,14 +9,11 @@ cannot hold against.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from nanochat_jax.common import UserError
-from nanochat_jax.tasks.base import Conversation, Task
-from nanochat_jax.tools.sandbox import DEFAULT_LIMITS, Limits, run_programs
+from nanochat_jax.tasks.base import Conversation, RowTask, messages
+from nanochat_jax.tools.sandbox import run_programs
 
-COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 _CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
@@ -37,59 +34,28 @@ def extract_imports(prompt: str) -> str:
     return "\n".join(imports)
 
 
-def program(prompt: str, completion: str, test: str, entry_point: str) -> str:
+def program(row: dict[str, str], answer: str) -> str:
     """What decides on an answer: it runs to its last line if the answer is right."""
-    parts = (extract_imports(prompt), extract_program(completion), test, f"check({entry_point})")
-    return "\n\n".join(parts) + "\n"
+    imports, check = extract_imports(row["prompt"]), f"check({row['entry_point']})\n"
+    return "\n\n".join((imports, extract_program(answer), row["test"], check))
 
 
-class HumanEval(Task):
-    """Problems from rows with the keys in COLUMNS, all of them text."""
+class HumanEval(RowTask):
+    """Problems from rows like that of SOURCES["humaneval"]."""
 
     kind = "generative"
 
-    def __init__(
-        self,
-        rows: Sequence[dict[str, Any]],
-        *,
-        limits: Limits = DEFAULT_LIMITS,
-        workers: int | None = None,
-        progress: Callable[[int], object] | None = None,
-    ):
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"HumanEval: row {number} got {type(row).__name__}, expected an object with "
-                    f"{', '.join(COLUMNS)}; get openai/openai_humaneval again"
-                )
-            if wrong := [key for key in COLUMNS if not isinstance(row.get(key), str)]:
-                raise UserError(
-                    f"HumanEval: row {number} has no text for {', '.join(wrong)}, expected "
-                    f"{', '.join(COLUMNS)}; get openai/openai_humaneval again"
-                )
-        self.rows = rows
-        self.limits = limits
+    def __init__(self, rows: Sequence[dict[str, str]], workers: int | None = None):
+        super().__init__(rows)
         self.workers = workers
-        self.progress = progress
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def example(self, index: int) -> Conversation:
         row = self.rows[index]
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]},
-        ]
-        return {"messages": messages, "task_id": row["task_id"]}
+        solution = row["prompt"] + row["canonical_solution"]
+        return messages(row["prompt"], solution) | {"task_id": row["task_id"]}
 
     def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
         """Whether each answer passes its problem's check; all run in the sandbox, in parallel."""
-        sources = []
-        for index, answer in answers:
-            row = self.rows[index]
-            sources.append(program(row["prompt"], answer, row["test"], row["entry_point"]))
-        outcomes = run_programs(
-            sources, limits=self.limits, workers=self.workers, progress=self.progress
-        )
+        programs = [program(self.rows[index], answer) for index, answer in answers]
+        outcomes = run_programs(programs, workers=self.workers)
         return [outcome.status == "ok" for outcome in outcomes]

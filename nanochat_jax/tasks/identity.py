@@ -5,10 +5,7 @@
 
 A model knows nothing of itself but what it is told in training. The persona (configs/persona.toml)
 says it once, the questions and answers of identity.toml say it in many ways. A conversation has one
-to three questions, sometimes with a greeting or thanks, some in other languages.
-
-Questions do not depend on the persona. A tenth of all sequences of questions is test, and in no
-training example.
+to three questions, which do not depend on the persona; no sequence of them is in both splits.
 """
 
 import random
@@ -83,26 +80,18 @@ def _join(items: list[str], word: str) -> str:
 
 def read_persona(path: str | Path) -> dict[str, Any]:
     """The values of a persona file, each of the right kind. UserError names file and key."""
-    path = Path(path).expanduser()
     try:
-        persona = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}), expected a persona file like {PERSONA}"
-        ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} is not TOML ({error}); correct it, see {PERSONA}") from None
-    keys = (*_TEXTS, *_LISTS)
-    if wrong := persona.keys() ^ {*keys}:
+        persona = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # no TOML is a ValueError too
+        raise UserError(f"{path}: {error}; expected a file like {PERSONA}") from None
+    keys = {*_TEXTS, *_LISTS}
+    if wrong := persona.keys() ^ keys:
         found = [f"{'has' if key in persona else 'lacks'} {key}" for key in sorted(wrong)]
-        raise UserError(f"{path} {', '.join(found)}; expected exactly the keys {', '.join(keys)}")
+        raise UserError(f"{path} {', '.join(found)}; expected the keys {', '.join(sorted(keys))}")
     for key, value in persona.items():
         items = value if key in _LISTS else [value]
-        if not isinstance(items, list) or not items or any(not _is_text(item) for item in items):
+        texts = isinstance(items, list) and [isinstance(it, str) and it.strip() for it in items]
+        if not texts or not all(texts):
             expected = 'texts, as in ["one", "two"]' if key in _LISTS else "text in quotes"
             raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
     return persona
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())

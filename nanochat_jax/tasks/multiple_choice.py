@@ -14,6 +14,7 @@ a letter in the question, as none does in the answer, which is a single token.
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.base import Conversation, RowTask, messages
@@ -21,17 +22,19 @@ from nanochat_jax.tasks.base import Conversation, RowTask, messages
 LETTERS = string.ascii_uppercase
 
 
-def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conversation:
-    """The conversation about a question whose choice number `answer` (from 0) is right."""
-    if not (2 <= len(choices) <= len(LETTERS) and 0 <= answer < len(choices)):
+def multiple_choice(
+    question: str, choices: Sequence[str], labels: Sequence[Any], right: Any
+) -> Conversation:
+    """The conversation about a question whose choice with the label `right` is right."""
+    if not (2 <= len(choices) == len(labels) <= len(LETTERS) and right in labels):
         raise UserError(
-            f"got {len(choices)} choices, number {answer} of them right, for the question "
-            f"{question[:60]!r}, expected 2 to {len(LETTERS)} and one of them; correct the row"
+            f"got {len(choices)} choices and the answer {right!r} for {question[:60]!r}, expected "
+            f"2 to {len(LETTERS)} and one of {', '.join(map(str, labels))}; correct the row"
         )
     letters = LETTERS[: len(choices)]
     listed = "".join(f"- {text}={letter}\n" for text, letter in zip(choices, letters, strict=True))
     text = f"Choose the right answer.\n\n{question}\n{listed}\nReply with its letter alone."
-    return messages(text, letters[answer]) | {"letters": tuple(letters)}
+    return messages(text, letters[labels.index(right)]) | {"letters": tuple(letters)}
 
 
 class ARC(RowTask):
@@ -48,13 +51,8 @@ class ARC(RowTask):
 
     def example(self, index: int) -> Conversation:
         row = self.rows[index]
-        choices, labels, key = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
-        if key not in labels:
-            raise UserError(
-                f"got answerKey {key!r} for the ARC question {row['question'][:60]!r}, expected "
-                f"one of {', '.join(labels)}; correct the row"
-            )
-        return multiple_choice(row["question"], choices, labels.index(key))
+        choices = row["choices"]
+        return multiple_choice(row["question"], choices["text"], choices["label"], row["answerKey"])
 
 
 class MMLU(RowTask):
@@ -70,4 +68,5 @@ class MMLU(RowTask):
 
     def example(self, index: int) -> Conversation:
         row = self.rows[index]
-        return multiple_choice(row["question"], row["choices"], row["answer"])
+        choices = row["choices"]
+        return multiple_choice(row["question"], choices, range(len(choices)), row["answer"])

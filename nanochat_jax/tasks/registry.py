@@ -9,24 +9,16 @@
 A mixture lists every example as often as its specs say and shuffles the list with a fixed seed.
 """
 
-import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.arithmetic import Arithmetic
-from nanochat_jax.tasks.base import (
-    SHUFFLE_SEED,
-    SPLITS,
-    Conversation,
-    RowTask,
-    Task,
-    mixture_order,
-)
+from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS, Conversation, RowTask, Task, mixture_order
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K
@@ -60,12 +52,12 @@ _GRAMMAR = 'expected "<task> <split>[slice] [x<weight>]", as in "gsm8k train[:10
 
 
 class Selection(Task):
-    """Some examples of a task, perhaps several times."""
+    """What a spec selects: some examples of a task, perhaps several times."""
 
-    def __init__(self, task: Task, indices: Sequence[int], spec: str = "", name: str = ""):
+    def __init__(self, spec: str, source: str, task: Task, indices: Sequence[int]):
+        self.spec, self.source = spec, source  # the source is the spec without slice and weight
         self.task, self.indices = task, indices
         self.kind, self.chance = task.kind, task.chance
-        self.spec, self.name = spec, name  # the name is the spec without slice and weight
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,11 +70,15 @@ class Selection(Task):
 
 
 class Mixture(Task):
-    """The examples of several specs, shuffled."""
+    """The examples of several specs, shuffled; arguments and errors as those of `open_task`."""
 
-    def __init__(self, parts: Sequence[Selection]):
-        self.parts = parts
-        self.order = mixture_order([part.indices for part in parts])
+    def __init__(self, specs: Sequence[str], *, task_dir: str = "", persona: str = ""):
+        if not specs:
+            raise UserError(f"got no task for the mixture, {_GRAMMAR}")
+        for spec in specs:
+            _parse(spec)  # a wrong spec is told before anything is loaded
+        self.parts = [open_task(spec, task_dir=task_dir, persona=persona) for spec in specs]
+        self.order = mixture_order([part.indices for part in self.parts])
 
     def __len__(self) -> int:
         return len(self.order)
@@ -94,47 +90,42 @@ class Mixture(Task):
     def name(self, index: int) -> str:
         """Where an example is from: `gsm8k train 123` is open_task("gsm8k train")[123]."""
         part, inner = self.order[index]
-        return f"{self.parts[part].name} {inner}"
+        return f"{self.parts[part].source} {inner}"
 
     def counts(self) -> dict[str, int]:
         """How many examples each spec contributes."""
-        counts: Counter[str] = Counter()
+        counts = Counter()
         for part in self.parts:
-            counts[part.spec] += len(part.indices)
-        return dict(counts)
+            counts[part.spec] += len(part)
+        return counts
 
 
-def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Task:
+def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Selection:
     """The task of a spec. UserError for a wrong spec, or for data that cannot be had.
 
     `task_dir`: folder of the data sets, "" for the Hugging Face hub (sources.py); `persona`: path
     of a persona file, "" for ours (identity.py).
     """
-    selected = _open(spec, task_dir, persona)
-    whole = selected.indices == range(len(selected.task))
-    return selected.task if whole else selected
-
-
-def mixture(specs: Sequence[str], *, task_dir: str = "", persona: str = "") -> Mixture:
-    """The examples of all specs in one shuffled sequence; errors as `open_task`."""
-    if not specs:
-        raise UserError(f"got no task for the mixture, {_GRAMMAR}")
-    for spec in specs:
-        _parse(spec)  # a wrong spec is told before anything is loaded
-    return Mixture([_open(spec, task_dir, persona) for spec in specs])
+    parsed = _parse(spec)
+    name, split = parsed["task"], parsed["split"]
+    made_of = load_rows(name, split, task_dir) if name in SOURCES else split
+    task = TASKS[name](made_of, persona) if name == "identity" else TASKS[name](made_of)
+    bounds = (int(parsed[key]) if parsed[key] else None for key in ("start", "stop", "step"))
+    chosen = range(len(task))[slice(*bounds)]
+    times, rest = divmod(Fraction(parsed["weight"] or 1), 1)
+    once_more = random.Random(SHUFFLE_SEED).sample(chosen, round(rest * len(chosen)))
+    indices = [*chosen] * int(times) + sorted(once_more)
+    if not indices:
+        raise UserError(f"got {spec!r}, which selects none of {len(task)} examples; correct it")
+    return Selection(spec, f"{name} {split}", task, indices)
 
 
 def file_stamps(specs: Sequence[str], persona: str = "") -> list[list]:
-    """[path, bytes, time of change] of the user's own files that the specs read.
-
-    They are files of conversations, and the persona file, given or ours, for a spec of the task
-    identity. What was made from them is out of date when these differ.
-    """
+    """[path, bytes, time of change] of the user's files that specs read: own chats, persona."""
     parsed = [_parse(spec) for spec in specs]
-    paths = [Path(spec["split"]) for spec in parsed if spec["task"] == "json"]
-    if any(spec["task"] == "identity" for spec in parsed):
-        paths.append(Path(persona or PERSONA))
-    files = [path for path in (path.expanduser() for path in paths) if path.is_file()]
+    paths = [spec["split"] for spec in parsed if spec["task"] == "json"]
+    paths += [persona or PERSONA] * any(spec["task"] == "identity" for spec in parsed)
+    files = [file for path in paths if (file := Path(path).expanduser()).is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -142,40 +133,9 @@ def _parse(spec: str) -> re.Match[str]:
     parsed = _SPEC.fullmatch(spec.strip())
     name = parsed["task"] if parsed else spec.strip()
     if name not in TASKS:
-        raise UserError(f"got task {name!r}, {_one_of(TASKS, name)}")
+        raise UserError(f"got task {name!r}, expected one of {', '.join(TASKS)}")
     splits = SOURCES[name].files if name in SOURCES else SPLITS
-    if parsed is None:
-        listed = "the path of a .jsonl file" if name == "json" else ", ".join(splits)
+    listed = "the path of a .jsonl file" if name == "json" else ", ".join(splits)
+    if parsed is None or (name != "json" and parsed["split"] not in splits):
         raise UserError(f"got {spec!r}, {_GRAMMAR}; {name} has {listed}")
-    if name != "json" and parsed["split"] not in splits:
-        split = parsed["split"]
-        raise UserError(f"got split {split!r} of {name}, {_one_of(splits, split)}")
     return parsed
-
-
-def _one_of(known: Iterable[str], got: str) -> str:
-    near = difflib.get_close_matches(got, known := list(known), n=1)
-    return f"expected one of {', '.join(known)}" + (f" (perhaps {near[0]}?)" if near else "")
-
-
-def _open(spec: str, task_dir: str, persona: str) -> Selection:
-    parsed = _parse(spec)
-    name, split = parsed["task"], parsed["split"]
-    if name in SOURCES:
-        task = TASKS[name](load_rows(name, split, task_dir))
-    else:
-        task = TASKS[name](split, *((persona,) if name == "identity" else ()))
-    bounds = (int(parsed[key]) if parsed[key] else None for key in ("start", "stop", "step"))
-    indices = _weighted(range(len(task))[slice(*bounds)], Fraction(parsed["weight"] or 1))
-    if not indices:
-        raise UserError(f"got {spec!r}, which selects none of {len(task)} examples; correct it")
-    return Selection(task, indices, spec, f"{name} {split}")
-
-
-def _weighted(indices: range, weight: Fraction) -> Sequence[int]:
-    """Every index as often as the whole part of the weight, and a sample of them once more."""
-    if weight == 1:
-        return indices
-    times, rest = divmod(weight, 1)
-    sample = random.Random(SHUFFLE_SEED).sample(indices, round(rest * len(indices)))
-    return [*indices] * int(times) + sorted(sample)

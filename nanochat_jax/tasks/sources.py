@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from nanochat_jax.common import UserError, data_dir
-from nanochat_jax.tasks.base import SHUFFLE_SEED
+from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS
 
 
 class Source(NamedTuple):
@@ -28,45 +28,32 @@ class Source(NamedTuple):
     hub_names: Mapping[str, str] = {}  # of splits that have another name there
 
 
+def _files(pattern: str, *splits: str) -> dict[str, tuple[str, ...]]:
+    return {split: (pattern.format(split),) for split in splits}
+
+
 def _arc(config: str, file: str) -> Source:
-    held_out = (f"{file}_dev", f"{file}_validation")
-    files = {"train": (f"{file}_train",), "validation": held_out, "dev": held_out}
-    return Source(
-        "allenai/ai2_arc",
-        config,
-        {"question": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""},
-        files | {"test": (f"{file}_test",)},
-        {"dev": "validation"},
-    )
+    """On the hub, the split "dev" is called "validation"; a folder may call it either."""
+    row = {"question": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""}
+    held_out = dict.fromkeys(("validation", "dev"), (f"{file}_dev", f"{file}_validation"))
+    files = _files(f"{file}_{{}}", "train") | held_out | _files(f"{file}_{{}}", "test")
+    return Source("allenai/ai2_arc", config, row, files, {"dev": "validation"})
 
 
+_MMLU = _files("mmlu/{}", "test", "dev", "validation") | _files("mmlu/{}*", "auxiliary_train")
+_PROBLEM = dict.fromkeys(["task_id", "prompt", "canonical_solution", "test", "entry_point"], "")
 SOURCES = {
     "arc_easy": _arc("ARC-Easy", "arc/arc_easy"),
     "arc_challenge": _arc("ARC-Challenge", "arc/arc_challenge"),
-    "mmlu": Source(
-        "cais/mmlu",
-        "all",
-        {"question": "", "choices": [""], "answer": 0},
-        {name: (f"mmlu/{name}",) for name in ("test", "dev", "validation")}
-        | {"auxiliary_train": ("mmlu/auxiliary_train*",)},
-    ),
+    "mmlu": Source("cais/mmlu", "all", {"question": "", "choices": [""], "answer": 0}, _MMLU),
     "gsm8k": Source(
-        "openai/gsm8k",
-        "main",
-        {"question": "", "answer": ""},
-        {"train": ("gsm8k/train",), "test": ("gsm8k/test",)},
+        "openai/gsm8k", "main", {"question": "", "answer": ""}, _files("gsm8k/{}", *SPLITS)
     ),
     "humaneval": Source(
-        "openai/openai_humaneval",
-        None,
-        dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), ""),
-        {"test": ("humaneval/HumanEval",)},
+        "openai/openai_humaneval", None, _PROBLEM, _files("humaneval/HumanEval", "test")
     ),
     "smoltalk": Source(
-        "HuggingFaceTB/smol-smoltalk",
-        None,
-        {"messages": []},
-        {"train": ("chat/mixture/train",), "test": ("chat/mixture/test",)},
+        "HuggingFaceTB/smol-smoltalk", None, {"messages": []}, _files("chat/mixture/{}", *SPLITS)
     ),
 }
 
@@ -78,11 +65,11 @@ def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, A
         advice = "check the network, or put the files into a folder and set config.data.task_dir"
         hub_split = source.hub_names.get(split, split)
         return _load(source, source.repo_id, advice, name=source.config, split=hub_split)
-    files = _files(source, split, Path(task_dir).expanduser())
+    files = _find_files(source, split, Path(task_dir).expanduser())
     if files[0].suffix == ".parquet":
         paths = [str(file) for file in files]
         return _load(source, "parquet", "copy it again", data_files=paths, split="train")
-    rows = [row for file in files for row in _read_rows(file, source.row)]
+    rows = [row for file in files for row in read_rows(file, source.row)]
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))  # Dataset.shuffle's
     return [rows[i] for i in order]
 
@@ -105,11 +92,11 @@ def _load(source: Source, path: str, advice: str, **what: Any) -> Sequence[dict[
     return rows.select_columns(list(source.row)).shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
-def _files(source: Source, split: str, folder: Path) -> list[Path]:
+def _find_files(source: Source, split: str, folder: Path) -> list[Path]:
     wanted = [f"{file}{end}" for file in source.files[split] for end in (".jsonl", ".parquet")]
     found = [paths for pattern in wanted if (paths := sorted(folder.glob(pattern)))]
     if len(found) != 1:
-        got = " and ".join(str(path) for paths in found for path in paths) or "no such file"
+        got = " and ".join(str(path) for path in sum(found, [])) or "no such file"
         raise UserError(
             f"got {got}, expected in config.data.task_dir = {folder} one of {', '.join(wanted)}, "
             f"with rows of {source.repo_id}"
@@ -117,8 +104,9 @@ def _files(source: Source, split: str, folder: Path) -> list[Path]:
     return found[0]
 
 
-def _read_rows(file: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for where, row in read_jsonl(file):
+def read_rows(path: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The columns of `example` of each row of a .jsonl file; UserError for a row not like it."""
+    for where, row in read_jsonl(path):
         _check(where, row, example)
         yield {column: row[column] for column in example}
 
@@ -126,21 +114,19 @@ def _read_rows(file: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """("path:line", value) of each line that is not blank."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = enumerate(path.read_bytes().splitlines(), start=1)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}), expected a .jsonl file; correct the path"
+            f"got {path} ({error.strerror}), expected a .jsonl file; correct the path"
         ) from None
-    for number, line in enumerate(lines, start=1):
+    for where, line in [(f"{path}:{number}", line) for number, line in lines if line.strip()]:
         try:
-            value = json.loads(line) if line.strip() else None
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}:{number}: not JSON ({error}), expected one JSON value a line; correct or "
-                "remove the line"
+                f"{where}: not JSON ({error}), expected one JSON value a line; correct the line"
             ) from None
-        if line.strip():
-            yield f"{path}:{number}", value
+        yield where, value
 
 
 def _check(where: str, row: Any, example: Mapping[str, Any]) -> None:

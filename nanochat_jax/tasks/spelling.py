@@ -10,25 +10,26 @@
 A model sees tokens, not letters; here it learns which letters a token holds. It counts twice: by
 hand, numbering the letter while it spells, and with the calculator. The call has double quotes:
 after a single one the tokenizer looks for an English contraction and would cut 'scream' into 's and
-cream. Words are lower case in the answer whatever their case in the question; the last sentence of
-the answer is in the language of the question. No word of the test split is in a training example.
+cream. Answers spell in lower case. No word of the test split is in a training example.
 """
 
 import random
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 
 from nanochat_jax.tasks.base import Conversation, GeneratedTask, messages, read_toml, split_of
-from nanochat_jax.tasks.gsm8k import NumberTask
+from nanochat_jax.tasks.gsm8k import NumberTask, solution_parts
 from nanochat_jax.tools.calculator import calculate
 
 WORDS = Path(__file__).with_name("words.txt").read_text().split()  # everyday English ones
+_SPLIT_WORDS = {
+    split: [word for word in WORDS if split_of(word) == split] for split in ("train", "test")
+}
 _LANGUAGES = read_toml("spelling.toml")  # English first
 _ENGLISH_FRAC = 0.7
 _IN_WORD_FRAC = 0.75  # how often the letter asked for is one of the word's
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _QUOTES = ("{}", "{}", "{}", "'{}'", '"{}"', "“{}”")
 _CASES = (str.lower, str.lower, str.lower, str.capitalize, str.upper)
 
@@ -40,23 +41,18 @@ class SpellingBee(NumberTask, GeneratedTask):
     sizes = {"train": 80_000, "test": 1_000}
 
     def draw(self, rng: random.Random) -> Conversation:
-        word = rng.choice(_words(self.split))
-        drawn = rng.choices(word if rng.random() < _IN_WORD_FRAC else _ALPHABET, k=2)
+        word = rng.choice(_SPLIT_WORDS[self.split])
+        drawn = rng.choices(word if rng.random() < _IN_WORD_FRAC else ascii_lowercase, k=2)
         letter = max(drawn, key=word.count)  # repeated letters are rare, and the point
         language = _draw_language(rng)
         question = _draw_question(rng, language["counting"], letter=letter, word=word)
         call = f'"{word}".count("{letter}")'
         count = calculate(call)
         sentence = language["count"].format(letter=letter, word=word, count=count)
-        if count == "1":
-            sentence = sentence.replace("1 times", "1 time")
-        parts = [
-            {"type": "text", "text": f"{word}: {number_letter(word, letter)}\n"},
-            {"type": "python", "text": call},
-            {"type": "python_output", "text": count},
-            {"type": "text", "text": f"{sentence}\n#### {count}"},
-        ]
-        return messages(question, parts)
+        sentence = sentence.replace(" 1 times", " 1 time")
+        spelled = f"{word}: {number_letter(word, letter)}"
+        solution = f"{spelled}\n<<{call}={count}>>{sentence}\n#### {count}"
+        return messages(question, solution_parts(solution))
 
 
 class SimpleSpelling(GeneratedTask):
@@ -67,7 +63,7 @@ class SimpleSpelling(GeneratedTask):
     sizes = {"train": 200_000, "test": 1_000}
 
     def draw(self, rng: random.Random) -> Conversation:
-        word = rng.choice(_words(self.split))
+        word = rng.choice(_SPLIT_WORDS[self.split])
         question = _draw_question(rng, _draw_language(rng)["spelling"], word=word)
         return messages(question, f"{word}: {' '.join(word)}")
 
@@ -83,11 +79,6 @@ def number_letter(word: str, letter: str) -> str:
     """A word in single letters, the letter asked for numbered: s t r1 a w b e r2 r3 y."""
     numbered = (f"{c}{word[: i + 1].count(c)}" if c == letter else c for i, c in enumerate(word))
     return " ".join(numbered)
-
-
-@cache
-def _words(split: str) -> list[str]:
-    return [word for word in WORDS if split_of(word) == split]
 
 
 def _letters(said: str) -> list[str]:

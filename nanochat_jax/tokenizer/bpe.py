@@ -81,10 +81,7 @@ class Tokenizer:
             raise ValueError(f"{missing} of the {NUM_BYTE_TOKENS} single-byte tokens are missing")
         special = {name: num_ranks + i for i, name in enumerate(SPECIAL_TOKENS)}
         encoding = tiktoken.Encoding(
-            name="nanochat-jax",
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens=special,
+            "nanochat-jax", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special
         )
         object.__setattr__(self, "special", special)
         object.__setattr__(self, "_encoding", encoding)

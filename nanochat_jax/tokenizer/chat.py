@@ -125,32 +125,30 @@ def check(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
     roles = itertools.chain(["system"] * has_system, itertools.cycle(ROLES))
     turns = []
     for number, (message, role) in enumerate(zip(messages, roles, strict=False)):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        said = message if isinstance(message, Mapping) else {}
+        if said.get("role") != role or "content" not in said:
             raise UserError(
-                f'message {number} is {_short(message)}, expected {{"role": ..., "content": ...}}'
+                f'message {number} is {_short(message)}, expected {{"role": {role!r}, "content": '
+                "...}: user and assistant alternate, the user first"
             )
-        if message["role"] != role:
-            raise UserError(
-                f"message {number} has role {_short(message['role'])}, expected {role!r}: "
-                "user and assistant alternate, the user first"
-            )
-        _check_content(number, role, message["content"])
-        turns.append((role, message["content"]))
+        content = said["content"]
+        of_parts = role == "assistant" and isinstance(content, list)
+        wrong = [part for part in content if not _is_part(part)] if of_parts else []
+        if wrong or not (of_parts or isinstance(content, str)):
+            parts = f'text or a list of {{"type": one of {", ".join(PARTS)}, "text": text}}'
+            expected = parts if role == "assistant" else "text"
+            got = f"message {number} of the {role} has {_short(wrong[0] if wrong else content)}"
+            raise UserError(f"{got}, expected {expected}")
+        turns.append((role, content))
     if has_system:
         turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
     return turns
 
 
-def _check_content(number: int, role: str, content: Any) -> None:
-    of_parts = role == "assistant" and isinstance(content, list)
-    for part in content if of_parts else [{"type": "text", "text": content}]:
-        # A tuple of the types: one that is not hashable is none of them.
-        is_part = isinstance(part, Mapping) and part.get("type") in tuple(PARTS)
-        if not is_part or not isinstance(part.get("text"), str):
-            parts = f'{{"type": one of {", ".join(PARTS)}, "text": text}}'
-            wanted = f"text or a list of {parts}" if role == "assistant" else "text"
-            got = _short(part if of_parts else content)
-            raise UserError(f"message {number} of the {role} has {got}, expected {wanted}")
+def _is_part(part: Any) -> bool:
+    # Looked up in a tuple: a type that is not hashable is none of them.
+    is_known = isinstance(part, Mapping) and part.get("type") in tuple(PARTS)
+    return is_known and isinstance(part.get("text"), str)
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked by checksum, readable on any number of devices.
+"""Checkpoints: written in the background, checked by checksum, readable on any number of devices.
 
   checkpoints/step_000040/
     arrays/params/     Orbax: {dotted path: float32 array}
@@ -8,17 +8,17 @@
     checksums.json     SHA-256 and size of every file above; written last
   checkpoints/scores.json   {step: validation bpb}, from which the best is known
 
-Saving copies the state to host memory and writes in the background. A step directory without
-checksums.json is a save that never finished: it is not listed, and removed at the next start. Kept
-are the newest `keep` and the best; a damaged one is set aside, loudly, for the one before.
+A step directory without checksums.json is an unfinished save: it is not listed, and it is removed
+at the next start. The newest `keep` checkpoints and the best one are kept. A damaged one is
+renamed, and the one before it is used.
 """
 
 import hashlib
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def damage(directory: Path, step: int) -> list[str]:
 
 def best_step(directory: Path) -> int | None:
     known = scores(directory)
-    return min(known, key=lambda s: known[s]) if known else None
+    return min(known, key=lambda step: known[step], default=None)
 
 
 def read_host(directory: Path, step: int) -> dict[str, Any]:
@@ -72,26 +72,23 @@ def read_host(directory: Path, step: int) -> dict[str, Any]:
 
 
 def read_data_states(directory: Path, step: int) -> list[dict[str, Any]]:
-    """The loader state of each process that saved; merged, any number of processes can go on."""
+    """The loader state of each process that saved (data.pipeline.merge_states joins them)."""
     files = sorted(step_dir(directory, step).glob("data_*.json"))
     return [read_json(file, "verify with scripts/checkpoint.py") for file in files]
 
 
 def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.Array]:
     """Parameters alone: onto `shardings` ({path: sharding}), or all onto the first device."""
-    path = step_dir(directory, step).absolute() / "arrays"
-    first = SingleDeviceSharding(jax.local_devices()[0])
-    standard = ocp.StandardCheckpointHandler
-    handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
-    with ocp.Checkpointer(handler) as checkpointer:
-        saved = checkpointer.metadata(path).item_metadata["params"]
+    path = step_dir(directory, step).absolute() / "arrays" / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata.tree
+        first = SingleDeviceSharding(jax.local_devices()[0])
         shardings = shardings or dict.fromkeys(saved, first)
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in saved.items()
         }
-        restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return checkpointer.restore(path, args=restore)["params"]
+        return checkpointer.restore(path, target)
 
 
 def digest(params: dict[str, jax.Array]) -> str:
@@ -105,23 +102,19 @@ def digest(params: dict[str, jax.Array]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one stage, written in the background.
+    """The checkpoints of one stage.
 
-    host_info: saved as it is in the host.json of each. on_save: called once a save has begun.
+    host_info: written to the host.json of each. on_save: called when a save has begun.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        keep: int,
-        host_info: dict[str, Any] | None = None,
-        on_save: Callable[[], None] = lambda: None,
+        self, directory: Path, keep: int, host_info: dict | None = None, on_save=lambda: None
     ):
         self.directory = Path(directory).absolute()
         self.keep, self.host_info, self.on_save = keep, host_info or {}, on_save
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._finisher: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._finisher = ThreadPoolExecutor(1, "finish_saves")
+        self._saving: Future[None] | None = None
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for folder in self.directory.glob("step_*"):
@@ -130,54 +123,42 @@ class Checkpoints:
                     shutil.rmtree(folder)
 
     def save(self, state: TrainState, host: dict[str, Any], data_state: dict[str, Any]) -> None:
-        """Start saving at state.step, a state by path (Owners.to_paths); waits only for an earlier
-        save that is still being written."""
+        """Begin to save a state by path (Owners.to_paths); waits only for an earlier save."""
         self.wait()
         step = int(state.step)
         folder = step_dir(self.directory, step)
         if (folder / CHECKSUMS).exists():
             return
-        rest = _flat(state._replace(params={}))
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), state=ocp.args.StandardSave(rest)
-        )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"data_{jax.process_index()}.json", data_state)
             if jax.process_index() == 0:
                 write_json(folder / "host.json", host | self.host_info)
+            items = _items(ocp.args.StandardSave, state)
             self._orbax.save(folder / "arrays", args=items, force=True)
         except OSError as error:
-            raise self._disk_error(folder, error) from error
-        self._finisher = threading.Thread(target=self._finish, args=(folder,), daemon=True)
-        self._finisher.start()
+            raise _disk_error(folder, error) from error
+        self._saving = self._finisher.submit(self._finish, folder)
         self.on_save()
 
     def wait(self) -> None:
         """Return when the last save is on disk, or raise what went wrong with it."""
-        if self._finisher:
-            self._finisher.join()
-            self._finisher = None
-        if self._failure:
-            failure, self._failure = self._failure, None
-            raise self._disk_error(self.directory, failure) from failure
+        saving, self._saving = self._saving, None
+        try:
+            if saving:
+                saving.result()
+        except OSError as error:
+            raise _disk_error(self.directory, error) from error
 
     def restore(self, target: TrainState, step: int) -> TrainState:
         """The state at `step`, by path, laid out as `target` (Owners.on_disk) says."""
-        rest = _flat(target._replace(params={}))
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target.params), state=ocp.args.StandardRestore(rest)
-        )
-        restored = self._orbax.restore(step_dir(self.directory, step) / "arrays", args=items)
-        treedef = jax.tree.structure(target._replace(params={}))
-        state = treedef.unflatten([restored["state"][name] for name in rest])
-        return state._replace(params=restored["params"])
+        arrays, rest = step_dir(self.directory, step) / "arrays", target._replace(params={})
+        restored = self._orbax.restore(arrays, args=_items(ocp.args.StandardRestore, target))
+        leaves = [restored["state"][name] for name in _flat(rest)]
+        return jax.tree.structure(rest).unflatten(leaves)._replace(params=restored["params"])
 
     def latest_intact(self) -> int | None:
-        """The newest step whose files match their checksums, the same on all processes.
-
-        Damaged ones are set aside (renamed), so that their steps can be saved again.
-        """
+        """The newest step whose files match their checksums, the same on all processes; damaged
+        ones are renamed, so that their steps can be saved again."""
         newest = -1
         for step in list_steps(self.directory)[::-1] if jax.process_index() == 0 else ():
             if not (lines := damage(self.directory, step)):
@@ -187,43 +168,32 @@ class Checkpoints:
             aside = folder.with_name(f"damaged_{folder.name}_{time.time_ns()}")
             folder.rename(aside)
             log(f"checkpoint at step {step} is damaged ({lines[0]}); it is now {aside}")
-        if jax.process_count() > 1:
-            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
     def record_score(self, step: int, bpb: float) -> None:
         """Remember the validation bpb of a saved step."""
         if jax.process_index() == 0:
             self.wait()
-            known = scores(self.directory) | {step: bpb}
-            kept = set(list_steps(self.directory))
-            known = {s: v for s, v in known.items() if s in kept}
-            write_json(self.directory / "scores.json", known)
+            write_json(self.directory / "scores.json", scores(self.directory) | {step: bpb})
 
     def _finish(self, folder: Path) -> None:
-        try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                files = sorted(p for p in folder.rglob("*") if p.is_file())
-                sums = {str(p.relative_to(folder)): _checksum(p) for p in files}
-                write_json(folder / CHECKSUMS, sums)
-                prune(self.directory, self.keep)
-        except BaseException as error:  # handed to the main thread by wait()
-            self._failure = error
-
-    def _disk_error(self, folder: Path, error: BaseException) -> BaseException:
-        if isinstance(error, OSError):
-            return UserError(f"could not write the checkpoint {folder}: {error}; is the disk full?")
-        return error
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            sums = {}
+            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                entry = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+                sums[str(file.relative_to(folder))] = entry
+            write_json(folder / CHECKSUMS, sums)
+            prune(self.directory, self.keep)
 
 
 def prune(directory: Path, keep: int) -> list[int]:
     """Delete all checkpoints but the newest `keep` and the best; returns the steps deleted."""
     if keep < 1:
         raise UserError(f"checkpoints to keep: got {keep}, expected at least 1")
-    steps = list_steps(directory)
-    wanted = set(steps[-keep:]) | {best_step(directory)}
-    gone = [step for step in steps if step not in wanted]
+    steps, best = list_steps(directory), best_step(directory)
+    gone = [step for step in steps[:-keep] if step != best]
     for step in gone:
         folder = step_dir(directory, step)
         (folder / CHECKSUMS).unlink()  # first, so that a crash in between leaves no half checkpoint
@@ -232,18 +202,24 @@ def prune(directory: Path, keep: int) -> list[int]:
 
 
 def scores(directory: Path) -> dict[int, float]:
-    path = directory / "scores.json"
-    if not path.exists():
-        return {}
-    kept = set(list_steps(directory))
-    return {int(s): v for s, v in json.loads(path.read_text()).items() if int(s) in kept}
+    """{step: validation bpb} of the checkpoints that are there."""
+    path, kept = directory / "scores.json", set(list_steps(directory))
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    return {int(step): bpb for step, bpb in saved.items() if int(step) in kept}
 
 
-def _checksum(file: Path) -> dict[str, Any]:
-    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+def _disk_error(folder: Path, error: OSError) -> UserError:
+    return UserError(f"could not write the checkpoint {folder}: {error}; is the disk full?")
+
+
+def _items(kind: Callable, state: TrainState):
+    """The two parts of a checkpoint as `kind`, an argument of Orbax."""
+    return ocp.args.Composite(
+        params=kind(state.params), state=kind(_flat(state._replace(params={})))
+    )
 
 
 def _flat(tree) -> dict[str, Any]:
-    """{path: leaf}; names survive where the order of a tuple or an optax class would not."""
+    """{path: leaf}: a checkpoint then depends on names, not on the order of a tuple."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

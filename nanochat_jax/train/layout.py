@@ -1,13 +1,12 @@
-"""How a step lies in memory: rows worked on at once, and how much of a block is recomputed.
+"""The layout of a step: how many rows it works on at once, how much of a block it recomputes.
 
-  candidates()   every layout a stage may take, the fastest first; all give the same result, up to
-                 rounding, because the batch stays whole and only its parts change
+  candidates()   every layout that a stage may take, the fastest first
   LayoutRecord   layout.json in the stage's folder: the layout taken, those that ran out of memory
   choose()       the first that fits by the compiler's count of bytes
 
-The layout is written down because another one rounds otherwise: a continued run takes the same one
-again and repeats the uninterrupted run to the last bit. What ran out of memory is written down with
-the bytes the compiler had counted: from then on a layout must not need more than that.
+All layouts give the same result up to rounding. A continued run takes the recorded one again, and
+so repeats the uninterrupted run to the last bit. A layout that ran out of memory is recorded with
+the bytes that the compiler had counted; later ones must need less.
 """
 
 import math
@@ -37,9 +36,8 @@ class Layout(NamedTuple):
 def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Layout]:
     """Layouts for `share` rows of a row shard, at most `most_rows` of them at once; fastest first.
 
-    First as many rows as are allowed, then fewer while a part is large enough to keep a device
-    busy; the same with more and more recomputed, and small parts last. remat: auto, or the only one
-    to be considered.
+    For each kind of remat, from none to full: as many rows as are allowed, then fewer while a part
+    is large enough to keep a device busy. Small parts come last. remat: auto, or the only kind.
     """
     allowed = [n for n in range(min(share, most_rows), 0, -1) if share % n == 0]
     busy = [n for n in allowed if n == allowed[0] or n * seq_len >= MIN_TOKENS]
@@ -49,10 +47,10 @@ def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Lay
 
 
 class LayoutRecord:
-    """What a stage knows of its layouts, the same on all processes.
+    """The layout that a stage has taken, and those that ran out of memory; same on all processes.
 
-    made_for: what else decides about memory, as it comes back from JSON. A record made for anything
-    else, or for other candidates, says nothing and is begun anew.
+    made_for: what else memory depends on, as JSON returns it. A record made for something else, or
+    for other candidates, is ignored and replaced.
     """
 
     def __init__(self, path: Path, made_for: dict[str, Any], layouts: list[Layout]):
@@ -66,23 +64,21 @@ class LayoutRecord:
                 for entry in saved["too_large"]:
                     too_large[layouts.index(_of(entry))] = entry["bytes"]
                 taken = np.int32(layouts.index(_of(saved["taken"])) if saved["taken"] else -1)
-        if jax.process_count() > 1:
-            too_large, taken = multihost_utils.broadcast_one_to_all((too_large, taken))
+        too_large, taken = multihost_utils.broadcast_one_to_all((too_large, taken))
         sizes = zip(layouts, too_large.tolist(), strict=True)
         self.too_large = {layout: int(size) for layout, size in sizes if size}
         self.taken = layouts[int(taken)] if taken >= 0 else None
 
     def left(self) -> list[Layout]:
-        """Those to try, in this order: from the one taken before on, or after what ran out of
-        memory; all before that have been tried."""
+        """Those still to be tried: from the one taken on, or after those that ran out of memory."""
         tried = 1 + max((self.layouts.index(layout) for layout in self.too_large), default=-1)
         return self.layouts[self.layouts.index(self.taken) if self.taken else tried :]
 
     def take(self, layout: Layout, num_bytes: int) -> None:
-        """From now on this one; num_bytes: what a step needs, by the compiler's analysis."""
+        """Record the layout taken; num_bytes: what a step needs, by the compiler's analysis."""
         self.taken = layout
         if jax.process_index() == 0:
-            # At least 1, should the compiler not tell: 0 means that nothing ran out of memory.
+            # At least 1 where the compiler does not tell: 0 means "did not run out of memory".
             taken = layout._asdict() | {"bytes": max(1, num_bytes)}
             too_large = [one._asdict() | {"bytes": size} for one, size in self.too_large.items()]
             record = {"made_for": self.made_for, "taken": taken, "too_large": too_large}
@@ -90,13 +86,12 @@ class LayoutRecord:
 
 
 def note_too_large(path: Path) -> Layout:
-    """Write down that the layout taken ran out of memory; returns it. Any process may do so."""
+    """Record that the layout taken ran out of memory, in any process; returns that layout."""
     record = _read(path)
     entry = record["taken"]
     if entry is None:  # another process was faster
-        entry = record["too_large"][-1]
-    else:
-        write_json(path, record | {"taken": None, "too_large": [*record["too_large"], entry]})
+        return _of(record["too_large"][-1])
+    write_json(path, record | {"taken": None, "too_large": [*record["too_large"], entry]})
     return _of(entry)
 
 
@@ -106,17 +101,17 @@ def choose(
     held_bytes: int,
     available_bytes: Callable[[], float],
 ) -> Layout:
-    """The first layout left that fits, which the record takes.
+    """The first layout left that fits, which the record takes; UserError when none does.
 
     compile: compiles the step in a layout, returns the bytes it needs. held_bytes: weights,
-    gradients and optimizer state. UserError when no layout fits.
+    gradients and optimizer state.
 
-    Layouts that cannot fit are not compiled. Bytes grow with the rows, from more than held_bytes
-    (parts are added up in gradients of their own): so a line from there to a layout with more rows
-    and the same remat lies below the truth.
+    A layout is skipped when a lower bound of its bytes does not fit: bytes grow with the rows, from
+    more than held_bytes on, so the line from there to a layout with more rows and the same remat
+    lies below them.
     """
     left = record.left()
-    # What ran out of memory before shows that there is less than the device says.
+    # A layout that ran out of memory shows that there is less than the device says.
     limit = min(record.too_large.values(), default=math.inf)
     known: dict[str, tuple[int, float]] = {}  # remat: (rows, bytes) of the one compiled last
     needed = available = 0.0
@@ -132,25 +127,24 @@ def choose(
                 raise
             needed = math.inf
         needed, available = _agreed(needed, min(limit, available_bytes()))
+        fits = needed <= available and math.isfinite(needed)
         size = f"{format_bytes(needed)} of {format_bytes(available)} per device"
-        if needed <= available and math.isfinite(needed):
-            log(f"layout: {layout}; a step needs {size}")
+        log(f"layout: {layout}; a step needs {size}{'' if fits else ', too much'}")
+        if fits:
             if record.taken not in (None, layout):
                 log(f"layout: was {record.taken}; from here on losses agree up to rounding only")
             record.take(layout, int(needed))
             return layout
-        log(f"layout: {layout}; a step needs {size}, too much")
         if math.isfinite(needed):
             known[layout.remat] = layout.rows, needed
     if not left:
-        raise UserError(
-            f"{record.path} says that every layout ran out of memory; {ADVICE}, or delete it"
-        )
+        said = f"{record.path} says that every layout ran out of memory"
+        raise UserError(f"{said}; {ADVICE}, or delete it")
     raise too_little_memory(f"with {left[-1]} a step needs", needed, available)
 
 
 def _agreed(needed: float, available: float) -> tuple[float, float]:
-    """The most that any process needs, the least that any has: all must choose the same."""
+    """The most that any process needs, the least that any has, so that all choose the same."""
     if jax.process_count() == 1:
         return needed, available
     values = multihost_utils.process_allgather(np.array([needed, available], np.float32))

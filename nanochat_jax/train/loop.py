@@ -6,8 +6,8 @@
     batch -> train_step                     (dispatched; the device works while the host goes on)
     report the step before                  (its numbers have arrived by now: the loop never waits)
 
-Everything that must survive is in one place, LoopState, and goes into each checkpoint with the
-model state and the loader's state. A resumed run repeats the uninterrupted one to the last bit.
+LoopState, the model state and the loader's state go into each checkpoint. A resumed run repeats the
+uninterrupted one to the last bit.
 """
 
 import os
@@ -15,16 +15,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.experimental import multihost_utils
 
 from nanochat_jax.common import UserError
-from nanochat_jax.train.checkpoint import Checkpoints, list_steps
+from nanochat_jax.train.checkpoint import Checkpoints, list_steps, step_dir
 from nanochat_jax.train.memory import in_the_step
 from nanochat_jax.train.metrics import Console, MetricsLog, format_secs
 from nanochat_jax.train.sharded import Owners
@@ -36,17 +35,15 @@ EMA_DECAY = 0.9
 
 
 class Evaluation(NamedTuple):
-    """`run(params)` returns what goes into metrics.jsonl; always run after the last step too."""
+    """`run(params)` returns what goes into metrics.jsonl."""
 
     name: str
-    every_steps: int  # 0: only after the last step
+    every_steps: int  # and after the last step; 0: only then
     run: Callable[[dict[str, jax.Array]], dict[str, Any]]
     at_start: bool = False  # before the first step too
 
 
 class Batches(Protocol):
-    """Where batches come from, and the place in it."""
-
     def __next__(self) -> Any: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
@@ -55,7 +52,7 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Trained:
+class Trainee:
     """What fit() asks of a stage."""
 
     num_steps: int
@@ -66,8 +63,8 @@ class Trained:
     on_policy = False  # batches are made with the current parameters, on the devices
 
     def next_batch(self, params: dict[str, jax.Array]) -> dict[str, Any]:
-        """The batch that follows, with inputs, targets, doc_ids, epoch and perhaps metrics, numbers
-        to be logged. params: the current ones by path if on_policy, else {}."""
+        """inputs, targets, doc_ids, epoch and perhaps metrics, numbers to be logged. params: the
+        current ones by path if on_policy, else {}."""
         return next(self.batches)
 
 
@@ -81,7 +78,7 @@ class LoopState:
 
 
 def fit(
-    stage: Trained,
+    stage: Trainee,
     state: TrainState,
     loop_state: LoopState,
     train_step: Callable,
@@ -91,10 +88,10 @@ def fit(
     console: Console,
     watch: Watch,
 ) -> tuple[int, bool]:
-    """Train from state.step to stage.num_steps: (step reached, whether that is the end).
+    """Train from state.step to stage.num_steps: (step reached, whether that is the end; if not, a
+    signal stopped it and the state is saved).
 
-    Not the end: a signal stopped it, the state is saved. Raises UserError when a loss or gradient
-    is not finite, OutOfMemory when a step runs out of it; the state before it stays on disk.
+    Raises UserError when a loss or gradient is not finite, OutOfMemory when a step runs out of it.
     """
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
@@ -117,8 +114,7 @@ def fit(
         ema = loop_state.loss_ema / (1 - EMA_DECAY ** (done_step + 1))
         lr = float(stage.lr_multiplier(done_step))
         timing = {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-        if not stage.on_policy:
-            timing["wait_secs"] = waited
+        timing |= {} if stage.on_policy else {"wait_secs": waited}
         own = batch.get("metrics", {})
         values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": batch["epoch"]}
         metrics.write("train", done_step, **values, **timing)
@@ -146,7 +142,9 @@ def fit(
             if "val_bpb" in values:
                 checkpoints.record_score(step, values["val_bpb"])
 
-    with stop_requests() as asked_to_stop, finished_saves(checkpoints):
+    with stop_requests() as asked_to_stop, ExitStack() as at_the_end:
+        at_the_end.callback(watch.close)
+        at_the_end.callback(checkpoints.wait)  # a save that has begun is finished in any case
         while True:
             if watch.turns_at(step):
                 report()
@@ -191,20 +189,11 @@ def fit(
 
 
 @contextmanager
-def finished_saves(checkpoints: Checkpoints) -> Iterator[None]:
-    """Whatever ends the loop, a save that has begun is finished first."""
-    try:
-        yield
-    finally:
-        checkpoints.wait()
-
-
-@contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """SIGTERM or Ctrl-C asks the loop to stop at the next step; a second Ctrl-C stops at once.
 
-    Of several processes any one may be asked, and all stop after the same step: jax.distributed
-    waits for SIGTERM and passes it on, and Ctrl-C becomes a SIGTERM.
+    When one of several processes is asked, all stop after the same step: jax.distributed passes a
+    SIGTERM on, and Ctrl-C becomes a SIGTERM.
     """
     asked, several = threading.Event(), jax.process_count() > 1
 
@@ -218,11 +207,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     def should_stop(step: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(step) if several else asked.is_set()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield should_stop
-        return
+    on_main_thread = threading.current_thread() is threading.main_thread()
     ours = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, handle) for s in ours}
+    before = {s: signal.signal(s, handle) for s in ours if on_main_thread}
     try:
         yield should_stop
     finally:
@@ -237,7 +224,7 @@ def _is_due(step: int, every_steps: int) -> bool:
 def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkpoints) -> None:
     checkpoints.wait()
     steps = list_steps(checkpoints.directory)
-    good = Path(checkpoints.directory) / f"step_{steps[-1]:06d}" if steps else "none yet"
+    good = step_dir(checkpoints.directory, steps[-1]) if steps else "none yet"
     documents = sorted({name for row in doc_ids for name in row})
     more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
     raise UserError(

@@ -1,4 +1,4 @@
-"""Memory of the devices: what there is, what a program needs, and what is said when it runs out."""
+"""Memory of the devices: what is free, what a program needs, what to tell when it runs out."""
 
 import ctypes
 import gc
@@ -30,14 +30,14 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a jax.errors.JaxRuntimeError says so, in XLA's words, CUDA's or NCCL's."""
+    """Whether a jax.errors.JaxRuntimeError says so, in the words of XLA, CUDA or NCCL."""
     said = str(error).lower()
     return any(words in said for words in ("resource_exhausted", "out_of_memory", "out of memory"))
 
 
 @contextmanager
 def in_the_step() -> Iterator[None]:
-    """Out of memory in here is the fault of the layout: OutOfMemory."""
+    """Running out of memory in here is the fault of the layout: raises OutOfMemory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -48,29 +48,27 @@ def in_the_step() -> Iterator[None]:
 
 @contextmanager
 def outside_the_step(stage: str) -> Iterator[None]:
-    """Out of memory in here is not the fault of the layout: a UserError says what to lower."""
+    """Running out of memory in here is not the layout's fault: raises UserError."""
     try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        with in_the_step():
+            yield
+    except OutOfMemory as error:
         key = "rl.slots" if stage == "rl" else "eval.device_batch_size"
         raise UserError(
-            f"{stage}: out of memory outside the training step ({str(error).splitlines()[0]}); "
-            f"lower --config.{key} or, if nothing was being evaluated, split the model with "
-            "--config.mesh.tensor; the same command continues from the last checkpoint"
+            f"{stage}: out of memory outside the training step ({error}); lower "
+            f"--config.{key} or, if nothing was being evaluated, split the model with --config."
+            "mesh.tensor; the same command continues from the last checkpoint"
         ) from error
 
 
 def compile_lowered(lowered):
-    """Compile so that what is to be recomputed is recomputed, on every kind of device."""
+    """Compile so that jax.checkpoint takes effect on every kind of device."""
     on_cpu = jax.default_backend() == "cpu"
     return lowered.compile(compiler_options=KEEP_BARRIERS if on_cpu else None)
 
 
 def compiled_bytes(compiled) -> int:
-    """Peak bytes per device of a compiled function: arguments, results and temporaries; 0 where
-    the compiler does not tell."""
+    """Peak bytes per device of a compiled function; 0 where the compiler does not tell."""
     m = compiled.memory_analysis()
     if m is None:
         return 0
@@ -79,8 +77,8 @@ def compiled_bytes(compiled) -> int:
 
 
 def available_bytes(mesh: Mesh) -> float:
-    """Bytes each device of this process can still take, infinite where it does not tell; CPU
-    devices share the machine's memory."""
+    """Free bytes of each device of this process, infinite where it does not tell; CPU devices
+    share the machine's memory."""
     devices = mesh.local_mesh.devices.flat
     if devices[0].platform == "cpu":
         free = psutil.virtual_memory().available
@@ -93,23 +91,16 @@ def available_bytes(mesh: Mesh) -> float:
 
 
 def held_bytes(state: TrainState) -> int:
-    """Per device: its share of the state, plus gradients of all parameters (those of its rows).
-
-    state: shapes with shardings (train.state.abstract_state).
-    """
-
-    def num_bytes(leaf, shape) -> int:
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    held = sum(num_bytes(a, a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state))
-    tensor = next(iter(state.params.values())).sharding.mesh.shape["tensor"]
-    return held + sum(num_bytes(a, a.shape) for a in state.params.values()) // tensor
+    """Per device: its share of the state (an abstract_state), and gradients of all parameters."""
+    leaves, params = jax.tree.leaves(state), list(state.params.values())
+    share = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    gradients = sum(a.size * a.dtype.itemsize for a in params)
+    return share + gradients // params[0].sharding.mesh.shape["tensor"]
 
 
 def require_memory(state: TrainState, mesh: Mesh) -> None:
     """UserError when weights, gradients and optimizer state alone do not fit; costs nothing."""
-    needed, available = held_bytes(state), available_bytes(mesh)
-    if needed > available:
+    if (needed := held_bytes(state)) > (available := available_bytes(mesh)):
         what = "weights, gradients and optimizer state alone need"
         raise too_little_memory(what, needed, available)
 
@@ -128,7 +119,7 @@ def format_bytes(count: float) -> str:
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what glibc keeps, so that it counts as free again."""
+    """Return to the system what glibc keeps, so that it counts as free again."""
     gc.collect()  # arrays may hang in a cycle of frames and exceptions
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:

@@ -1,9 +1,8 @@
-"""What a stage tells: metrics.jsonl for programs, lines for people, a tracker if asked.
+"""metrics.jsonl for programs, lines on the console for people, a tracker if asked.
 
 metrics.jsonl: one object a line with `kind` ("train" or "eval"), `step` (updates done before it)
-and unrounded values; anything that depends on the clock is in a key ending in `_secs`, so two runs
-of the same recipe agree in all other keys to the last bit. A resumed run cuts the file back to its
-checkpoint.
+and unrounded values. What depends on the clock is in keys that end in `_secs`; in all others two
+runs of a recipe agree to the last bit. A resumed run cuts the file back to its checkpoint.
 """
 
 import json
@@ -41,7 +40,7 @@ class MetricsLog:
             self._tracker.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
 
     def sync(self) -> None:
-        """On disk, power cut or not; called before a checkpoint that counts on it."""
+        """Write it to disk, before a checkpoint that counts on it."""
         if self.is_main:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -64,9 +63,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Console:
     """On a terminal a line per step and a progress bar, elsewhere a line every ten seconds.
 
-    Times, rates and MFU are means since the line before. The ETA counts all that happens between
-    steps too, evaluations and saves; behind it is that of the whole run, whose later stages take as
-    long as later_tokens would in this one.
+    Times, rates and MFU are means since the line before. The ETA counts evaluations and saves too.
+    later_tokens: the tokens of this stage that would take as long as the stages after it.
     """
 
     def __init__(
@@ -90,11 +88,9 @@ class Console:
     def step(self, step: int, values: dict[str, float], *, tokens: int, secs: float) -> None:
         """values: what to show, in order; tokens: time steps worked on, of all rows."""
         now, done = time.monotonic(), step + 1
-        self._steps, self._tokens, self._secs = (
-            self._steps + 1,
-            self._tokens + tokens,
-            self._secs + secs,
-        )
+        self._steps += 1
+        self._tokens += tokens
+        self._secs += secs
         self._bar.update(1)
         self._first = self._first or (done, now)  # the first step has to warm up
         if self._bar.disable and now < self._line_at + SECS_BETWEEN_LINES and done < self.num_steps:
@@ -115,10 +111,8 @@ class Console:
         self._steps, self._tokens, self._secs, self._line_at = 0, 0, 0.0, now
 
     def line(self, text: str) -> None:
-        if self._bar.disable:
-            log(text)
-        else:
-            self._bar.write(text)
+        write = log if self._bar.disable else self._bar.write
+        write(text)
 
     def close(self) -> None:
         self._bar.close()
@@ -141,9 +135,7 @@ def _open_tracker(name: str, run_name: str):
     try:
         module = __import__(name)
     except ImportError:
-        raise UserError(
-            f"config.run.tracker={name} needs that package; pip install {name}"
-        ) from None
-    once = {"id": run_name, "resume": "allow"} if name == "wandb" else {"resume": "allow"}
-    module.init(project="nanochat-jax", name=run_name, **once)  # a restart continues the same run
+        raise UserError(f"config.run.tracker needs a package; pip install {name}") from None
+    own = {"id": run_name} if name == "wandb" else {}
+    module.init(project="nanochat-jax", name=run_name, resume="allow", **own)
     return module

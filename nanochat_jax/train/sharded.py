@@ -1,15 +1,15 @@
-"""Who keeps what between steps: each device its share of every array, no two the same numbers.
+"""What each device keeps between steps: its share of every array, no two devices the same numbers.
 
   by path  {"blocks.3.attn.c_q.kernel": [D, N*H], ...}              model, checkpoints, conversions
   owned    {"blocks.512x512": [K, 512, 512], "wte.table": [V, D]}   masters and optimizer state
 
-All matrices of the blocks that have one shape are a stack, split by matrix: the device that owns a
-matrix has all of it, so Muon needs nobody else. Tables and head are split by rows. A few numbers
-(scalars, the smear gate) lie everywhere. Leading dims are padded with zeros to a multiple of the
-number of devices; a zero gets a gradient of 0 and stays 0 under every optimizer here.
+Matrices of the blocks that have the same shape form a stack, which is split by matrix: a device has
+all of a matrix that it owns, so Muon sends nothing. Tables and head are split by rows. Scalars and
+the smear gate lie everywhere. Leading dims are padded with zeros to a multiple of the number of
+devices; padding gets a gradient of 0 and stays 0 under every optimizer here.
 
-The idea of ZeRO (arXiv 1910.02054): a step gathers the weights that it computes with, each device
-adds up the gradient of its own rows, and their sum goes back to the owner, each once a step.
+This is the idea of ZeRO (arXiv 1910.02054): once a step the weights are gathered, each device adds
+up the gradient of its own rows, and the sum over all devices goes back to the owner.
 """
 
 import jax
@@ -20,37 +20,30 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.model.sharding import (
-    OWNERS,
-    ROW_AXES,
-    ROWS,
-    num_row_shards,
-    param_shardings,
-    param_spec,
-    tensor_spec,
-)
+from nanochat_jax.model.sharding import OWNERS, ROW_AXES, ROWS, param_shardings, param_spec
 
 
 class Owners:
-    """The two forms of a model's parameters on a mesh, and every way between them.
+    """The two forms of a model's parameters on a mesh, and the ways between them.
 
-    A "tree" is any pytree, a TrainState say: each dict in it that is keyed by parameters changes
-    its form, the rest stays. The on-disk form is by path, split by rows where rows divide.
+    A "tree" is any pytree, such as a TrainState: each dict in it that is keyed by parameters
+    changes its form. The on-disk form is by path, split by rows where rows divide.
 
     by_path(params): masters by path, placed for evaluation and inference
-    to_paths(tree), to_owned(tree): to and from the on-disk form; nothing is gathered in between
+    to_paths(tree), to_owned(tree): to and from the on-disk form, without gathering anything
     """
 
     def __init__(self, config: GPTConfig, mesh: Mesh):
-        self.config, self.mesh, self.alone = config, mesh, num_row_shards(mesh) == 1
+        self.config, self.mesh = config, mesh
+        self.alone = mesh.size == mesh.shape["tensor"]  # there is one row shard
         shapes = param_shapes(config)
         placed = param_shardings(mesh, shapes)
         self.rows = {path: leaf.shape[0] for path, leaf in shapes.items()}
-        members: dict[str, list[str]] = {}
+        self.members: dict[str, list[str]] = {}  # owned name: paths
         for path, leaf in shapes.items():
-            members.setdefault(_owned_name(path, leaf.shape), []).append(path)
-        self.members = members
-        self.everywhere = {n for n in members if not _is_stack(n) and param_spec(n) == P()}
+            name = "blocks." + "x".join(map(str, leaf.shape)) if _is_stack(path) else path
+            self.members.setdefault(name, []).append(path)
+        self.everywhere = {n for n in self.members if not _is_stack(n) and param_spec(n) == P()}
         self.by_path = jax.jit(lambda params: _place(self.split(self._turn(params)), placed))
         self.to_paths = jax.jit(lambda tree: self._by_rows(self._split_tree(self._turn(tree))))
 
@@ -100,11 +93,7 @@ class Owners:
     def on_disk(self, tree):
         """The on-disk form of an owned tree of shapes, as shapes with shardings."""
         shapes = jax.eval_shape(self._split_tree, tree)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            jax.tree.map(self._row_sharding, shapes),
-        )
+        return jax.tree.map(lambda a: a.update(sharding=self._row_sharding(a)), shapes)
 
     # Inside a step's shard_map over the row axes, where an owned array is this device's share.
 
@@ -112,7 +101,7 @@ class Owners:
         return {name: P() if name in self.everywhere else ROWS for name in self.members}
 
     def gather(self, shares: dict, dtype) -> dict:
-        """All weights by path in the compute dtype (the few numbers in float32)."""
+        """All weights by path in the compute dtype; those that lie everywhere in float32."""
 
         def gather_one(name, share):
             if name in self.everywhere:
@@ -120,10 +109,14 @@ class Owners:
             share = share.astype(dtype)
             return share if self.alone else lax.all_gather(share, ROW_AXES, tiled=True)
 
+        def split_by_tensor(path, weight):
+            spec = P(*(axis if axis == "tensor" else None for axis in param_spec(path)))
+            return lax.with_sharding_constraint(weight, spec)
+
         weights = self.split({name: gather_one(name, share) for name, share in shares.items()})
         if self.mesh.shape["tensor"] == 1:
             return weights
-        return {p: lax.with_sharding_constraint(w, tensor_spec(p)) for p, w in weights.items()}
+        return {path: split_by_tensor(path, weight) for path, weight in weights.items()}
 
     def scatter(self, grads: dict) -> dict:
         """This device's share of the sum over all devices of gradients by path."""
@@ -148,12 +141,11 @@ class Owners:
 
     def _turn(self, tree):
         """Split stacks by rows of their matrices, so that (un)stacking moves nothing."""
+        by_rows = NamedSharding(self.mesh, P(None, *OWNERS))
 
         def turn(leaf):
-            if leaf.ndim < 3 or leaf.shape[1] % self.mesh.size:
-                return leaf
-            sharding = NamedSharding(self.mesh, P(None, *OWNERS))
-            return lax.with_sharding_constraint(leaf, sharding)
+            divides = leaf.ndim == 3 and leaf.shape[1] % self.mesh.size == 0
+            return lax.with_sharding_constraint(leaf, by_rows) if divides else leaf
 
         return jax.tree.map(turn, tree)
 
@@ -163,10 +155,6 @@ class Owners:
     def _row_sharding(self, leaf) -> NamedSharding:
         divides = leaf.ndim > 1 and leaf.shape[0] % self.mesh.size == 0
         return NamedSharding(self.mesh, OWNERS if divides else P())
-
-
-def _owned_name(path: str, shape: tuple[int, ...]) -> str:
-    return "blocks." + "x".join(map(str, shape)) if path.startswith("blocks.") else path
 
 
 def _is_stack(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Everything a training run carries from step to step, born in its final place on the mesh."""
+"""What a training run carries from step to step."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,8 @@ from nanochat_jax.train.sharded import Owners
 
 
 class TrainState(NamedTuple):
-    """Leaves are arrays, or their shapes or shardings where a function says so.
-
-    A step works on the owned form of params and opt_state, checkpoints hold the form by path
-    (train/sharded.py).
-    """
+    """Arrays, or their shapes or shardings where a function says so; params and opt_state are in
+    the owned form in a step, by path in a checkpoint (train/sharded.py)."""
 
     step: Any  # [] int32, updates done
     params: dict[str, Any]  # float32 masters
@@ -24,17 +21,13 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(owners: Owners, tx: optax.GradientTransformation) -> TrainState:
-    """The owned state as shapes with shardings: what ahead-of-time compiling needs."""
+    """The owned state as shapes with shardings: for compiling before there is one."""
     shapes = jax.eval_shape(lambda: _create(owners, tx, 0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        owners.shardings(shapes),
-    )
+    return jax.tree.map(lambda a, s: a.update(sharding=s), shapes, owners.shardings(shapes))
 
 
 def create_state(owners: Owners, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Initialise on the mesh, owned: no device ever holds more than its share."""
+    """A fresh state, made on the mesh: no device ever holds more than its share."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(owners, tx))
     with jax.set_mesh(owners.mesh):
         return jax.jit(lambda: _create(owners, tx, seed), out_shardings=places)()

@@ -6,19 +6,19 @@
   scatter: the sum over all shards, each owner its share        }
   clip -> optimizer, every device on what it owns -> new shares
 
-Nothing is sent between the gather and the scatter (but over the tensor axis, which is left to the
-compiler), and nothing but a few norms after it.
+Between gather and scatter nothing is sent, except over the tensor axis, which is left to the
+compiler; after them only a few norms are.
 
 The loss is weighted by trained tokens over the global batch, so no split into microbatches or
-devices changes it, and a row without targets is harmless. A batch may bring weights of its own
-for its tokens instead: the advantages of RL. When a loss, gradient or update is not finite the
-state stays as it was and metrics["finite"] says so: the loop stops with nothing lost, without a
-check per step.
+devices changes it. A batch may bring weights of its own for its tokens instead: the advantages of
+RL. When a loss, gradient or update is not finite, the state stays as it was and metrics["finite"]
+is false; the loop reads it a step later and stops.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,13 @@ from nanochat_jax.model.gpt import bind
 from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import ROW_AXES, ROWS
 from nanochat_jax.train.layout import Layout, LayoutRecord, choose
-from nanochat_jax.train.memory import (
-    available_bytes,
-    compile_lowered,
-    compiled_bytes,
-    held_bytes,
-)
+from nanochat_jax.train.memory import available_bytes, compile_lowered, compiled_bytes, held_bytes
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState, abstract_state
 
 # inputs, targets: int32 [R, T], target -1 = not trained; perhaps weights: float32 [R, T]
 Batch = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -53,11 +49,13 @@ def make_train_step(
     tile_tokens: int,
     remat: str = "none",
     grad_clip: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    loss_sum: Callable = cross_entropy_sum,
+) -> Step:
     """The jitted (state, batch) -> (state, metrics); the state given is consumed (donated).
 
-    device_batch_size: rows one row shard works on at once; the rest of a batch is accumulated.
+    device_batch_size: rows that a row shard works on at once; the rest is accumulated.
     remat: how much of a block is recomputed, one of model.gpt.REMAT.
+    loss_sum: what the loss is computed with, another form for benchmarks.
     metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
     config, mesh = replace(owners.config, remat=remat), owners.mesh
@@ -69,7 +67,7 @@ def make_train_step(
         weights = micro.get("weights", jnp.broadcast_to(scale, micro["targets"].shape))
         tile = loss_tile(tile_tokens, device_batch_size, micro["inputs"].shape[1])
         head = params["lm_head.kernel"]
-        return cross_entropy_sum(hidden, head, micro["targets"], weights, config.vocab_size, tile)
+        return loss_sum(hidden, head, micro["targets"], weights, config.vocab_size, tile)
 
     def sum_gradients(shares, batch: Batch, scale: jax.Array):
         """On one row shard, with its rows: (loss of all, its share of the gradient of all)."""
@@ -114,7 +112,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g * factor, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        # An update can overflow though its gradient did not, and would poison the checkpoint.
+        # An update can overflow though its gradient did not, and would be saved in the checkpoint.
         update_norm = global_norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         params = jax.tree.map(jnp.add, state.params, updates)
@@ -123,13 +121,9 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "update_norm": update_norm}
         return state, metrics | {"tokens": tokens, "finite": finite}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(owners, tx))
-    return jax.jit(
-        train_step,
-        in_shardings=(shardings, NamedSharding(mesh, ROWS)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(owners, tx))
+    given, made = (state, NamedSharding(mesh, ROWS)), (state, None)
+    return jax.jit(train_step, in_shardings=given, out_shardings=made, donate_argnums=0)
 
 
 def step_for_widths(
@@ -141,33 +135,25 @@ def step_for_widths(
     rows: int,
     widest: int,
     has_token_weights: bool,
-    tile_tokens: int,
-    grad_clip: float,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step in the first layout that fits, compiled for every width that comes.
+    **options,
+) -> Step:
+    """The training step in the first layout in which the widest batch fits, compiled for each
+    width that comes; UserError when no layout fits.
 
-    The layout is chosen by the widest; narrower ones need less, and what is free when they come no
-    longer counts the state. state: shapes with shardings (abstract_state). UserError when no layout
-    fits.
+    state: an abstract_state. options: of make_train_step.
     """
     kinds = {"inputs": jnp.int32, "targets": jnp.int32}
     kinds |= {"weights": jnp.float32} if has_token_weights else {}
-    sharding = NamedSharding(owners.mesh, ROWS)
-    compiled = {}
+    sharding, compiled = NamedSharding(owners.mesh, ROWS), {}
 
     def compile(layout: Layout, width: int):
-        step = make_train_step(
-            owners,
-            tx,
-            device_batch_size=layout.rows,
-            remat=layout.remat,
-            tile_tokens=tile_tokens,
-            grad_clip=grad_clip,
-        )
+        rows_at_once, remat = layout
+        step = make_train_step(owners, tx, device_batch_size=rows_at_once, remat=remat, **options)
         batch = {
             name: jax.ShapeDtypeStruct((rows, width), dtype, sharding=sharding)
             for name, dtype in kinds.items()
         }
+        compiled.pop(width, None)  # one that did not fit
         log(f"compiling train_step for {rows} x {width} tokens, {layout} ...")
         began = time.monotonic()
         with jax.set_mesh(owners.mesh):
@@ -175,12 +161,8 @@ def step_for_widths(
         log(f"compiled train_step in {time.monotonic() - began:.1f}s")
         return compiled_bytes(compiled[width])
 
-    layout = choose(
-        record,
-        lambda layout: compile(layout, widest),
-        held_bytes(state),
-        lambda: available_bytes(owners.mesh),
-    )
+    free = partial(available_bytes, owners.mesh)
+    layout = choose(record, partial(compile, width=widest), held_bytes(state), free)
 
     def step(state_now: TrainState, batch: Batch):
         width = batch["inputs"].shape[1]
@@ -192,8 +174,7 @@ def step_for_widths(
 
 
 def loss_tile(tile_tokens: int, device_batch_size: int, seq_len: int) -> int:
-    """Time steps of a loss tile, so that a device holds about tile_tokens tokens' logits at
-    once."""
+    """Time steps of a loss tile: a device holds the logits of about tile_tokens tokens at once."""
     return min(seq_len, max(1, tile_tokens // device_batch_size))
 
 

@@ -1,6 +1,6 @@
-"""What the time of a step goes into: traces of chosen steps, programs compiled anew, idle devices.
+"""Traces of chosen steps, and what slows a run down: programs compiled again, idle devices.
 
-None of it changes what is computed, so a run may be continued with and without.
+Nothing here changes what is computed.
 """
 
 import os
@@ -23,16 +23,15 @@ def parse_steps(text: str) -> range:
     """The steps of config.run.profile: "20:24" is 20 to 24, both included; "" is none."""
     if not text:
         return range(0)
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise UserError(
-            f"config.run.profile got {text!r}, expected first:last, like 20:24, or nothing"
-        )
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise UserError(f"config.run.profile got {text!r}, expected first:last, like 20:24, or ''")
     return range(int(first), int(last) + 1)
 
 
 class Watch:
-    """Watches the steps of a loop: turn() before each, idle_secs() and dispatched() within it.
+    """Watches the steps of a loop, which calls turn() before some, and idle_secs() and
+    dispatched() in each.
 
     profile: steps to trace, counted from 0 as in metrics.jsonl; coming: the steps that will run.
     folder: of the traces, one for each process. say: prints a line.
@@ -44,10 +43,8 @@ class Watch:
         self.say, self._is_tracing = say, False
         self.traced = range(max(profile.start, coming.start), min(profile.stop, coming.stop))
         if len(self.traced) < len(profile):
-            say(
-                f"profile: asked for {_span(profile)}, this run has {_span(coming)}: "
-                f"traces {_span(self.traced)}"
-            )
+            asked = f"asked for {_span(profile)}, this run has {_span(coming)}"
+            say(f"profile: {asked}: traces {_span(self.traced)}")
         self._end: Future[float] | None = None  # of the step dispatched last, on the clock
         self._waiter = ThreadPoolExecutor(1, "watch_steps")
         self._shapes: set[tuple[int, ...]] = set()  # of the batches so far
@@ -60,7 +57,7 @@ class Watch:
         return len(self.traced) > 0 and step in (self.traced.start, self.traced.stop)
 
     def turn(self, state: Any) -> None:
-        """Begin or end the trace, once the devices have done all that came before."""
+        """Begin or end the trace, once the devices have finished what came before."""
         jax.block_until_ready(state)
         if self._is_tracing:
             return self._end_trace()
@@ -70,17 +67,14 @@ class Watch:
         self._is_tracing = True
 
     def idle_secs(self, since: float) -> float:
-        """How long the devices have had nothing to do, from `since` on; what has been compiled up
-        to now (by evaluations, saves, sampling) is not the step's doing."""
-        self._compiled.clear()
-        if self._end is None:
-            return time.perf_counter() - since
-        if not self._end.done():
+        """How long the devices have had nothing to do, from `since` on."""
+        self._compiled.clear()  # programs of evaluations, saves and sampling are not the step's
+        if self._end and not self._end.done():
             return 0.0
-        return time.perf_counter() - max(since, self._end.result())
+        return time.perf_counter() - (max(since, self._end.result()) if self._end else since)
 
     def dispatched(self, step: int, shape: tuple[int, ...], results: Any) -> None:
-        """A step is on its way; one compiled again for a shape seen before is told at once."""
+        """Note that a step was dispatched; warn if it was compiled again for a known shape."""
         if self._compiled and shape in self._shapes:
             self.say(
                 f"warning: step {step + 1:05d} compiled {', '.join(self._compiled)} again, "

@@ -1,9 +1,8 @@
-"""What all benchmarks share: the recipes' shapes, the training step, fair timing, how results look.
+"""What all benchmarks share: the recipes' shapes, the training step, fair timing, results.
 
-Times are compared only within one run. The candidates take turns, another one first in each round,
-so that a machine that slows down slows all of them; each is compiled, warmed up and waited for.
-Data is random: on zeros a GPU draws less power and runs faster. Only JAX, Flax and Optax are
-needed, and nothing that reads data, so that a borrowed machine can be measured.
+Candidates are timed in one run, in turn, another one first in each round, warmed up and waited for.
+Data is random: on zeros a GPU draws less power and runs faster. Nothing that reads data is needed,
+so that a borrowed machine can be measured. A result is a dict, with keys of COLUMNS.
 """
 
 import argparse
@@ -15,8 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import hardware
-from nanochat_jax.common import UserError, log
-from nanochat_jax.model.gpt import GPTConfig, param_shapes
+from nanochat_jax.common import UserError, aligned, log
+from nanochat_jax.model.gpt import GPTConfig, init_params, param_shapes
+from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train import memory
@@ -35,15 +34,25 @@ from nanochat_jax.train.step import make_train_step, put_batch
 
 MIN_TIMED_SECS = 0.02  # of one timing: shorter calls are repeated until the clock can resolve them
 STEP_TOKENS = 2**19  # of a step on a GPU, at most: upstream's batch, for all recipes alike
-SMALL = {
-    "tokenizer.vocab_size": 4_096,
-    "model.depth": 4,
-    "model.seq_len": 256,
-    "base.device_batch_size": 16,
-    "base.total_batch_tokens": 4_096,
+SHAPES = ("d4", "d20", "gpt2", "demo", "tiny")
+D4 = {  # how d4 differs from the recipe d20; the other shapes are recipes
+    "tokenizer": {"vocab_size": 4_096},
+    "model": {"depth": 4, "seq_len": 256},
+    "base": {"device_batch_size": 16, "total_batch_tokens": 4_096},
 }
-# Recipe, and what differs from it.
-SHAPES = {"d4": ("d20", SMALL)} | {name: (name, {}) for name in ("d20", "gpt2", "demo", "tiny")}
+COLUMNS = {  # of a result: how the table shows it
+    "what": "{}",
+    "ms": "{:,.2f}",  # median of one call
+    "spread": "{:.1%}",  # half the distance between the quartiles, of the median
+    "best_ms": "{:,.2f}",  # the fastest: least disturbed by whatever else the machine does
+    "times_first": "{:.2f}",  # ms over that of the first candidate
+    "value": "{:,.3f}",  # from 1,000 on without decimals
+    "unit": "{}",
+    "of_peak": "{:.1%}",  # of the rate on the device's data sheet; of a training step that is MFU
+    "of_target": "{:.0%}",
+    "mib": "{:,.0f}",  # of memory, by the compiler's analysis
+    "note": "{}",
+}
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,9 @@ def load_shape(name: str, platform: str = "") -> Shape:
     from nanochat_jax import recipe
 
     platform = platform or jax.default_backend()
-    file, changes = SHAPES[name]
-    config = cfg.load(cfg.CONFIGS / f"{file}.py")
-    for key, value in changes.items():
-        section, key = key.split(".")
-        config[section][key] = value
+    config = cfg.load(cfg.CONFIGS / f"{'d20' if name == 'd4' else name}.py")
+    for section, keys in (D4 if name == "d4" else {}).items():
+        config[section].update(keys)
     recipe.resolve(config, platform=platform, num_devices=1)
     rows, tokens = config.base.device_batch_size, min(config.base.total_batch_tokens, STEP_TOKENS)
     return Shape(
@@ -116,10 +123,10 @@ def free_bytes() -> float:
     return memory.available_bytes(one_device())
 
 
-def optimizer(shape: Shape, paths=None):
-    """The shape's, with constant schedules; of all parameters or of those at `paths`."""
+def optimizer(shape: Shape):
+    """The shape's, with constant schedules."""
     return build_optimizer(
-        param_shapes(shape.model) if paths is None else paths,
+        param_shapes(shape.model),
         shape.model.model_dim,
         shape.optim,
         lr_multiplier=lambda step: jnp.float32(1.0),
@@ -129,37 +136,34 @@ def optimizer(shape: Shape, paths=None):
 
 
 class Training:
-    """Training of a shape on one random batch, always the same: `compile` takes no memory; after
-    `start` a call takes a step."""
+    """The training step of a shape, compiled, which takes no memory; after `start` a call takes a
+    step on one random batch, always the same."""
 
-    def __init__(self, shape: Shape, mesh=None):
+    def __init__(self, shape: Shape, mesh=None, loss_sum: Callable = cross_entropy_sum):
         self.shape, self.mesh, self.tx = shape, mesh or one_device(), optimizer(shape)
         self.owners = Owners(shape.model, self.mesh)
         self.state: Any = abstract_state(self.owners, self.tx)
-        self.step: Any = make_train_step(
+        step: Any = make_train_step(
             self.owners,
             self.tx,
             device_batch_size=shape.rows,
             tile_tokens=shape.tile_tokens,
             remat=shape.model.remat,
             grad_clip=shape.grad_clip,
+            loss_sum=loss_sum,
         )
-
-    def compile(self) -> "Training":
-        rows = self.shape.rows * self.shape.accumulate * self.mesh.size
-        ids = jax.ShapeDtypeStruct((rows, self.shape.model.seq_len), jnp.int32)
+        rows = shape.rows * shape.accumulate * self.mesh.size
+        ids = jax.ShapeDtypeStruct((rows, shape.model.seq_len), jnp.int32)
         with jax.set_mesh(self.mesh):
-            lowered = self.step.lower(self.state, {"inputs": ids, "targets": ids})
+            lowered = step.lower(self.state, {"inputs": ids, "targets": ids})
         self.step = memory.compile_lowered(lowered)
         self.bytes = memory.compiled_bytes(self.step)
-        return self
 
     def start(self) -> "Training":
         c, rows = self.shape.model, self.shape.rows * self.shape.accumulate
         self.state = create_state(self.owners, self.tx, seed=0)
         self.batch = put_batch(random_batch(0, rows, c.seq_len, c.vocab_size), self.mesh)
-        self()
-        self.first_loss = float(self.loss)
+        self.first_loss = float(self())
         return self
 
     def stop(self) -> None:
@@ -174,20 +178,16 @@ class Training:
 
 def compile_fitting(shape: Shape, free: float) -> Training:
     """The compiled step of a shape; if it needs too much memory, in smaller microbatches."""
-    while True:
-        training, training.bytes = Training(shape), float("inf")
-        try:
-            training.compile()
-        except jax.errors.JaxRuntimeError as error:  # while kernels are tried out
-            if not memory.is_out_of_memory(error):
-                raise
-        if training.bytes <= free:
-            return training
-        needed, free_text = map(memory.format_bytes, (training.bytes, free))
-        log(f"{shape.name}: {shape.rows} rows at once need {needed}, free are {free_text}")
+    training = Training(shape)
+    while training.bytes > free:
+        needed = memory.format_bytes(training.bytes)
+        what = f"{shape.name}: {shape.rows} rows at once need {needed}, more than there is"
         if shape.rows % 2:
-            raise UserError(f"{shape.name} does not fit; expected more memory: set --remat=full")
+            raise UserError(f"{what}; set --remat=full")
+        log(f"{what}: halved")
         shape = replace(shape, rows=shape.rows // 2, accumulate=shape.accumulate * 2)
+        training = Training(shape)
+    return training
 
 
 def random_batch(seed: int, rows: int, seq_len: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -202,63 +202,48 @@ def random_arrays(dtype, *shapes: tuple[int, ...]) -> list[jax.Array]:
     return [jax.random.normal(k, s, jnp.dtype(dtype)) for k, s in zip(keys, shapes, strict=True)]
 
 
-class Timing(NamedTuple):
-    ms: float  # median of one call
-    spread: float  # half the distance between the quartiles, as a fraction of the median
-    best_ms: float  # the fastest: least disturbed by whatever else the machine does
-    times_first: float  # ms over that of the first candidate
+def turns(calls: dict[str, Callable], secs: float, *, min_rounds: int = 5) -> dict[str, dict]:
+    """The times of each call, in turn over about `secs` in all; with 0 once in each of min_rounds.
 
-
-def time_in_turn(
-    calls: dict[str, Callable], secs: float, *, min_rounds: int = 5
-) -> dict[str, Timing]:
-    """One call of each, in turn over about `secs` in all; with 0 once in each of min_rounds."""
+    A call returns what has to be waited for, if anything.
+    """
     repeats = {}
     for name, call in calls.items():
         _time(call, 1)  # compiles, touches its memory
         repeats[name] = max(1, round(MIN_TIMED_SECS / _time(call, 1))) if secs else 1
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order, rounds, began = list(calls), 0, time.perf_counter()
-    while rounds < min_rounds or time.perf_counter() - began < secs:
+    order, rounds, stop = list(calls), 0, time.perf_counter() + secs
+    while rounds < min_rounds or time.perf_counter() < stop:
         for name in order:
-            samples[name].append(1e3 * _time(calls[name], repeats[name]) / repeats[name])
+            samples[name].append(_time(calls[name], repeats[name]))
         order, rounds = order[1:] + order[:1], rounds + 1
-    found, first = {}, None
+    found, first = {}, 0.0
     for name, times in samples.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        first = first or median
-        found[name] = Timing(median, (high - low) / 2 / median, min(times), median / first)
+        low, ms, high = statistics.quantiles(times, n=4)
+        first = first or ms
+        spread = (high - low) / 2 / ms
+        found[name] = dict(ms=ms, spread=spread, best_ms=min(times), times_first=ms / first)
     return found
 
 
 def _time(call: Callable, repeats: int) -> float:
-    """call returns what has to be waited for, if anything."""
+    """Milliseconds of one call."""
     result, began = None, time.perf_counter()
     for _ in range(repeats):
         result = call()
     jax.block_until_ready(result)
-    return time.perf_counter() - began
+    return 1e3 * (time.perf_counter() - began) / repeats
 
 
-@dataclass
-class Row:
-    """A result: a line of the table, an object of the JSON; the first fields as in Timing."""
-
-    what: str
-    ms: float | None = None
-    spread: float | None = None
-    best_ms: float | None = None
-    times_first: float | None = None
-    value: float | None = None
-    unit: str = ""
-    work: float | None = None  # FLOP/s or bytes/s
-    limit: str = ""  # what bounds it: "bf16" or "fp8" products, "copy"
-    bytes: int | None = None  # by the compiler's analysis
-    note: str = ""
+def random_params(config: GPTConfig) -> dict[str, jax.Array]:
+    """No value is zero, as many are where training starts."""
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    noise = random_arrays("float32", *(value.shape for value in params.values()))
+    return {path: params[path] + 0.05 * n for path, n in zip(params, noise, strict=True)}
 
 
 class Form(NamedTuple):
-    """A function to measure; work: FLOPs or bytes, limit: of which kind, as in Row."""
+    """A function to measure; work: FLOPs or bytes, limit: what bounds it, as in `reached`."""
 
     function: Callable
     args: tuple | list
@@ -266,75 +251,58 @@ class Form(NamedTuple):
     limit: str = "bf16"
 
 
-def measure(forms: dict[str, Form], secs: float) -> list[Row]:
-    """Compile all, on threads; run in turn those that fit."""
-    lowered = [jax.jit(form.function).lower(*form.args) for form in forms.values()]
-    with ThreadPoolExecutor(len(lowered)) as pool:
-        compiled = dict(zip(forms, pool.map(memory.compile_lowered, lowered), strict=True))
-    needed = {name: memory.compiled_bytes(program) for name, program in compiled.items()}
-    fit = {name: form for name, form in forms.items() if needed[name] < free_bytes()}
-    calls = {name: functools.partial(compiled[name], *form.args) for name, form in fit.items()}
-    rows = {name: Row(name, bytes=needed[name], note="does not fit") for name in forms}
-    for name, timing in time_in_turn(calls, secs).items():
-        row = rows[name] = Row(name, *timing, limit=forms[name].limit, bytes=needed[name])
-        if work := forms[name].work:
-            row.work, row.value = 1e3 * work / timing.ms, work / timing.ms / 1e9
-            row.unit = "TB/s" if row.limit == "copy" else "TFLOP/s"
+def measure(forms: dict[str, Form], secs: float) -> list[dict]:
+    """Run all in turn; of what does not fit into memory only the bytes."""
+    rows, calls = {}, {}
+    for name, form in forms.items():
+        program = memory.compile_lowered(jax.jit(form.function).lower(*form.args))
+        needed = memory.compiled_bytes(program)
+        rows[name] = {"what": name, "mib": needed / 2**20}
+        if needed < free_bytes():
+            calls[name] = functools.partial(program, *form.args)
+    for name, times in turns(calls, secs).items():
+        _, _, work, limit = forms[name]
+        rows[name] |= times | (reached(work, times["ms"], limit) if work else {})
     return list(rows.values())
 
 
+def reached(work: float, ms: float, limit: str) -> dict:
+    """`work` in `ms` as a rate: bytes/s if limit is "copy", FLOP/s of "bf16" or "fp8" products."""
+    rate, best = 1e3 * work / ms, peaks().get(limit)
+    unit = "TB/s" if limit == "copy" else "TFLOP/s"
+    found = {"value": rate / 1e12, "unit": unit, "rate": rate, "limit": limit}
+    return found | {"of_peak": rate / best if best else None}
+
+
 @functools.cache
-def peak(limit: str) -> float | None:
-    """FLOP/s or bytes/s from the device's data sheet; on a CPU, as measured: products in float32, a
-    large array read once."""
+def peaks() -> dict[str, float]:
+    """FLOP/s or bytes/s by data sheet; of a CPU those of products in float32, measured."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        if limit != "copy":
-            return hardware.measured_matmul_flops() if limit == "bf16" else None
-        (large,) = random_arrays("float32", (2**26,))
-        read = functools.partial(jax.jit(jnp.sum), large)
-        return 1e3 * large.nbytes / time_in_turn({"read": read}, 1.0)["read"].ms
+        return {"bf16": hardware.measured_matmul_flops()}
     card = hardware.find_accelerator(device.device_kind)
     # In fp8 the tensor cores of Ada, Hopper and Blackwell are twice as fast.
     rates = card and {"bf16": card.peak_flops, "fp8": 2 * card.peak_flops, "copy": card.bandwidth}
-    return rates[limit] if rates else None
+    return rates or {}
 
 
-def of_peak(row: Row) -> float | None:
-    limit = peak(row.limit) if row.work else None
-    return row.work / limit if row.work and limit else None
+def named(shape: str, rows: list[dict]) -> list[dict]:
+    return [row | {"what": f"{shape} {row['what']}"} for row in rows]
 
 
-def text(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def table(rows: list[dict]) -> str:
+    """The columns that any row has."""
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
+    left = [index for index, name in enumerate(names) if COLUMNS[name] == "{}"]
+    return "\n".join(aligned(lines, left))
 
 
-def cells(row: Row) -> dict[str, str]:
-    """A row for people, by column."""
-    return {
-        "what": row.what,
-        "ms": text(row.ms, "{:,.2f}"),
-        "spread": text(row.spread, "{:.1%}"),
-        "best ms": text(row.best_ms, "{:,.2f}"),
-        "x first": text(row.times_first, "{:.2f}"),
-        "achieved": text(row.value, "{:,.4g}" if (row.value or 0) < 1e3 else "{:,.0f}"),
-        "unit": row.unit,
-        "of peak": text(of_peak(row), "{:.1%}"),
-        "MiB": text(row.bytes and row.bytes / 2**20, "{:,.0f}"),
-        "note": row.note,
-    }
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """Aligned columns, text to the left; without those that are empty."""
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    lines = [{name: name for name in names}, *rows]
-    for name in names:
-        width = max(len(line[name]) for line in lines)
-        at_left = name in ("what", "unit", "note")
-        for line in lines:
-            line[name] = line[name].ljust(width) if at_left else line[name].rjust(width)
-    return "\n".join("  ".join(line[name] for name in names).rstrip() for line in lines)
+def cell(column: str, value) -> str:
+    if value is None:
+        return ""
+    large = column == "value" and value >= 1e3
+    return ("{:,.0f}" if large else COLUMNS[column]).format(value)
 
 
 def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:
@@ -351,9 +319,7 @@ def chosen_shapes(args: argparse.Namespace) -> list[Shape]:
     return [load_shape(name) for name in ([args.shape] if args.shape else defaults)]
 
 
-def finish(bench: str, rows: list[Row], **more: Any) -> None:
+def finish(bench: str, rows: list[dict], **more: Any) -> None:
     """How every benchmark ends: the table, then one line of JSON with everything."""
-    log(table([cells(row) for row in rows]))
-    found = [asdict(row) | {"of_peak": of_peak(row)} for row in rows]
-    result = {"bench": bench, "rows": found} | more | {"machine": hardware.describe()}
-    print(json.dumps(result), flush=True)
+    log(table(rows))
+    print(json.dumps({"bench": bench, "rows": rows} | more | {"machine": hardware.describe()}))

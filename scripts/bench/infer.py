@@ -4,16 +4,13 @@
   python scripts/bench/infer.py --shape=d20 --texts 1 64
 
 For some counts of texts at once, each with a prompt of its own, in turn in one run:
-  first token  of texts that come together
-  a token      what each further one takes. Bytes are all that a step has to read: every weight but
-               the embedding tables, and the cache as it is allocated; small models stay in a CPU's
-               caches, and exceed its bandwidth
   engine       the whole job, greedy; also sampled (temperature 1, top-k 50)
   one by one   the first texts through an engine of one slot, taken in proportion
-  naive        the first tokens by full forward passes (naive.py), taken in proportion: too fast,
-               because rows are shortest then
-and prefill: prompts as long as the recipe's rows. FLOPs are of the visible pairs, without the head
-and what follows the last layer's keys and values, which prefill does not need.
+  naive        the first tokens by full forward passes (naive.py), taken in proportion
+  a token      what each one after the first takes; its bytes are the weights that are multiplied
+               with and the cache
+and prefill of prompts as long as the recipe's rows, without what it need not compute in the last
+layer and the head.
 """
 
 import sys
@@ -30,70 +27,67 @@ from nanochat_jax.common import run_main
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import PREFILL_ROWS, Engine, Request
 from nanochat_jax.model.accounting import matmul_params
-from nanochat_jax.model.gpt import GPTConfig, init_params
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.kv_cache import capacity
 from scripts.bench import common
-from scripts.bench.common import Row, Shape
+from scripts.bench.common import Shape
 from scripts.bench.kernels import visible_pairs
 from scripts.bench.naive import generate_greedy
 
 ONE_BY_ONE = 4  # texts
 
 
-def run(shape: Shape, secs: float, counts: Sequence[int], *, rivals: bool = True) -> list[Row]:
+def run(shape: Shape, secs: float, counts: Sequence[int], *, rivals: bool = True) -> list[dict]:
     """Rows for each count of texts at once, and of prefill; rivals: also of what is slower."""
     config, share = shape.model, secs / (len(counts) + 1)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
-    params = {path: value + 0.01 for path, value in params.items()}  # nothing is zero
+    params = common.random_params(config)
     rows = [row for n in counts for row in measure(config, params, n, share, rivals)]
-    return [*rows, prefill(config, params, share)]
+    return common.named(shape.name, [*rows, prefill(config, params, share)])
 
 
-def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bool) -> list[Row]:
-    def make_engine(slots: int) -> Engine:
-        made = Engine(config, common.one_device(), slots=slots, max_len=2048, stop_ids=())
-        made.load(params)
-        return made
-
+def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bool) -> list[dict]:
     new, naive_new = (256, 4) if jax.default_backend() == "gpu" else (64, 2)  # prompts: as long
     prompts = common.random_batch(count, count, new, config.vocab_size)["inputs"].tolist()
     job, first = ([Request(prompt, n) for prompt in prompts] for n in (new, 1))
-    engine = make_engine(count)
+    engine, one = (
+        Engine(config, common.one_device(), slots=slots, max_len=2048, stop_ids=())
+        for slots in (count, 1)
+    )
+    engine.load(params)
     calls = {"engine": lambda: engine.generate(job), "first token": lambda: engine.generate(first)}
     if rivals:
-        one = make_engine(1)
+        one.load(params)
         sampled = [replace(request, temperature=1.0, top_k=50) for request in job]
         calls |= {
             "sampled": lambda: engine.generate(sampled),
-            "one by one": lambda: [one.generate([request]) for request in job[:ONE_BY_ONE]],
+            "one by one": lambda: one.generate(job[:ONE_BY_ONE]),
             "naive": lambda: generate_greedy(config, params, prompts, naive_new),
         }
-    times = common.time_in_turn(calls, secs, min_rounds=3)
+    times = common.turns(calls, secs, min_rounds=3)
     shares = {"one by one": min(count, ONE_BY_ONE) / count, "naive": naive_new / new}
-    rows = []
-    for name, timing in times.items():
-        ms = timing.ms / shares.get(name, 1)
-        rows.append(Row(name, ms, timing.spread, times_first=ms / times["engine"].ms))
-        if name != "first token":
-            rows[-1].value, rows[-1].unit = 1e3 * count * new / ms, "tok/s"
-    step = (times["engine"].ms - times["first token"].ms) / (new - 1)
-    row = Row("a token", step, value=1e3 * count / step, unit="tok/s", limit="copy")
-    rows.append(replace(row, work=1e3 * step_bytes(engine) / step))
-    return [replace(row, what=f"{row.what}, {count} at once") for row in rows]
+    whole, rows = times["engine"]["ms"], []
+    for name, row in times.items():
+        ms = row["ms"] / shares.get(name, 1)
+        tokens = count if name == "first token" else count * new
+        row = {"what": name, "ms": ms, "spread": row["spread"], "times_first": ms / whole}
+        rows.append(row | {"value": 1e3 * tokens / ms, "unit": "tok/s"})
+    step = (whole - times["first token"]["ms"]) / (new - 1)
+    row = {"what": "a token", "ms": step} | common.reached(step_bytes(engine), step, "copy")
+    rows.append(row | {"value": 1e3 * count / step, "unit": "tok/s"})
+    return [row | {"what": f"{row['what']}, {count} at once"} for row in rows]
 
 
-def prefill(config: GPTConfig, params: dict, secs: float) -> Row:
+def prefill(config: GPTConfig, params: dict, secs: float) -> dict:
     """Computing whole prompts, as many as the engine takes at once, of the recipe's length."""
     count, T, D = PREFILL_ROWS[0], config.seq_len, config.model_dim
     params = {path: value.astype(config.compute_dtype) for path, value in params.items()}
     ids = common.random_batch(0, count, T, config.vocab_size)["inputs"]
-    calls = {"prefill": lambda: decode.prefill(config, params, ids)}
-    timing = common.time_in_turn(calls, secs)["prefill"]
+    times = common.turns({"": lambda: decode.prefill(config, params, ids)}, secs)[""]
     linear = matmul_params(config) - D * config.padded_vocab_size - 10 * D * D
     pairs = sum(visible_pairs(T, config.sees(layer)) for layer in range(config.num_layers - 1))
-    row = Row(f"prefill, {count} x {T:,}", *timing, unit="tok/s", limit="bf16")
-    work = 1e3 * count * (2 * linear * T + 4 * D * pairs) / timing.ms
-    return replace(row, value=1e3 * count * T / timing.ms, work=work)
+    work, ms = count * (2 * linear * T + 4 * D * pairs), times["ms"]
+    row = {"what": f"prefill, {count} x {T:,}"} | times | common.reached(work, ms, "bf16")
+    return row | {"value": 1e3 * count * T / ms, "unit": "tok/s"}
 
 
 def step_bytes(engine: Engine) -> int:
@@ -108,9 +102,8 @@ def main() -> None:
     parser = common.parser(__doc__, secs=30.0)
     parser.add_argument("--texts", type=int, nargs="+", help="at once")
     args = parser.parse_args()
-    shape = common.chosen_shapes(args)[0]
     counts = args.texts or ([1, 8, 32, 64] if jax.default_backend() == "gpu" else [1, 8, 32])
-    common.finish("infer", run(shape, args.secs, counts), shape=shape.name)
+    common.finish("infer", run(common.chosen_shapes(args)[0], args.secs, counts))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 python scripts/bench/kernels.py attention loss --shape=d20     also: optimizer, matmul
 
-attention  one layer with its gradients, by every backend that runs here and by its definition;
-           full and with a window of a quarter of the row. FLOPs are those of the visible pairs
-loss       cross entropy with its gradients: in tiles of several sizes, and by its definition
-optimizer  the update: of everything, by Muon alone, by AdamW alone
-matmul     what this device reaches: large products in bfloat16 and fp8 (the 8-bit numbers given),
-           a copy (bytes read and written); then the products y = x w, dx = dy w', dw = x' dy of
-           a step, MxKxN, in the layouts that training has. Quantising is not timed
+attention  one layer with its gradients, by every backend that runs here and by its definition,
+           full and with a window of a quarter of the row; FLOPs of the visible pairs
+loss       cross entropy with its gradients, in tiles and by its definition
+optimizer  the update of all parameters; FLOPs of Muon
+matmul     what this device reaches: a copy, and products x w' of MxK and NxK in bfloat16 and fp8
+           (quantised before), large ones and those of a step
 """
 
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,40 +23,34 @@ from nanochat_jax.common import run_main
 from nanochat_jax.model import attention as att
 from nanochat_jax.model import fp8
 from nanochat_jax.model.gpt import init_params
-from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum
+from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.optim.build import label
 from nanochat_jax.optim.muon import NEWTON_SCHULZ
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.step import loss_tile
 from scripts.bench import common
-from scripts.bench.common import Form, Row, Shape
-
-# Operands, and the axes they are summed over; x [M, K], w [K, N], dy [M, N].
-PRODUCTS = {"y": ("x", "w", 1, 0), "dx": ("dy", "w", 1, 1), "dw": ("x", "dy", 0, 0)}
-FORMATS = {"x": fp8.E4M3, "w": fp8.E4M3, "dy": fp8.E5M2}
+from scripts.bench.common import Form, Shape
+from scripts.bench.train import naive_sum
 
 
-def attention(shape: Shape, secs: float) -> list[Row]:
+def attention(shape: Shape, secs: float) -> list[dict]:
     c, rows = shape.model, []
     of_q, of_k = ((shape.rows, c.seq_len, n, c.head_dim) for n in (c.num_heads, c.num_kv_heads))
     arrays = common.random_arrays(c.compute_dtype, of_q, of_k, of_k, of_q)
-    fused = c.compute_dtype == "bfloat16"
-    backends = [name for name in att.candidates() if fused or name != "cudnn"]
     for what, window in (("full", None), ("quarter", c.seq_len // 4)):
-        forms = {name: partial(att.attention, window=window, backend=name) for name in backends}
-        forms["naive"] = partial(att.attention_naive, window=window)
         flops = 3.5 * 4 * shape.rows * c.model_dim * visible_pairs(c.seq_len, window)
+        attends = {name: partial(att.attention, backend=name) for name in att.candidates()}
         forms = {
-            f"attention {name} {what}": Form(with_gradients(form), arrays, flops)
-            for name, form in forms.items()
+            f"attention {name} {what}": Form(with_gradients(attend, window), arrays, flops)
+            for name, attend in (attends | {"naive": att.attention_naive}).items()
         }
         rows += common.measure(forms, secs / 2)
     return rows
 
 
-def with_gradients(form):
+def with_gradients(attend, window: int | None):
     def function(q, k, v, dy):
-        y, pull = jax.vjp(form, q, k, v)
+        y, pull = jax.vjp(partial(attend, window=window), q, k, v)
         return y, *pull(dy)
 
     return function
@@ -70,46 +62,39 @@ def visible_pairs(seq_len: int, window: int | None) -> int:
     return sum(min(position, reach) for position in range(1, seq_len + 1))
 
 
-def loss(shape: Shape, secs: float) -> list[Row]:
+def loss(shape: Shape, secs: float) -> list[dict]:
     c, rows, V = shape.model, shape.rows, shape.model.vocab_size
     (x,) = common.random_arrays(c.compute_dtype, (rows, c.seq_len, c.model_dim))
     head = common.random_arrays("float32", (c.model_dim, V))[0] / c.model_dim**0.5
     targets = common.random_batch(0, rows, c.seq_len, V)["targets"]
     weights = jnp.full(targets.shape, 1 / targets.size)
-
-    def tiled(tile: int):
-        return lambda x, head: cross_entropy_sum(x, head, targets, weights, V, tile)
-
-    sizes = (shape.tile_tokens, shape.tile_tokens // 2, shape.tile_tokens * 2)
-    forms = {f"loss, tiles of {size}": tiled(loss_tile(size, rows, c.seq_len)) for size in sizes}
-    forms["loss naive"] = lambda x, head: (cross_entropy_naive(x, head, targets, V) * weights).sum()
     flops = 6 * targets.size * c.model_dim * V
-    forms = {name: jax.value_and_grad(form, (0, 1)) for name, form in forms.items()}
-    return common.measure({name: Form(f, (x, head), flops) for name, f in forms.items()}, secs)
+
+    def form(loss_sum, tile: int) -> Form:
+        def function(x, head):
+            return loss_sum(x, head, targets, weights, V, tile)
+
+        return Form(jax.value_and_grad(function, (0, 1)), (x, head), flops)
+
+    tiled = form(cross_entropy_sum, loss_tile(shape.tile_tokens, rows, c.seq_len))
+    return common.measure({"loss tiled": tiled, "loss naive": form(naive_sum, 0)}, secs)
 
 
-def optimizer(shape: Shape, secs: float) -> list[Row]:
-    owners = Owners(shape.model, common.one_device())  # stacks, as in training
-    params = owners.to_owned(init_params(shape.model, jax.random.key(0)))
+def optimizer(shape: Shape, secs: float) -> list[dict]:
+    owners, tx = Owners(shape.model, common.one_device()), common.optimizer(shape)
+    params = owners.to_owned(init_params(shape.model, jax.random.key(0)))  # stacks, as in training
     arrays = common.random_arrays("float32", *(p.shape for p in params.values()))
     grads = dict(zip(params, arrays, strict=True))
 
-    def form(paths: list[str], work: float | None = None) -> Form:
-        tx = common.optimizer(shape, paths)
-        some = {path: params[path] for path in paths}
+    def update(params, grads, state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
 
-        def update(params, grads, state):
-            with jax.numpy_dtype_promotion("standard"):
-                updates, state = tx.update(grads, state, params)
-            return jax.tree.map(jnp.add, params, updates), state
-
-        return Form(update, (some, {path: grads[path] for path in paths}, tx.init(some)), work)
-
-    muon = [path for path in params if label(path) == "muon"]
-    adamw = [path for path in params if path not in muon]
-    flops = sum(muon_flops(params[path].shape) for path in muon)
-    forms = {"optimizer": form([*params]), "Muon": form(muon, flops), "AdamW": form(adamw)}
-    return common.measure(forms, secs)
+    flops = sum(muon_flops(p.shape) for path, p in params.items() if label(path) == "muon")
+    return common.measure(
+        {"optimizer": Form(update, (params, grads, tx.init(params)), flops)}, secs
+    )
 
 
 def muon_flops(shape: tuple[int, ...]) -> int:
@@ -118,58 +103,38 @@ def muon_flops(shape: tuple[int, ...]) -> int:
     return stack * len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)
 
 
-def ceilings(secs: float) -> list[Row]:
-    gpu = jax.default_backend() == "gpu"
-    size = 8_192 if gpu else 256
-    a, b = common.random_arrays("bfloat16", (size, size), (size, size))
-    in_8_bits = [fp8.quantise(x, fp8.E4M3).values for x in (a, b)]
-    (large,) = common.random_arrays("float32", (2**30 if gpu else 2**22,))
-
-    def rows_by_rows(a, b):  # a b', as Hopper's tensor cores want fp8; without scales
-        dims = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.bfloat16)
-
-    forms = {
-        "ceiling bf16": Form(jnp.matmul, (a, b), 2 * size**3),
-        "ceiling fp8": Form(rows_by_rows, in_8_bits, 2 * size**3, "fp8"),
-        "ceiling copy": Form(jnp.negative, (large,), 2 * large.nbytes, "copy"),
-    }
-    return common.measure(forms, secs)
-
-
-def matmul(shape: Shape, secs: float) -> list[Row]:
-    c, tokens, rows = shape.model, shape.rows * shape.model.seq_len, ceilings(secs / 4)
-    D, V = c.model_dim, c.padded_vocab_size
-    sizes = {"attn": (tokens, D, D), "mlp up": (tokens, D, 4 * D), "mlp down": (tokens, 4 * D, D)}
-    sizes["head, a tile"] = (min(tokens, shape.tile_tokens), D, V)
-    for what, (M, K, N) in sizes.items():
-        arrays = common.random_arrays("bfloat16", (M, K), (K, N), (M, N))
-        plain = dict(zip(FORMATS, arrays, strict=True))
-        in_fp8 = {name: fp8.quantise(plain[name], FORMATS[name]) for name in plain}
-        forms = {}
-        for product, (a, b, axis_a, axis_b) in PRODUCTS.items():
-            multiply = partial(fp8.product, axis_a=(axis_a,), axis_b=(axis_b,), dtype=jnp.bfloat16)
-            for kind, given in (("bf16", plain), ("fp8", in_fp8)):
-                name = f"{what} {M}x{K}x{N} {product} {kind}"
-                forms[name] = Form(multiply, (given[a], given[b]), 2 * M * K * N, kind)
-        rows += common.measure(forms, secs / len(sizes))
+def matmul(shape: Shape, secs: float) -> list[dict]:
+    c, tokens, gpu = shape.model, shape.rows * shape.model.seq_len, jax.default_backend() == "gpu"
+    D, V, large = c.model_dim, c.padded_vocab_size, 8_192 if gpu else 256
+    (array,) = common.random_arrays("float32", (2**30 if gpu else 2**22,))
+    copy = Form(jnp.negative, (array,), 2 * array.nbytes, "copy")
+    rows, tile = common.measure({"copy": copy}, secs / 5), min(tokens, shape.tile_tokens)
+    for M, K, N in ((large, large, large), (tokens, D, D), (tokens, D, 4 * D), (tile, D, V)):
+        x, w = common.random_arrays("bfloat16", (M, K), (N, K))
+        in_fp8 = [fp8.quantise(array, fp8.E4M3) for array in (x, w)]
+        multiply = partial(fp8.product, axis_a=(1,), axis_b=(1,), dtype=jnp.bfloat16)
+        forms = {
+            f"matmul {M}x{K}x{N} {kind}": Form(multiply, operands, 2 * M * K * N, kind)
+            for kind, operands in (("bf16", (x, w)), ("fp8", in_fp8))
+        }
+        rows += common.measure(forms, secs / 5)
     return rows
 
 
 KERNELS = {"attention": attention, "loss": loss, "optimizer": optimizer, "matmul": matmul}
 
 
+def run(shape: Shape, kernel: str, secs: float) -> list[dict]:
+    return common.named(shape.name, KERNELS[kernel](shape, secs))
+
+
 def main() -> None:
     parser = common.parser(__doc__, secs=15.0)
     parser.add_argument("kernels", nargs="+", choices=KERNELS)
     args = parser.parse_args()
-    rows = [
-        replace(row, what=f"{shape.name} {row.what}")
-        for shape in common.chosen_shapes(args)
-        for kernel in args.kernels
-        for row in KERNELS[kernel](shape, args.secs)
-    ]
-    common.finish("kernels", rows)
+    shapes = common.chosen_shapes(args)
+    rows = [run(shape, kernel, args.secs) for shape in shapes for kernel in args.kernels]
+    common.finish("kernels", sum(rows, []))
 
 
 if __name__ == "__main__":

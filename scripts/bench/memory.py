@@ -1,19 +1,17 @@
 """Peak memory of a training step with and without each measure against it; one JSON line last.
 
   python scripts/bench/memory.py                       d20, 32 rows of 2,048 tokens a device
-  python scripts/bench/memory.py --shape=tiny --rows=8 --devices=2
+  python scripts/bench/memory.py --shape=tiny --devices=2
 
-Nothing is allocated and nothing runs: each step is compiled from shapes alone, on a CPU too. Every
-line differs from the first by one measure. By the compiler's own analysis, of a device: weights,
-optimizer state, gradients and temporaries. On a CPU all is too high: its compiler computes bfloat16
-in float32, and without fused attention the scores are kept, in blocks unless all is recomputed.
+Nothing runs: each step is compiled from shapes alone, on a CPU too. Every line differs from the
+first by one measure. By the compiler's own analysis, of a device. On a CPU all is too high: its
+compiler computes bfloat16 in float32, and without fused attention the scores are kept.
 """
 
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import jax
 
@@ -21,41 +19,26 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import UserError, run_main
 from nanochat_jax.model import fp8
+from nanochat_jax.model.loss import cross_entropy_sum
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.train import step as step_module
 from scripts.bench import common
-from scripts.bench.common import Row, Shape, Training
 from scripts.bench.train import naive_sum
 
-MEASURES = {  # name: changes of the model, and the options of `measure`
-    "tiled loss, bfloat16": ({}, {}),
-    "attention [T, T]": ({"attention_backend": "xla"}, {}),
-    "all logits at once": ({}, {"naive_loss": True}),
-    "state not donated": ({}, {"donated": False}),
-    "float32": ({"compute_dtype": "float32"}, {}),
-    "fp8": ({"fp8_layers": tuple(fp8.LAYERS)}, {}),
-    "remat names": ({"remat": "names"}, {}),
-    "remat full": ({"remat": "full"}, {}),
-    "state shared by all devices": ({}, {"shared": True}),
-    "remat full, shared by all": ({"remat": "full"}, {"shared": True}),
+MEASURES = {  # name: changes of the model
+    "tiled loss, bfloat16": {},
+    "attention [T, T]": {"attention_backend": "xla"},
+    "all logits at once": {},
+    "float32": {"compute_dtype": "float32"},
+    "fp8": {"fp8_layers": tuple(fp8.LAYERS)},
+    "remat names": {"remat": "names"},
+    "remat full": {"remat": "full"},
+    "state shared by all devices": {},
+    "remat full, state shared by all devices": {"remat": "full"},
 }
-
-
-def measure(shape: Shape, *, naive_loss=False, donated=True, shared=False) -> int:
-    """Bytes of a device."""
-    num_devices = len(jax.devices()) if shared else 1
-    mesh = make_mesh(data=num_devices, devices=jax.devices()[:num_devices])
-    loss = naive_sum if naive_loss else step_module.cross_entropy_sum
-    with mock.patch.object(step_module, "cross_entropy_sum", loss):
-        training = Training(shape, mesh)
-        if not donated:
-            training.step = jax.jit(lambda *args, step=training.step: step(*args))
-        return training.compile().bytes
 
 
 def main() -> None:
     parser = common.parser(__doc__, secs=0)
-    parser.add_argument("--rows", type=int, help="of a device, by default the shape's")
     parser.add_argument("--devices", type=int, default=8, help="that share the state")
     args = parser.parse_args()
     # Before the devices start: fake ones, where there is no GPU, and no time spent on machine code.
@@ -65,11 +48,14 @@ def main() -> None:
     if len(jax.devices()) < args.devices:
         raise UserError(f"--devices got {args.devices}, expected at most {len(jax.devices())}")
     shape = common.load_shape(args.shape or "d20", "gpu")
-    shape = replace(shape, rows=args.rows or shape.rows, accumulate=1)
+    shape = replace(shape, accumulate=1)
     rows = []
-    for name, (changes, options) in MEASURES.items():
+    for name, changes in MEASURES.items():
         changed = replace(shape, model=replace(shape.model, **changes))
-        rows.append(Row(name, bytes=measure(changed, **options)))
+        devices = jax.devices()[: args.devices if "shared" in name else 1]
+        mesh = make_mesh(data=len(devices), devices=devices)
+        loss_sum = naive_sum if "logits" in name else cross_entropy_sum
+        rows.append({"what": name, "mib": common.Training(changed, mesh, loss_sum).bytes / 2**20})
     common.finish("memory", rows, shape=shape.name, rows_at_once=shape.rows, devices=args.devices)
 
 

@@ -19,22 +19,19 @@ def generate_greedy(
     config: GPTConfig, params: dict, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """The most likely continuation of each prompt (ids, not empty): lists of max_new_tokens ids."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts])
     width = -(-(lengths.max() + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP
     ids = np.zeros((len(prompts), width), np.int32)  # what lies right of the text is never seen
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    out = np.asarray(_continue(config, max_new_tokens, params, ids, lengths))
-    return [row[n : n + max_new_tokens].tolist() for row, n in zip(out, lengths, strict=True)]
+    rows = np.arange(len(prompts))
+    for position in lengths + np.arange(max_new_tokens)[:, None]:  # of the next token in each row
+        ids[rows, position] = _next(config, params, ids, position)
+    return [row[n : n + max_new_tokens].tolist() for row, n in zip(ids, lengths, strict=True)]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _continue(config: GPTConfig, max_new_tokens: int, params: dict, ids: jax.Array, lengths):
-    model, rows = bind(config, params), jnp.arange(ids.shape[0])
-
-    def append(step, ids):
-        last = model.hidden(ids)[rows, lengths + step - 1]  # [B, D]
-        new = jnp.argmax(model.logits(last), axis=-1).astype(ids.dtype)
-        return ids.at[rows, lengths + step].set(new)
-
-    return jax.lax.fori_loop(0, max_new_tokens, append, ids)
+@partial(jax.jit, static_argnums=0)
+def _next(config: GPTConfig, params: dict, ids: jax.Array, position: jax.Array) -> jax.Array:
+    model = bind(config, params)
+    last = model.hidden(ids)[jnp.arange(len(ids)), position - 1]  # [B, D]
+    return jnp.argmax(model.logits(last), axis=-1)

@@ -6,8 +6,7 @@
 
 A step is an optimizer step of --accumulate microbatches of --device-batch rows: on a GPU as many as
 make upstream's batch, on a CPU one. What does not fit into memory gets smaller microbatches. The
-batch is always the same, so the loss has to fall: where it does not the step is broken, and its
-speed is not told.
+batch is always the same, so a step whose loss does not fall is broken, which is an error.
 
 By default the same step with the naive cross entropy, which holds all logits, takes turns with
 ours. --beside measures another program's step instead (dev/upstream_step.py is one). It is started
@@ -22,28 +21,25 @@ once and speaks lines of JSON; what else it prints goes to its standard error:
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest import mock
 
 import jax
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax import hardware
-from nanochat_jax.common import UserError, run_main
-from nanochat_jax.launch.runtime import keep_freed_memory, take_memory
+from nanochat_jax.common import UserError, log, run_main
+from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model import fp8
 from nanochat_jax.model.accounting import train_flops_per_token
 from nanochat_jax.model.gpt import REMAT
 from nanochat_jax.model.loss import cross_entropy_naive
-from nanochat_jax.train import step as step_module
 from scripts.bench import common
-from scripts.bench.common import Row, Shape, Training
+from scripts.bench.common import Shape, Training
 
 STOP_SECS = 30  # that a program may take to end
 
@@ -51,32 +47,32 @@ STOP_SECS = 30  # that a program may take to end
 class Program:
     """Another program's training; a call takes a step. `about` is what it said about itself."""
 
-    def __init__(self, command: str, process: subprocess.Popen[str], shape: dict):
+    def __init__(self, command: str, process: subprocess.Popen[str], shape: Shape):
         self.command, self.process = command, process
-        self.about = self._ask(shape, "name", "tokens", "loss")
-        self.first_loss = self.loss = self.about["loss"]
+        self.about = self._ask(asdict(shape) | {"platform": jax.default_backend()})
+        self.first_loss = self.loss
+        if self.about.get("tokens") != shape.step_tokens:
+            raise UserError(
+                f"--beside: the program takes {self.about.get('tokens')} tokens a step, ours "
+                f"{shape.step_tokens}; set --device-batch and --accumulate"
+            )
 
     def __call__(self) -> None:
-        self.loss = self._ask({}, "loss")["loss"]
+        self._ask({})
 
-    def _ask(self, question: dict, *keys: str) -> dict:
+    def _ask(self, question: dict) -> dict:
         assert self.process.stdin and self.process.stdout
+        line = ""
         try:  # past Python's buffer, which would complain again when it is closed
             os.write(self.process.stdin.fileno(), f"{json.dumps(question)}\n".encode())
-        except BrokenPipeError:
-            pass  # it has ended, and does not answer
-        line = self.process.stdout.readline()
-        try:
+            line = self.process.stdout.readline()
             answer = json.loads(line)
-            if set(keys) <= set(answer):
-                return answer
-        except (ValueError, TypeError):  # TypeError: a number
-            pass
-        said = f"said {line.strip()[:80]!r}"
-        if not line:
-            said = f"ended with status {self.process.wait(STOP_SECS)}"
-        expected = f"expected a line of JSON with {', '.join(keys)}"
-        raise UserError(f"--beside: {self.command} {said}, {expected}")
+            self.loss = float(answer["loss"])
+        except (BrokenPipeError, ValueError, TypeError, KeyError):
+            end = "" if line else f" and ended with status {self.process.wait(STOP_SECS)}"
+            said = f"--beside: {self.command} said {line.strip()[:80]!r}{end}"
+            raise UserError(f"{said}; expected a line of JSON with its loss") from None
+        return answer
 
 
 @contextmanager
@@ -90,7 +86,7 @@ def beside(command: str, shape: Shape):
         raise UserError(f"--beside got {command!r}, {expected}: {error}") from None
     with process:
         try:
-            yield Program(command, process, asdict(shape) | {"platform": jax.default_backend()})
+            yield Program(command, process, shape)
             assert process.stdin
             process.stdin.close()
             process.wait(STOP_SECS)
@@ -98,47 +94,33 @@ def beside(command: str, shape: Shape):
             process.kill()
 
 
-def run(shape: Shape, steps: dict[str, Training | Program], secs: float) -> list[Row]:
+def run(shape: Shape, steps: dict[str, Training | Program], secs: float) -> list[dict]:
     """A row for each, in turn; they have been started and take as many tokens a step as `shape`."""
-    times, rows = common.time_in_turn(steps, secs, min_rounds=3), []
+    times, rows = common.turns(steps, secs, min_rounds=3), []
+    work = shape.step_tokens * train_flops_per_token(shape.model)
     for name, step in steps.items():
-        first, last, rate = (
-            step.first_loss,
-            float(step.loss),
-            1e3 * shape.step_tokens / times[name].ms,
-        )
+        first, last, ms = step.first_loss, float(step.loss), times[name]["ms"]
+        note = f"loss {first:.4f} to {last:.4f}"
         if not last < first < float("inf"):  # a loss that is no number fails as well
-            raise UserError(
-                f"the step of {name} got from loss {first:.4f} to {last:.4f}, expected a finite "
-                "and lower one; look for what computes wrongly"
-            )
-        row = Row(name, *times[name], value=rate, unit="tok/s", limit="bf16")
-        row.work, row.note = (
-            rate * train_flops_per_token(shape.model),
-            f"loss {first:.4f} to {last:.4f}",
-        )
+            raise UserError(f"{name}: {note}, expected finite and lower; its step is broken")
+        row = {"what": name} | times[name] | common.reached(work, ms, "bf16")
+        row |= {"value": 1e3 * shape.step_tokens / ms, "unit": "tok/s", "note": note}
         if isinstance(step, Training):
-            s, row.bytes = step.shape, step.bytes
-            row.note = f"{s.accumulate} x {s.rows} x {s.model.seq_len:,} tokens, {row.note}"
+            s, row["mib"] = step.shape, step.bytes / 2**20
+            row["note"] = f"{s.accumulate} x {s.rows} x {s.model.seq_len:,} tokens, {note}"
         rows.append(row)
     return rows
 
 
-def compare(shape: Shape, secs: float, program: Program | None) -> list[Row]:
-    if program and program.about["tokens"] != shape.step_tokens:
-        raise UserError(
-            f"--beside: the program takes {program.about['tokens']:,} tokens a step, ours "
-            f"{shape.step_tokens:,}; expected as many: set --device-batch and --accumulate"
-        )
+def compare(shape: Shape, secs: float, program: Program | None) -> list[dict]:
     ours = common.compile_fitting(shape, common.free_bytes()).start()
     steps: dict[str, Training | Program] = {f"{shape.name} ours": ours}
     if program:
-        steps[f"{shape.name} {program.about['name']}"] = program
-    else:
-        with mock.patch.object(step_module, "cross_entropy_sum", naive_sum):
-            naive = Training(ours.shape).compile()
-        if naive.bytes < common.free_bytes():
-            steps[f"{shape.name} naive loss"] = naive.start()
+        steps[f"{shape.name} {program.about.get('name', 'other')}"] = program
+        return run(shape, steps, secs)
+    naive = Training(ours.shape, loss_sum=naive_sum)
+    if naive.bytes < common.free_bytes():
+        steps[f"{shape.name} naive loss"] = naive.start()
     return run(shape, steps, secs)
 
 
@@ -163,10 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.beside:  # the other program needs memory of the same GPU
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    else:
-        take_memory()
-    if shutil.which("nvidia-smi") is None:  # as training does, and before JAX starts its threads
-        keep_freed_memory()
+    log(start_runtime(compile_cache=False))
     if args.fp8 and jax.default_backend() != "cpu":  # a CPU computes the same, slowly
         hardware.check_fp8(jax.devices()[0], "bfloat16")
     rows, programs = [], []
@@ -174,10 +153,12 @@ def main() -> None:
         shape = changed(shape, remat=args.remat, in_fp8=args.fp8)
         sizes = args.device_batch or shape.rows, args.accumulate or shape.accumulate
         shape = replace(shape, rows=sizes[0], accumulate=sizes[1])
-        with ExitStack() as stack:
-            program = stack.enter_context(beside(args.beside, shape)) if args.beside else None
+        if not args.beside:
+            rows += compare(shape, args.secs, None)
+            continue
+        with beside(args.beside, shape) as program:
             rows += compare(shape, args.secs, program)
-        programs += [program.about] if program else []
+            programs.append(program.about)
     common.finish("train", rows, programs=programs)
 
 

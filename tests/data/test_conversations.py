@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanochat_jax.common import UserError
 from nanochat_jax.data import conversations as conv
 from nanochat_jax.data.conversations import TRAINED, ChatBatches, Rendered, row_ranges
-from nanochat_jax.tasks.registry import mixture
+from nanochat_jax.tasks.registry import Mixture
 from nanochat_jax.tokenizer.chat import IGNORE, render_whole
 
 SEQ_LEN = 12
@@ -145,7 +145,7 @@ SPECS = ("arithmetic train[:40]", "spelling_bee train[:10]")
 
 def render(tokenizer, specs=SPECS, **overrides) -> Rendered:
     keys = {"max_tokens": 10**6, "train_on": "assistant"}
-    return conv.render(mixture(specs), tokenizer, **keys | overrides)
+    return conv.render(Mixture(specs), tokenizer, **keys | overrides)
 
 
 def same(a: Rendered, b: Rendered) -> bool:
@@ -154,7 +154,7 @@ def same(a: Rendered, b: Rendered) -> bool:
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
 def test_rendered_tokens_are_those_of_each_conversation(tiny_tokenizer, train_on):
-    data, mixed = render(tiny_tokenizer, train_on=train_on), mixture(SPECS)
+    data, mixed = render(tiny_tokenizer, train_on=train_on), Mixture(SPECS)
     for c, conversation in enumerate(mixed):
         tokens = data.tokens[data.offsets[c] : data.offsets[c + 1]]
         ids, mask = render_whole(tiny_tokenizer, conversation)

@@ -4,17 +4,12 @@ from hypothesis import strategies as st
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.history import AnswerReader, PromptTooLong, fit_prompt
+from nanochat_jax.tasks.base import messages
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-TURNS = [
-    message
-    for number in range(5)
-    for message in (
-        {"role": "user", "content": f"{number} boats? " * (1 + number % 3)},
-        {"role": "assistant", "content": f"Yes, {number}."},
-    )
-]
+SAID = [(f"{number} boats? " * (1 + number % 3), f"Yes, {number}.") for number in range(5)]
+TURNS = messages(*sum(SAID, ()))["messages"]
 
 
 @pytest.mark.parametrize("head", [[], [SYSTEM]], ids=["bare", "system"])
@@ -23,8 +18,8 @@ def test_fit_keeps_the_system_message_and_as_many_of_the_newest_turns_as_fit(
     tiny_tokenizer, head, tail
 ):
     def rendered(dropped):
-        messages = [*head, *tail[2 * dropped :]]
-        return render_for_completion(tiny_tokenizer, {"messages": messages})
+        kept = [*head, *tail[2 * dropped :]]
+        return render_for_completion(tiny_tokenizer, {"messages": kept})
 
     whole, least = len(rendered(0)), len(rendered(4))
     for budget in range(least, whole + 2):
@@ -60,8 +55,7 @@ def test_an_answer_reads_back_as_it_was_rendered(tiny_tokenizer, parts, portion)
             joined[-1]["text"] += text
         else:
             joined.append({"type": kind, "text": text})
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": joined}]
-    ids, _ = render_conversation(tiny_tokenizer, {"messages": messages}, 10**6)
+    ids, _ = render_conversation(tiny_tokenizer, messages("?", joined), 10**6)
     ids = ids[ids.index(tiny_tokenizer.special_id("<|assistant_start|>")) + 1 :]
     pieces, content = read(
         tiny_tokenizer, [ids[i : i + portion] for i in range(0, len(ids), portion)]
@@ -80,11 +74,8 @@ def test_characters_are_never_shown_by_halves(tiny_tokenizer):
     # One that ends too early is one U+FFFD, at the end or where a tool call begins.
     python = tiny_tokenizer.special_id("<|python_start|>")
     assert read(tiny_tokenizer, [ids[:2]]) == ([("text", "a"), ("text", "\ufffd")], "a\ufffd")
-    assert read(tiny_tokenizer, [[*ids[:2], python]])[0] == [
-        ("text", "a"),
-        ("text", "\ufffd"),
-        ("python", ""),
-    ]
+    pieces, _ = read(tiny_tokenizer, [[*ids[:2], python]])
+    assert pieces == [("text", "a"), ("text", "\ufffd"), ("python", "")]
 
 
 def test_tokens_that_are_no_text_are_passed_over(tiny_tokenizer):

@@ -1,57 +1,32 @@
-"""Upstream's names and ours: every weight of both generations, there and back."""
+"""Upstream's names and ours, for every weight of both generations."""
 
 import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.interop.upstream import (
-    our_path,
-    params_from_upstream,
-    params_to_upstream,
-    upstream_name,
-)
+from nanochat_jax.interop.upstream import NAMES, our_path, params_from_upstream
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 
 
 @pytest.mark.parametrize("generation", ["classic", "modern"])
-def test_a_state_dict_comes_back_bit_for_bit(goldens, generation):
+def test_every_weight_of_a_state_dict_arrives_in_our_layout(goldens, generation):
     with np.load(goldens / f"{generation}.npz") as arrays:
         state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
     params = params_from_upstream(state)
-    back = params_to_upstream(params)
-    assert list(back) == list(state)
+    assert len(params) == len(state)
     for name, value in state.items():
-        np.testing.assert_array_equal(back[name], value)
+        is_linear = value.ndim == 2 and "wte" not in name and "value_embeds" not in name
+        np.testing.assert_array_equal(params[our_path(name)], value.T if is_linear else value)
     np.testing.assert_array_equal(
         params["blocks.1.mlp.c_fc.kernel"], state["transformer.h.1.mlp.c_fc.weight"].T
     )
-    np.testing.assert_array_equal(params["wte.table"], state["transformer.wte.weight"])
 
 
 @pytest.mark.parametrize("extras", [False, True])
 def test_every_parameter_of_ours_has_a_name_there(extras):
-    config = GPTConfig(
-        vocab_size=64,
-        num_layers=12,
-        model_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        seq_len=8,
-        extras=extras,
-    )
-    for path in param_shapes(config):
-        name, transposed = upstream_name(path)
-        assert our_path(name) == (path, transposed)
-        assert transposed == path.endswith("kernel")
-
-
-def test_layers_keep_their_numbers():
-    assert our_path("transformer.h.11.attn.ve_gate.weight") == (
-        "blocks.11.attn.ve_gate.kernel",
-        True,
-    )
-    assert upstream_name("value_embeds.0.table") == ("value_embeds.0.weight", False)
-    assert our_path("resid_lambdas") == ("resid_lambdas", False)
+    config = GPTConfig(64, 12, 24, 2, 1, 8, extras=extras)
+    named = {our_path(name.replace("{i}", str(i))) for name in NAMES for i in range(12)}
+    assert param_shapes(config).keys() <= named
 
 
 @pytest.mark.parametrize(
@@ -59,6 +34,7 @@ def test_layers_keep_their_numbers():
     [
         "transformer.h.0.attn.c_q.bias",
         "transformer.h.x.attn.c_q.weight",
+        "transformer.h.{i}.attn.c_q.weight",
         "transformer.h.01.attn.c_q.weight",
         "transformer_h.0.attn.c_q.weight",
         "_orig_mod.lm_head.weight",
@@ -71,8 +47,3 @@ def test_layers_keep_their_numbers():
 def test_an_unknown_name_is_an_error(name):
     with pytest.raises(UserError, match="expected a name of upstream"):
         params_from_upstream({name: np.zeros(1)})
-
-
-def test_an_unknown_parameter_is_an_error():
-    with pytest.raises(UserError, match=r"got the parameter 'blocks.0.attn.c_q.bias'"):
-        params_to_upstream({"blocks.0.attn.c_q.bias": np.zeros(1)})

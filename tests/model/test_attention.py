@@ -72,23 +72,15 @@ def test_scores_are_divided_by_the_root_of_the_head_dim():
 
 
 def test_a_backend_that_cannot_be_had_is_an_error():
-    with pytest.raises(UserError, match="got 'flash', expected one of auto, cudnn, xla, blocked"):
-        choose_backend("flash", jnp.dtype("float32"))
-    with pytest.raises(UserError, match="cudnn needs"):
-        choose_backend("cudnn", jnp.dtype("float32"))
-    assert choose_backend("auto", jnp.dtype("float32")) == "blocked"
+    for name in ("flash", "cudnn"):
+        with pytest.raises(UserError, match=name):
+            choose_backend(name, jnp.dtype("float32"))
     assert choose_backend("xla", jnp.dtype("bfloat16")) == "xla"
 
 
-@pytest.mark.parametrize(
-    ("platform", "dtype", "backend"),
-    [
-        ("gpu", "bfloat16", "cudnn"),
-        ("gpu", "float32", "xla"),
-        ("cpu", "bfloat16", "blocked"),
-        ("tpu", "bfloat16", "xla"),
-    ],
-)
-def test_auto_is_the_fastest_that_a_machine_should_have(monkeypatch, platform, dtype, backend):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert choose_backend("auto", jnp.dtype(dtype)) == backend
+def test_auto_is_the_fastest_that_a_machine_should_have(monkeypatch):
+    best = {("gpu", "bfloat16"): "cudnn", ("gpu", "float32"): "xla"}
+    best |= {("cpu", "bfloat16"): "blocked", ("tpu", "bfloat16"): "xla"}
+    for (platform, dtype), backend in best.items():
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert choose_backend("auto", jnp.dtype(dtype)) == backend

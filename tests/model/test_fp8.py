@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from nanochat_jax import config
 from nanochat_jax.common import UserError
@@ -24,6 +23,8 @@ from nanochat_jax.stages.train import train_stage
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import abstract_state, create_state
 from nanochat_jax.train.step import make_train_step, put_batch
+from tests.model.programs import equations
+from tests.train.test_step import one_device
 
 RNG = np.random.default_rng(0)
 STEP = {fp8.E4M3: 2.0**-3, fp8.E5M2: 2.0**-2}  # between neighbours, from 1 to 2
@@ -137,9 +138,8 @@ def test_one_input_of_three_maps_is_quantised_once():
     def maxima(function, *args) -> int:
         return jax.jit(function).lower(*args).compile().as_text().count(" reduce(")
 
-    x = draw(4, 16, 64).astype(jnp.bfloat16)
+    x, *dy = (draw(4, 16, dim).astype(jnp.bfloat16) for dim in (64, 32, 32, 32))
     assert maxima(maps, x, kernels) == 1
-    dy = [draw(4, 16, 32).astype(jnp.bfloat16) for _ in range(3)]
     assert maxima(both, x, kernels, dy) == 1 + 3
 
 
@@ -149,13 +149,11 @@ def test_cross_entropy_with_the_head_in_fp8():
     B, T, D, V, vocab = 4, 32, 64, 128, 120
     x, kernel = draw(B, T, D).astype(jnp.bfloat16), draw(D, V) / 2
     targets = np.where(RNG.random((B, T)) < 0.3, -1, RNG.integers(vocab, size=(B, T)))
-    targets = jnp.asarray(targets, jnp.int32)
-    weights = draw(B, T) * 1e-6
+    targets, weights = jnp.asarray(targets, jnp.int32), draw(B, T) * 1e-6
     head = fp8.quantise(kernel, fp8.E4M3)
 
     def ours(x, kernel):
-        weight = fp8.Weight(kernel, head)
-        return cross_entropy_sum(x, weight, targets, weights, vocab, 8)
+        return cross_entropy_sum(x, fp8.Weight(kernel, head), targets, weights, vocab, 8)
 
     def naive(x, kernel):
         return jnp.sum(cross_entropy_naive(x, kernel, targets, vocab) * weights)
@@ -171,22 +169,10 @@ def test_cross_entropy_with_the_head_in_fp8():
     np.testing.assert_allclose(jax.jit(ours)(x, kernel), loss, rtol=1e-5)
 
 
-BFLOAT16 = GPTConfig(
-    vocab_size=128,
-    num_layers=2,
-    model_dim=64,
-    num_heads=4,
-    num_kv_heads=2,
-    seq_len=16,
-    compute_dtype="bfloat16",
-)
+BFLOAT16 = GPTConfig(128, 2, 64, 4, num_kv_heads=2, seq_len=16, compute_dtype="bfloat16")
 FP8 = replace(BFLOAT16, fp8_layers=("attn", "mlp", "head"))
 ROWS = 16
-TX = optax.adam(3e-3)
-
-
-def one_device():
-    return make_mesh(devices=jax.devices()[:1])
+TX, SLOW = optax.adam(3e-3), pytest.mark.slow
 
 
 def make_step(owners, device_batch_size=ROWS):
@@ -222,14 +208,11 @@ def test_every_matmul_with_a_weight_has_fp8_operands():
     assert "f8" not in lower(BFLOAT16).lower().as_text()
 
 
-def quantised(jaxpr, in_loop=False):
+def quantised(jaxpr):
     """(whether inside a loop, shape) of every conversion to e4m3 in a program."""
-    for eqn in jaxpr.eqns:
+    for eqn, in_loop in equations(jaxpr):
         if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == fp8.E4M3:
             yield in_loop, eqn.outvars[0].aval.shape
-        inside = in_loop or eqn.primitive.name in ("scan", "while")
-        for inner in jaxprs_in_params(eqn.params):
-            yield from quantised(inner, inside)
 
 
 def test_weights_are_quantised_once_a_step():
@@ -294,11 +277,7 @@ def losses(config, mesh, num_steps, device_batch_size=ROWS):
 
 @pytest.mark.parametrize(
     ("layout", "rows"),
-    [
-        ((1, 1), ROWS // 4),
-        pytest.param((8, 1), 1, marks=pytest.mark.slow),
-        pytest.param((4, 2), ROWS // 4, marks=pytest.mark.slow),
-    ],
+    [((1, 1), 4), pytest.param((8, 1), 1, marks=SLOW), pytest.param((4, 2), 4, marks=SLOW)],
     ids=["accumulated", "data", "tensor"],
 )
 def test_training_stays_near_bfloat16(layout, rows):
@@ -315,7 +294,7 @@ def test_only_training_is_refused_without_the_hardware(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     keys = {"run.name": "fp8", "model.fp8_layers": '("attn", "mlp")'}
     recipe = config.load(config.CONFIGS / "tiny.py", keys)
-    with pytest.raises(UserError, match="fp8_layers got cpu .* float32, expected an NVIDIA GPU"):
+    with pytest.raises(UserError, match="fp8_layers"):
         train_stage(recipe, Base)
     assert not (tmp_path / "data").exists()
     assert start(recipe).model.fp8_layers == ("attn", "mlp")

@@ -19,17 +19,13 @@ def draw(seed=0, shapes=SHAPES):
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def constant(value):
-    return lambda step: jnp.float32(value)
-
-
-def table(values):
+def table(*values):
     return lambda step: jnp.asarray(values, jnp.float32)[step]
 
 
 @cache
 def transform(modern, decay, dtype):
-    tx = muon(constant(1.0), constant(0.9), constant(decay), modern=modern, dtype=dtype)
+    tx = muon(table(1.0), table(0.9), table(decay), modern=modern, dtype=dtype)
     return tx.init, jax.jit(tx.update)
 
 
@@ -73,7 +69,7 @@ class PlainMuon:
 def test_three_steps_equal_the_plain_form(modern):
     params = draw()
     plain = {name: PlainMuon(p.T, modern) for name, p in params.items()}
-    tx = muon(table(LRS), table(MOMENTA), table(DECAYS), modern=modern)
+    tx = muon(table(*LRS), table(*MOMENTA), table(*DECAYS), modern=modern)
     state, update = tx.init(params), jax.jit(tx.update)
     with jax.default_matmul_precision("highest"):
         for step in range(3):
@@ -110,8 +106,7 @@ def test_size_of_the_first_update(modern):
     for name, update in first_update(grads, draw(1), modern).items():
         fan_in, fan_out = SHAPES[name]
         expected = max(1, fan_out / fan_in) ** 0.5 * min(fan_in, fan_out) ** 0.5
-        # The modern form sets the norm, the classic one only comes near.
-        rel = 1e-4 if modern else 0.25
+        rel = 1e-4 if modern else 0.25  # the modern form sets the norm
         assert float(jnp.linalg.norm(update)) == pytest.approx(expected, rel=rel), name
 
 
@@ -159,14 +154,11 @@ def test_decay_only_where_it_agrees_with_the_step():
 def test_variance_is_kept_along_the_longer_side():
     """One number per output where there are more outputs than inputs, else one per input."""
     params = draw()
-    variance = muon(constant(1), constant(1), constant(0), modern=True).init(params).variance
-    assert {name: leaf.shape for name, leaf in variance.items()} == {
-        "square": (1, 12),
-        "wide": (1, 24),
-        "tall": (24, 1),
-        "gate": (12, 1),
-    }
-    assert muon(constant(1), constant(1), constant(0), modern=False).init(params).variance is None
+    classic, modern = (muon(table(1), table(1), table(0), modern=kind) for kind in (False, True))
+    variance = modern.init(params).variance
+    expected = {"square": (1, 12), "wide": (1, 24), "tall": (24, 1), "gate": (12, 1)}
+    assert {name: leaf.shape for name, leaf in variance.items()} == expected
+    assert classic.init(params).variance is None
 
 
 @GENERATIONS

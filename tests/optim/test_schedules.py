@@ -9,15 +9,8 @@ import pytest
 from nanochat_jax.optim.schedules import cosine_to_zero, lr_multiplier, muon_momentum
 
 LR = partial(lr_multiplier, num_steps=100, warmup_steps=4, warmdown_frac=0.5, final_frac=0.1)
-MOMENTUM = partial(
-    muon_momentum,
-    num_steps=100,
-    warmdown_frac=0.25,
-    start=0.85,
-    peak=0.97,
-    end=0.90,
-    warmup_steps=40,
-)
+SHAPE = {"start": 0.85, "peak": 0.97, "end": 0.90}
+MOMENTUM = partial(muon_momentum, num_steps=100, warmdown_frac=0.25, warmup_steps=40, **SHAPE)
 COSINE = partial(cosine_to_zero, num_steps=100)
 
 
@@ -40,31 +33,24 @@ def test_values_by_hand_as_numbers_and_traced(schedule, values):
 def test_without_warmup_and_warmdown_nothing_moves():
     flat = partial(lr_multiplier, num_steps=7, warmup_steps=0, warmdown_frac=0.0, final_frac=0.0)
     assert [float(flat(step)) for step in range(7)] == [1.0] * 7
-    steady = partial(
-        muon_momentum,
-        num_steps=7,
-        warmdown_frac=0.5,
-        start=0.85,
-        peak=0.95,
-        end=0.95,
-        warmup_steps=0,
-    )
-    np.testing.assert_allclose([steady(step) for step in range(8)], 0.95)
+    steady = partial(MOMENTUM, num_steps=7, warmup_steps=0, end=SHAPE["peak"])
+    np.testing.assert_allclose([steady(step) for step in range(8)], SHAPE["peak"])
 
 
 def test_later_stages_are_the_same_shape():
-    mid = partial(lr_multiplier, num_steps=10, warmup_steps=0, warmdown_frac=0.2, final_frac=0.0)
+    fall = partial(lr_multiplier, warmup_steps=0, final_frac=0.0)
+    mid = partial(fall, num_steps=10, warmdown_frac=0.2)
     expected = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0]
     np.testing.assert_allclose([mid(step) for step in range(11)], expected, atol=1e-12)
-    sft = partial(lr_multiplier, num_steps=4, warmup_steps=0, warmdown_frac=1.0, final_frac=0.0)
+    sft = partial(fall, num_steps=4, warmdown_frac=1.0)
     np.testing.assert_allclose([sft(step) for step in range(5)], [1, 0.75, 0.5, 0.25, 0])
 
 
 def test_a_warmup_that_outlasts_the_run_wins_over_the_warmdown():
     """A run shorter than the warmup: it rises to the end, as upstream's does."""
-    momentum = partial(MOMENTUM.func, **MOMENTUM.keywords | {"num_steps": 20})
+    momentum = partial(MOMENTUM, num_steps=20)
     np.testing.assert_allclose(momentum(19), 0.85 + 0.12 * 19 / 40, atol=1e-12)
-    lr = partial(LR.func, **LR.keywords | {"num_steps": 8, "warmup_steps": 8})
+    lr = partial(LR, num_steps=8, warmup_steps=8)
     np.testing.assert_allclose([lr(step) for step in range(8)], np.arange(1, 9) / 8)
 
 

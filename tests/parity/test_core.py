@@ -15,7 +15,7 @@ import pytest
 from nanochat_jax.interop.upstream import params_from_upstream
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.parity.folder import compare_files
-from nanochat_jax.parity.reference import Comparison
+from nanochat_jax.parity.reference import Row
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
 FILES = ("core_model.npz", "core.json")
@@ -27,7 +27,7 @@ ITEMS = [
 KEPT = 2
 
 
-def misses(rows: list[Comparison]) -> dict[str, Comparison]:
+def misses(rows: list[Row]) -> dict[str, Row]:
     return {row.what: row for row in rows if not row.ok}
 
 

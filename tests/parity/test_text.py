@@ -83,30 +83,25 @@ def test_another_tokenizer_misses(tmp_path):
 
 
 def test_a_folder_of_other_sizes(tmp_path):
-    # A byte-level tokenizer, so that every id below can be written down without one.
+    """A byte-level tokenizer, so that every id below can be written down without one."""
     tokenizer = train(iter(["ab"]), 265)
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 261)
     pairs = [("z", i) for i in range(4)] + [("m", i) for i in range(3, 9, 3)]
     random.Random(42).shuffle(pairs)
     conversation = {"messages": [{"role": r, "content": "hi"} for r in ("user", "assistant")]}
     prompt = [bos, user_start, 104, 105, user_end, assistant_start]
-    ids = [*prompt, 104, 105, assistant_end]
+    ids, mask = [*prompt, 104, 105, assistant_end][:8], [0] * 6 + [1] * 2
     rendered = {"conversation": conversation, "max_tokens": 8, "for_completion": prompt}
-    targets = [-1] * 5 + [104, 105]
-    text = {
+    batch = {"inputs": [ids[:7]] * 2, "targets": [[-1] * 5 + [104, 105]] * 2}
+    text = TEXT | {
         "vocab_size": 265,
         "special_tokens": tokenizer.special,
-        "num_docs": 1,
         "first_100_merges": [],
         "last_merge": "ff",
         "encode": [{"text": "a1", "ids": [97, 49]}],
         "encode_bos": [{"text": "a1", "ids": [bos, 97, 49]}],
-        "conversations": [rendered | {"ids": ids[:8], "mask": [0] * 6 + [1] * 2}],
-        "sft_collate": {"rows": [0, 0], "inputs": [ids[:7]] * 2, "targets": [targets] * 2},
-        "gsm_extract": [{"text": "#### 8", "out": "8"}],
-        "extract_program": [{"text": "x", "out": "x"}],
-        "extract_imports": [{"text": "x", "out": ""}],
-        "calculator": [{"expr": "6*7", "out": "42"}],
+        "conversations": [rendered | {"ids": ids, "mask": mask}],
+        "sft_collate": {"rows": [0, 0]} | batch,
         "mixture": [list(pair) for pair in pairs],
     }
     # Without a single merge there is none to compare, which must not pass for a comparison.

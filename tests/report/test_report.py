@@ -13,10 +13,8 @@ from statistics import median
 
 import pytest
 
-from nanochat_jax.common import UserError
 from nanochat_jax.report.page import make_report
 from nanochat_jax.report.plots import draw
-from nanochat_jax.report.tables import accuracy, amount, readable
 
 HOSTILE = (
     "</pre></dd><script>alert(1)</script><img src=//evil.example onerror=x> &amp; ```\n# Title\n"
@@ -24,11 +22,10 @@ HOSTILE = (
 )
 CALL = "<|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>"
 HARDWARE = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "num_devices": 8}
-FACTS = {"hardware": HARDWARE, "git": {"commit": "0123456789abcdef", "dirty": True}}
+FACTS = {"hardware": HARDWARE, "num_steps": 20, "started_unix_secs": 1.79e9, "wall_secs": 3540.0}
 FACTS |= {"command": "/somewhere/scripts/train.py --config=configs/d20.py --config.run.name=mine"}
 FACTS |= {"params": {"wte": 3_000_000, "lm_head": 1_000_000, "total": 4_000_000}}
 FACTS |= {"flops_per_token": 7.912e9, "tokens_per_step": 8192, "peak_flops": 8 * 989e12}
-FACTS |= {"num_steps": 20, "started_unix_secs": 1_790_000_000.0, "wall_secs": 3540.0}
 
 
 def write(path, value):
@@ -67,25 +64,24 @@ def run(tmp_path):
     write(run / "tokenizer" / "run_info.json", FACTS | {"wall_secs": 60.0})
     sizes, ratios = {"ours": 300, "GPT-2": 50257}, {"ours": 4.4, "GPT-2": 4.0}
     kinds = {"news": {"bytes": 220, "tokens": {"ours": 50}, "bytes_per_token": ratios}}
-    compared = {"vocab_size": sizes, "missing": {"GPT-4": "no network"}, "kinds": kinds}
-    write(run / "eval" / "tokenizer.json", compared)
+    write(run / "eval" / "tokenizer.json", {"vocab_size": sizes, "missing": {}, "kinds": kinds})
     bpb = [{"kind": "eval", "step": s, "name": "bpb", "val_bpb": 1 - s / 100} for s in (10, 20)]
     write_stage(run, "base", [*steps(20, wait_secs=0.025), *bpb])
     samples = [{"prompt": "The sky is", "text": " blue."}, {"prompt": "Bad", "text": HOSTILE}]
     evaluated = {"step": 20, "val_bpb": 0.75, "core": 0.25, "eval_secs": 60.0, "samples": samples}
+    evaluated |= {"answers": [{"prompt": "Hi", "text": " there."}]}
     scores = {"copa": {"accuracy": 0.8, "centered": 0.6, "num_examples": 100}}
     core = {"tasks": scores, "missing": [], "partial": {}, "core": 0.25}
     write(run / "eval" / "base.json", evaluated | {"core_tasks": core})
     write_stage(run, "mid", steps(5), num_steps=5, parent="base, step 20")
     write_stage(run, "sft", steps(5), seed=43, num_steps=5, parent="mid, step 5")
-    counts = {"conversations": 1200, "cut_at_a_turn": 3, "dropped": 1}
-    write(run / "sft" / "train_conversations" / "conversations.json", {"counts": counts})
-    example = {"prompt": "What is 12+30?", "answer": f"{CALL}#### 42", "expected": "42"}
-    examples = [example | {"correct": True}, example | {"answer": HOSTILE, "correct": False}]
-    for name, right, said in (("mid", 32, "Hello."), ("sft", 64, f"Hi! {CALL}")):
-        tasks = {"arithmetic test": task(right, 256, examples, [0.125, 0.25, 0.5])}
+    write(run / "sft/train_conversations/conversations.json", {"counts": {"conversations": 1200}})
+    right = {"prompt": "12+30?", "answer": f"{CALL}#### 42", "expected": "42", "correct": True}
+    examples = [right, right | {"answer": HOSTILE, "correct": False}]
+    for name, solved, said in (("mid", 32, "Hello."), ("sft", 64, f"Hi! {CALL}")):
+        tasks = {"arithmetic test": task(solved, 256, examples, [0.125, 0.25, 0.5])}
         tasks |= {"riddles test[:9]": task(9, 9, [], [])}
-        chat = {"step": 5, "tasks": tasks, "eval_secs": 122.0, "chatcore": right / 256}
+        chat = {"step": 5, "tasks": tasks, "eval_secs": 122.0, "chatcore": solved / 256}
         chat |= {"settings": {"eval.chat_samples": 1}, "answers": [{"prompt": "Hi", "text": said}]}
         write(run / "eval" / f"{name}_chat.json", chat)
     practice = steps(10, reward=0.5, answer_tokens=30.0)
@@ -107,15 +103,11 @@ def test_numbers_by_hand(run):
         "has read 164k tokens of the text",  # 20 x 8,192
         "RL is not finished: 10 of 20 steps are done.",
         "| Bits per byte (less is better) | 0.7500 | - | - | - |",
-        "| CORE | 0.2500 | - | - | - |",
         # sqrt(0.125 x 0.875 / 256) = 0.0207, sqrt(0.25 x 0.75 / 256) = 0.0271
         "| Arithmetic | - | 12.5% ± 2.1% | 25.0% ± 2.7% | - |",
         "| riddles test\\[:9\\] | - | 100.0% | 100.0% | - |",
-        "| ChatCORE (6 tasks) | - | 0.1250 | 0.2500 | - |",
-        "| Steps | 20 | 5 | 5 | 10 |",
         "| Tokens | 163,840 | 40,960 | 510 | 1,045 |",  # 100 + ... + 104, 100 + ... + 109
         "| Conversations | - | - | 1,200 | - |",
-        "| Loss, moving average | 7.6000 | 9.1000 | 9.1000 | - |",
         "| Mean reward, last tenth of steps | - | - | - | 0.750 |",
         "| pass@1 on validation questions | - | - | - | 50.0% |",
         # 8,192 in 0.25 s; SFT's batches differ in width: the median of 101 to 104, in 0.25 s
@@ -126,8 +118,6 @@ def test_numbers_by_hand(run):
         "| rl | 32s | 0s | 0% | $0.21 |",  # the clock of the last line: 32.25 s
         "| news | 220 | 50 | 4.400 | 4.000 |",
         "| Arithmetic | 25.0% ± 2.7% | 64 of 256 | 1m01s | 256 finished | 25.0% in 2 |",
-        "| copa | 80.0% ± 4.0% | 0.6000 | 100 |",
-        "| params.wte | 3,000,000 |",
         "| run.seed | 42 (BASE), 42 (MID), 43 (SFT), 42 (RL) |",
         "    python scripts/chat_cli.py --config=configs/d20.py --config.run.name=mine",
     ):
@@ -137,15 +127,9 @@ def test_numbers_by_hand(run):
 
 def test_the_same_prompt_is_shown_after_each_stage(run):
     _, shown = pages(run)[0].split("## What it says")
-    assert "**Hi**\n\n- MID: Hello.\n- SFT: Hi! \\[12+30\\] -&gt; \\[42\\]\n" in shown
+    said = "- BASE: there.\n- MID: Hello.\n- SFT: Hi! \\[12+30\\] -&gt; \\[42\\]\n"
+    assert f"**Hi**\n\n{said}" in shown
     assert shown.index("**Hi**") < shown.index("**The sky is**\n\n- BASE: blue.\n")
-
-
-def test_what_a_friend_wants_to_know_comes_first(run):
-    text, page = pages(run)
-    titles = re.findall("^## (.*)", text, re.M)
-    assert titles[:3] == ["How good it is", "What it says", "Talk to it"]
-    assert re.findall("<h2>(.*?)</h2>", page) == titles
 
 
 def test_some_tasks_of_core_are_not_core(run):
@@ -165,7 +149,7 @@ def test_old_evaluations_and_unknown_prices_are_told(run):
 
 
 def test_any_file_may_be_missing(run):
-    for file in [path for path in run.rglob("*.json*") if path.is_file()]:
+    for file in list(run.rglob("*.json*")):
         content = file.read_text()
         file.unlink()
         assert "## Details" in pages(run)[0], file
@@ -178,14 +162,9 @@ def test_a_run_that_has_only_begun(run, tmp_path):
     assert "only a tokenizer" in pages(started)[0]
     write(started / "base" / "run_info.json", info)
     assert "BASE is not finished: 0 of 20" in pages(started)[0]
-    torn = json.dumps(steps(2)[0]) + "\n" + json.dumps(steps(2)[1])[:20]
-    write(started / "base" / "metrics.jsonl", torn)
-    assert "BASE is not finished: 1 of 20" in pages(started)[0]
 
 
 def test_a_run_that_never_existed_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="none"):
-        make_report(tmp_path / "none")
     script = Path(__file__).parents[2] / "scripts" / "report.py"
     command = [sys.executable, str(script), "--config=configs/tiny.py"]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)}
@@ -217,20 +196,19 @@ def test_hostile_text_is_harmless_in_markdown(run):
 
 
 def test_same_files_give_the_same_report_and_nothing_else_is_touched(run):
-    contents = [{path: path.read_bytes() for path in run.rglob("*") if path.is_file()}]
-    for _ in range(2):
-        folder = make_report(run)[0].parent
-        contents.append({path: path.read_bytes() for path in run.rglob("*") if path.is_file()})
-    assert contents[1] == contents[2]
-    assert {p: raw for p, raw in contents[2].items() if p.parent != folder} == contents[0]
+    def contents():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before, pages_once, once, pages_again = contents(), pages(run), contents(), pages(run)
+    assert pages_once == pages_again and once == contents()
+    assert {p: raw for p, raw in once.items() if p.parent != run / "report"} == before
 
 
 def test_markdown_links_curves_that_exist_and_parse(run):
     links = re.findall(r"!\[.*\]\((.*)\)", make_report(run)[0].read_text())
     assert {"base_val_bpb.svg", "rl_reward.svg", "rl_pass_at_k.svg", "sft_loss.svg"} < set(links)
     assert "rl_loss.svg" not in links
-    for link in links:
-        assert ET.parse(run / "report" / link).getroot().tag.endswith("}svg")
+    assert {ET.parse(run / "report" / link).getroot().tag[-4:] for link in links} == {"}svg"}
 
 
 def test_a_long_noisy_curve_is_small_and_keeps_its_spike():
@@ -245,16 +223,3 @@ def test_a_long_noisy_curve_is_small_and_keeps_its_spike():
 @pytest.mark.parametrize("values", [(0.0, 0.0), (-3.0, -3.0), (1e-9, 1e9), (math.nan, 1.0)])
 def test_odd_curves_are_drawn(values):
     ET.fromstring(draw("<t> & t", {"a": list(enumerate(values)), "b": [(0, 1.0), (5, 2.0)]}))
-
-
-def test_standard_error_is_the_spread_of_repeated_evaluations():
-    n, p = 256, 0.125
-    shares = [k / n for k in range(n + 1)]
-    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    spread = math.sqrt(sum(c * (s - p) ** 2 for c, s in zip(chances, shares, strict=True)))
-    assert accuracy(p, n) == f"12.5% ±\xa0{spread:.1%}"
-
-
-def test_amounts_and_calls_are_readable():
-    assert [amount(n) for n in (0, 999, 560_988_160, 11.2e9)] == ["-", "999", "561M", "11.2B"]
-    assert readable(f" So {CALL}<|python_start|>1+ ") == "So [12+30] -> [42] [1+"

@@ -34,17 +34,6 @@ def test_equals_the_formula_with_gradients():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_a_step_against_the_gradient_makes_the_better_answer_likelier():
-    def logp(head, row):
-        only = jnp.zeros(B).at[row].set(-1.0)
-        return policy_loss(HIDDEN, head, TARGETS, only, VOCAB, 3)
-
-    loss = jax.jit(jax.grad(lambda head: policy_loss(HIDDEN, head, TARGETS, ADVANTAGES, VOCAB, 3)))
-    stepped = HEAD - 0.1 * loss(HEAD)
-    assert logp(stepped, 0) > logp(HEAD, 0)
-    assert logp(stepped, 2) < logp(HEAD, 2)
-
-
 @pytest.mark.parametrize("advantages, targets", [(jnp.zeros(B), TARGETS), (ADVANTAGES, -1)])
 def test_nothing_to_learn_is_a_zero_gradient(advantages, targets):
     """All answers equally good, or nothing sampled at all."""

@@ -192,7 +192,7 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
         write("deep.json", "[" * 100_000): "deep.json is not valid JSON",
         write("b.json", []): "b.json: got []",
         write("c.json", {"messages": [{"role": "robot", "content": "hi"}]}): "role 'robot'",
-        write("d.json", {"messages": [user]}): "d.json ends with a user message",
+        write("d.json", {"messages": [user]}): "d.json: it ends with a user message",
         write(
             "e.json", {"messages": [user, {"role": "assistant", "content": 3}]}
         ): "message 1 of the assistant",

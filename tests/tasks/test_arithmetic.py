@@ -59,17 +59,15 @@ SPOKEN |= {"divided by": "//", "x": "*", "×": "*", "/": "//", "÷": "//"}
 def test_plain_sums_say_what_they_calculate():
     """The expression read off the question: symbols, or words between the numbers."""
     sums = [it for it in Arithmetic("train")[:2_000] if it["level"] == 0]
-    read = 0
+    read = []
     for conversation in sums:
         question = conversation["messages"][0]["content"].lower()
         for written, sign in SPOKEN.items():
             question = re.sub(rf"(?<=\d) ?{written} ?(?=\d)", sign, question)
         question = re.sub(r"(?<=\d) ([-+*]) (?=\d)", r"\1", question)
         found = re.findall(r"\d+(?:(?:[-+*]|//)\d+)+", question)
-        if len(found) == 1:
-            assert parts_of(conversation, "python") == found
-            read += 1
-    assert read > 0.85 * len(sums) > 700
+        read += [found == parts_of(conversation, "python")] * (len(found) == 1)
+    assert all(read) and len(read) > 0.85 * len(sums) > 700
 
 
 @pytest.mark.parametrize(
@@ -78,21 +76,12 @@ def test_plain_sums_say_what_they_calculate():
         ("{A} has ${x}, earns", {"x": "20", "y": "30", "b": "4", "c": "5"}, ["50", "20", "30"]),
         ("{A} needs {x} {item}", {"x": "40", "y": "10", "b": "6"}, ["30", "5"]),
         ("{A} pays with ${x}", {"x": "20", "b": "3", "c": "5"}, ["15", "5"]),
-        ("{A} drives {x} miles", {"x": "60", "b": "3", "c": "5"}, ["20", "100"]),
-        ("{A} has {x} {item}. {B} has {y} more than {A}, and", {"x": "10", "y": "5", "z": "3"},
-         ["15", "12", "22"]),
         ("A rope", {"x": "10", "b": "3"}, None),
         ("{A} pays with ${x}", {"x": "16", "b": "3", "c": "5"}, None),  # less than 2 is left
     ],
-)  # fmt: skip
+)
 def test_stories_solved_by_hand(question, numbers, results):
     stories = arithmetic._PHRASES["story"]
     (steps,) = (story["steps"] for story in stories if story["question"].startswith(question))
     solved = arithmetic.solve(steps, numbers, least=2)
     assert results == ([numbers[name] for name, *_ in steps] if solved else None)
-
-
-def test_stories_are_many_and_different():
-    stories = arithmetic._PHRASES["story"]
-    assert len({story["question"] for story in stories}) == len(stories) >= 40
-    assert min(Counter(len(story["steps"]) for story in stories).values()) >= 10

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from nanochat_jax.common import UserError
+from nanochat_jax.tasks.base import messages
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.tasks.gsm8k import GSM8K, solution_parts
-from nanochat_jax.tasks.multiple_choice import ARC, MMLU, multiple_choice
+from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer, solution_parts
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
+from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 
@@ -19,17 +21,12 @@ def arc_row(labels, key):
 @pytest.mark.parametrize(
     "labels, key, letter", [("ABCD", "D", "D"), ("1234", "2", "B"), ("123", "1", "A")]
 )
-def test_arc_has_as_many_letters_as_choices(labels, key, letter):
+def test_arc_has_a_letter_for_each_choice(tiny_tokenizer, labels, key, letter):
     (conversation,) = ARC([arc_row(labels, key)])
     assert "".join(conversation["letters"]) == "ABCD"[: len(labels)]
     question, answer = (message["content"] for message in conversation["messages"])
     assert answer == letter and f"- choice {key}={letter}\n" in question
-
-
-@pytest.mark.parametrize("labels, key, letter", [("1234", "4", "D"), ("ABC", "B", "B")])
-def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer, labels, key, letter):
-    """What the letters' probabilities are read from."""
-    (conversation,) = ARC([arc_row(labels, key)])
+    # The answer is the one token after the prompt, where the letters' probabilities are read.
     prompt = render_for_completion(tiny_tokenizer, conversation)
     (token,) = tiny_tokenizer.encode(letter)
     ids, _ = render_conversation(tiny_tokenizer, conversation)
@@ -38,67 +35,54 @@ def test_the_answer_is_one_token_after_the_prompt(tiny_tokenizer, labels, key, l
 
 def test_mmlu():
     (conversation,) = MMLU([{"question": "Bees make?", "choices": ["silk", "honey"], "answer": 1}])
-    assert conversation["messages"] == [
-        {
-            "role": "user",
-            "content": "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
-            "Reply with its letter alone.",
-        },
-        {"role": "assistant", "content": "B"},
-    ]
-    assert conversation["letters"] == ("A", "B")
+    text = "Choose the right answer.\n\nBees make?\n- silk=A\n- honey=B\n\n"
+    expected = messages(text + "Reply with its letter alone.", "B")
+    assert conversation == expected | {"letters": ("A", "B")}
 
 
 def test_wrong_rows_are_told():
-    with pytest.raises(UserError, match="'E' .*Which one.* A, B, C, D"):
+    with pytest.raises(UserError, match="'E'.*Which one.* A, B, C, D"):
         ARC([arc_row("ABCD", "E")])[0]
     for choices, answer in ((["a"], 0), (["a", "b"], 2), (["a", "b"], -1), (["a"] * 27, 0)):
-        with pytest.raises(UserError, match="2 to 26"):
-            multiple_choice("?", choices, answer)
-    with pytest.raises(UserError, match="'#### number'"):
+        with pytest.raises(UserError, match="Which?"):
+            MMLU([{"question": "Which?", "choices": choices, "answer": answer}])[0]
+    with pytest.raises(UserError, match="seven"):
         GSM8K([{"question": "?", "answer": "seven"}]).grade([(0, "seven")])
 
 
-def test_golden_gsm8k_parts(goldens):
-    """The conversation of the goldens that has tool calls, from its row."""
+def test_goldens_of_gsm8k(goldens):
+    """The conversation of the goldens that has tool calls, from its row; and extracted answers."""
+    golden = json.loads((goldens / "text.json").read_text())
     solution = "She earns 12/60 = $<<12/60=0.2>>0.2 per minute.\n#### 10"
     question = "Weng earns $12 an hour. How much for 50 minutes?"
-    text = json.loads((goldens / "text.json").read_text())
-    assert {"messages": GSM8K([{"question": question, "answer": solution}])[0]["messages"]} in [
-        case["conversation"] for case in text["conversations"]
-    ]
+    (conversation,) = GSM8K([{"question": question, "answer": solution}])
+    assert conversation in [case["conversation"] for case in golden["conversations"]]
+    for row in golden["gsm_extract"]:
+        assert extract_answer(row["text"]) == row["out"]
 
 
 @pytest.mark.parametrize(
     "solution, parts",
     [
-        (
-            "<<1+2=3>><<3*4=12>>12\n#### 12",
-            ["python:1+2", "python_output:3", "python:3*4", "python_output:12", "text:12\n#### 12"],
-        ),
-        ("a<<1=1=1>>b", ["text:a", "python:1=1", "python_output:1", "text:b"]),
-        ("1 << 2 and <<2+2=4>>", ["text:1 << 2 and ", "python:2+2", "python_output:4"]),
-        ("no call #### 5", ["text:no call #### 5"]),
+        ("<<1+2=3>><<3=3=3>>3", "python:1+2 python_output:3 python:3=3 python_output:3 text:3"),
+        ("1<<2,<<2+2=4>>#", "text:1<<2, python:2+2 python_output:4 text:#"),
+        ("no call #### 5", "text:no call #### 5"),
     ],
 )
 def test_calculations_become_tool_calls(solution, parts):
-    assert [f"{part['type']}:{part['text']}" for part in solution_parts(solution)] == parts
+    assert " ".join(f"{it['type']}:{it['text']}" for it in solution_parts(solution)) == parts
 
 
 def test_gsm8k_is_graded_by_the_number_after_the_marks():
     solutions = ("It is <<2*500=1000>>1000.\n#### 1,000", "#### -7")
     task = GSM8K([{"question": "?", "answer": solution} for solution in solutions])
     said = [(0, "so #### 1000"), (0, "1000"), (0, "#### 1000.0"), (1, "#### -7"), (1, "#### 7")]
-    said += [(0, "#### 1,000 eggs"), (0, "")]
-    assert task.grade(said) == [True, False, False, True, False, True, False]
+    said += [(0, "#### 1,000 eggs"), (0, "#### $1000"), (0, "####  1000"), (0, "")]
+    assert task.grade(said) == [True, False, False, True, False, True, False, False, False]
 
 
-HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-PARTS = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "2+2"},
-    {"role": "assistant", "content": [{"type": "python", "text": "2+2"}]},
-]
+HI = messages("Hi", "Hello.")["messages"]
+PARTS = messages("2+2", [{"type": "python", "text": "2+2"}])["messages"]
 
 
 def test_own_conversations_in_both_forms(tmp_path):
@@ -108,18 +92,11 @@ def test_own_conversations_in_both_forms(tmp_path):
     assert [conversation["messages"] for conversation in CustomJSON(path)] == [PARTS, HI]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"messages": []}',
-        '"Hi"',
-        "{'messages': 1}",
-        json.dumps(HI[:1]),  # nothing of the assistant
-        json.dumps(HI[::-1]),
-        json.dumps([HI[0], {"role": "assistant"}]),
-        json.dumps([HI[0], {"role": "assistant", "content": None}]),
-    ],
-)
+NO_ANSWER = (HI[:1], HI[::-1], [HI[0], {"role": "assistant"}])
+BAD_LINES = ('{"messages": []}', '"Hi"', "{'messages': 1}", *map(json.dumps, NO_ANSWER))
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
 def test_own_conversations_are_checked_when_opened(tmp_path, line):
     path = tmp_path / "own.jsonl"
     path.write_text(f"{json.dumps(HI)}\n\n{line}\n")
@@ -132,4 +109,4 @@ def test_a_file_of_no_conversations(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n \n")
     for name in ("own.jsonl", "none.jsonl"):
         with pytest.raises(UserError, match=name):
-            CustomJSON(tmp_path / name)
+            open_task(f"json {tmp_path / name}")

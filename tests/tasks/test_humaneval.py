@@ -5,8 +5,7 @@ import json
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.tasks.humaneval import HumanEval, program
-from nanochat_jax.tools.sandbox import Limits
+from nanochat_jax.tasks.humaneval import HumanEval, extract_imports, extract_program, program
 from scripts import sandbox as script
 
 ROWS = [
@@ -19,14 +18,6 @@ ROWS = [
     },
     {
         "task_id": "Ours/1",
-        "prompt": "import math\n\ndef twice(x):\n    return 2 * x\n\n"
-        'def root(x):\n    """Square root of twice x."""\n',
-        "canonical_solution": "    return math.sqrt(twice(x))\n",
-        "test": "\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(8) == twice(2)\n",
-        "entry_point": "root",
-    },
-    {
-        "task_id": "Ours/2",
         "prompt": 'def greet(name):\n    """A greeting."""\n',
         "canonical_solution": "    return f'hello {name}'\n",
         "test": "def check(candidate):\n    for n in 'ab':\n"
@@ -34,77 +25,76 @@ ROWS = [
         "entry_point": "greet",
     },
 ]
-TASK = HumanEval(ROWS, limits=Limits(wall_secs=20))
+TASK = HumanEval(ROWS)
+EXTRACT = {"extract_program": extract_program, "extract_imports": extract_imports}
 
 
 def test_an_example_is_the_prompt_and_the_whole_program():
-    assert TASK[0]["messages"] == [
-        {"role": "user", "content": ROWS[0]["prompt"]},
-        {"role": "assistant", "content": ROWS[0]["prompt"] + "    return max(n)\n"},
-    ]
-    assert [example["task_id"] for example in TASK[1:]] == ["Ours/1", "Ours/2"]
-    assert (len(TASK), TASK.kind) == (3, "generative")
+    question, answer = (message["content"] for message in TASK[0]["messages"])
+    assert (question, answer) == (ROWS[0]["prompt"], ROWS[0]["prompt"] + "    return max(n)\n")
+    assert [(it["task_id"], it["messages"][0]["role"]) for it in TASK[1:]] == [("Ours/1", "user")]
+
+
+def test_goldens(goldens):
+    golden = json.loads((goldens / "text.json").read_text())
+    for key, extract in EXTRACT.items():
+        assert [extract(row["text"]) for row in golden[key]] == [row["out"] for row in golden[key]]
+
+
+IMPORTS = "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c"
+
+
+@pytest.mark.parametrize(
+    "extract, text, found",
+    [
+        (extract_program, "  x = 1 \n", "x = 1"),
+        (extract_program, "```python\n\n    return 1\n```", "return 1"),
+        (extract_program, "```\na\n```\n```python\nb\n```", "a"),
+        (extract_program, "```js\na\n```", "```js\na\n```"),
+        (extract_program, "```python \nx = '```'\n```", "x = '```'"),
+        (extract_imports, IMPORTS, "import math\nfrom a import b"),
+        (extract_imports, "def f():\n    import os", ""),
+    ],
+)
+def test_extracted(extract, text, found):
+    assert extract(text) == found
 
 
 def test_the_program_brings_the_prompts_imports():
     answer = "Sure:\n```python\ndef f(x: List[int]):\n    return x\n```\nThat is it."
-    text = program("from typing import List\n\ndef f(x):\n", answer, "def check(f):\n    pass", "f")
-    parts = ["from typing import List", "def f(x: List[int]):\n    return x"]
-    assert text == "\n\n".join([*parts, "def check(f):\n    pass", "check(f)\n"])
-
-
-def test_canonical_solutions_pass_and_wrong_ones_do_not():
-    right = [(i, TASK[i]["messages"][1]["content"]) for i in range(3)]
-    wrong = [(i, row["prompt"] + "    return None\n") for i, row in enumerate(ROWS)]
-    assert TASK.grade(right) == [True] * 3
-    assert TASK.grade(wrong) == [False] * 3
+    parts = ["from typing import List", "def f(x: List[int]):\n    return x", ROWS[0]["test"]]
+    assert program(ROWS[0], answer) == "\n\n".join([*parts, "check(largest)\n"])
 
 
 HEAD = "def greet(name):\n"
-
-
 VERDICTS = [
     ("```python\ndef greet(name):\n    return 'hello ' + name\n```", True),
     ("```\ngreet = 'hello {}'.format\n```", True),
     (HEAD + "    return 'hello ' + name\nif __name__ == '__main__':\n    input()", True),
     (HEAD + "    return 'hello a'", False),
-    (HEAD + "    return 'hello b'", False),
     (HEAD + "    import sys; sys.exit(0)", False),
     (HEAD + "    import os; os._exit(0)", False),
     ("import sys\nprint('ok')\nsys.exit()", False),
     ("import atexit, os\natexit.register(os._exit, 0)\n" + HEAD + "    return 1", False),
     ("def other(name):\n    return 'hello ' + name", False),
-    ("I cannot help with that.", False),
     ("", False),
 ]
 
 
 def test_verdicts():
-    verdicts = TASK.grade([(2, answer) for answer, _ in VERDICTS])
-    assert list(zip([answer for answer, _ in VERDICTS], verdicts, strict=True)) == VERDICTS
-
-
-def test_verdicts_keep_their_order_and_repeat():
-    right, wrong = "def greet(n):\n    return 'hello ' + n", "greet = 1"
-    verdicts = TASK.grade([(2, wrong), (2, right), (0, right), (2, right)])
-    assert verdicts == [False, True, False, True]
+    answers = [(1, answer) for answer, _ in VERDICTS] + [(0, VERDICTS[0][0])]
+    verdicts = TASK.grade(answers)
+    right = [verdict for _, verdict in VERDICTS] + [False]
+    assert list(zip(answers, verdicts, strict=True)) == list(zip(answers, right, strict=True))
     assert TASK.grade([]) == []
 
 
-def test_rows_without_their_columns_are_named():
-    row = {key: text for key, text in ROWS[0].items() if key != "test"} | {"prompt": 3}
-    with pytest.raises(UserError, match="row 1.*prompt, test"):
-        HumanEval([ROWS[0], row])
-    with pytest.raises(UserError, match="row 1"):
-        HumanEval([ROWS[0], [1]])
-
-
-def test_the_script_tells_bad_files(tmp_path):
-    (tmp_path / "x.jsonl").write_text("[1]\n")
-    (tmp_path / "y.jsonl").write_text("{\n")
-    for name in ("x.jsonl", "y.jsonl", "none.jsonl"):
-        with pytest.raises(UserError):
-            script.check(tmp_path / name, None)
+@pytest.mark.parametrize("line", ["[1]", "{", json.dumps(ROWS[0] | {"prompt": 3}), None])
+def test_the_script_tells_bad_files(tmp_path, line):
+    if line:
+        (tmp_path / "x.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"x\.jsonl"):
+        script.check(tmp_path / "x.jsonl", None)
 
 
 def test_the_script_finds_wrong_verdicts(tmp_path):

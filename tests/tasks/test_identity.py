@@ -37,11 +37,6 @@ def test_examples_stay_the_same(split, digest, tmp_path):
     assert hashlib.sha256(json.dumps(task[:20]).encode()).hexdigest()[:12] == digest
 
 
-def test_conversations_are_of_one_to_three_questions():
-    turns = [len(conversation["messages"]) / 2 for conversation in Identity("train")]
-    assert set(turns) == {1, 2, 3}
-
-
 def test_the_persona_alone_speaks(tmp_path):
     """Nothing of the default persona is left in another one's words, and all of that is said."""
     mine = Identity("train")
@@ -56,38 +51,14 @@ def test_the_persona_alone_speaks(tmp_path):
     assert asked == [said_by("user", it) for it in theirs]  # questions do not depend on it
 
 
-def test_who_are_you_is_answered_with_the_name():
-    answers = [
-        text
-        for c in Identity("train")
-        for asked, text in zip(said_by("user", c), said_by("assistant", c), strict=True)
-        if "your name" in asked.lower() or "who are you" in asked.lower()
-    ]
-    assert len(answers) > 30 and all("Nano" in text for text in answers)
-
-
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"name": None},
-        {"nmae": "x"},
-        {"maker": 3},
-        {"style": " "},
-        {"can": "sing"},
-        {"can": []},
-        {"languages": ["a", 1]},
-    ],
+    "key, value",
+    [("name", None), ("nmae", "x"), ("maker", 3), ("style", " "), ("can", "sing"), ("can", [])]
+    + [("languages", ["a", 1])],
 )
-def test_a_malformed_persona(tmp_path, change):
-    persona = {key: value for key, value in (OTHER | change).items() if value is not None}
+def test_a_malformed_persona(tmp_path, key, value):
+    persona = {k: v for k, v in (OTHER | {key: value}).items() if v is not None}
     path = write_toml(tmp_path / "p.toml", persona)
-    with pytest.raises(UserError, match=rf"p\.toml.* {[*change][0]}\b") as caught:
+    with pytest.raises(UserError, match=rf"p\.toml.* {key}\b") as caught:
         Identity("train", path)
     assert "\n" not in str(caught.value)
-
-
-def test_no_persona(tmp_path):
-    (tmp_path / "p.toml").write_text("name = \n")
-    for name in ("none.toml", "p.toml"):
-        with pytest.raises(UserError, match=name):
-            Identity("train", tmp_path / name)

@@ -1,16 +1,15 @@
 """Specs against what they select, written out; mixtures against the goldens and their own names."""
 
 import json
-import pickle
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks import registry
 from nanochat_jax.tasks.base import messages
-from nanochat_jax.tasks.registry import mixture, open_task
+from nanochat_jax.tasks.identity import PERSONA
+from nanochat_jax.tasks.registry import Mixture, open_task
 
 
 def asked(task):
@@ -22,10 +21,9 @@ def json_file(tmp_path):
     """Writes n conversations, whose questions are NAME0, NAME1, ...; file order is kept."""
 
     def write(name, n):
-        path = tmp_path / f"{name}.jsonl"
         lines = [json.dumps(messages(f"{name}{i}", "yes")) for i in range(n)]
-        path.write_text("\n".join(lines))
-        return path
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        return tmp_path / f"{name}.jsonl"
 
     return write
 
@@ -33,8 +31,8 @@ def json_file(tmp_path):
 @pytest.fixture
 def task_dir(tmp_path):
     (tmp_path / "gsm8k").mkdir()
-    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(10)]
-    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) for i in range(10)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(rows))
     return str(tmp_path)
 
 
@@ -43,32 +41,23 @@ def task_dir(tmp_path):
     [
         ("", [0, 1, 2, 3, 4, 5]),
         ("[:2]", [0, 1]),
-        ("[4:]", [4, 5]),
         ("[-2:]", [4, 5]),
         ("[1::2]", [1, 3, 5]),
         ("[1:4] x2", [1, 2, 3, 1, 2, 3]),
-        (" x1", [0, 1, 2, 3, 4, 5]),
-        ("[:100]", [0, 1, 2, 3, 4, 5]),
+        ("[:100] x1", [0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_slices_and_weights(json_file, rest, indices):
-    task = open_task(f"json {json_file('a', 6)}{rest}")
-    assert asked(task) == [f"a{i}" for i in indices]
+def test_slices_and_weights(tmp_path, json_file, rest, indices):
+    path = json_file("a", 6).rename(tmp_path / "my chats [1:2] x7.jsonl")
+    assert asked(open_task(f"  json {path}{rest} ")) == [f"a{i}" for i in indices]
 
 
-@pytest.mark.parametrize(
-    "weight, counts", [("2.5", {2: 5, 3: 5}), ("0.3", {1: 3}), ("1.05", {1: 10})]
-)
+@pytest.mark.parametrize("weight, counts", [("2.5", {2: 5, 3: 5}), ("0.3", {1: 3})])
 def test_weights_with_a_fraction(json_file, weight, counts):
     spec = f"json {json_file('a', 10)} x{weight}"
     often = Counter(asked(open_task(spec)))
     assert Counter(often.values()) == counts
     assert Counter(asked(open_task(spec))) == often
-
-
-def test_a_path_may_have_spaces_and_brackets(tmp_path, json_file):
-    path = json_file("a", 3).rename(tmp_path / "my chats [1:2] x7.jsonl")
-    assert asked(open_task(f"  json {path}[1:]  x2 ")) == ["a1", "a2", "a1", "a2"]
 
 
 def test_a_selection_is_graded_as_its_task(task_dir):
@@ -82,72 +71,63 @@ def test_a_selection_is_graded_as_its_task(task_dir):
 
 
 @pytest.mark.parametrize(
-    "spec, message",
+    "spec, expected",
     [
-        ("gsm9k test", "'gsm9k'.* gsm8k"),
-        ("gsm8k tset", "'tset' of gsm8k.* test"),
-        ("gsm8k", "gsm8k has train, test"),
-        ("json", r"json has the path of a \.jsonl file"),
-        ("gsm8k test[:x]", r"'test\[:x\]' of gsm8k"),
-        ("gsm8k test[5]", r"'test\[5\]' of gsm8k"),
-        ("gsm8k test[::0]", r"'test\[::0\]' of gsm8k"),
-        ("gsm8k test x-1", r"'test x-1' of gsm8k"),
-        ("gsm8k test[10:]", r"'gsm8k test\[10:\]'"),
-        ("gsm8k test x0", "'gsm8k test x0'"),
-        ("", "''"),
-        ("mmlu train", r"test, dev, validation, auxiliary_train"),
+        ("gsm9k test", "gsm8k"),
+        ("gsm8k", "train, test"),
+        ("json", ".jsonl"),
+        ("mmlu train", "test, dev, validation, auxiliary_train"),
+        *((f"gsm8k test{rest}", "") for rest in ("[:x]", "[5]", "[::0]", " x-1", "[10:]", " x0")),
+        ("", "gsm8k"),
     ],
 )
-def test_wrong_specs(task_dir, spec, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_wrong_specs(task_dir, spec, expected):
+    with pytest.raises(UserError) as error:
         open_task(spec, task_dir=task_dir)
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert repr(spec.removesuffix(" test")) in message or repr(spec) in message
+    assert expected in message and "\n" not in message
 
 
 def test_golden_mixture(json_file, goldens):
     a, b, c = (json_file(name, n) for name, n in (("a", 7), ("b", 5), ("c", 8)))
-    mixed = mixture([f"json {a}", f"json {b}", f"json {c}[1::2]"])
+    mixed = Mixture([f"json {a}", f"json {b}", f"json {c}[1::2]"])
     expected = json.loads((goldens / "text.json").read_text())["mixture"]
     assert asked(mixed) == [f"{name}{index}" for name, index in expected]
 
 
 def test_a_mixture_knows_where_its_examples_are_from(task_dir, json_file):
     specs = ["gsm8k test[2:6]", f"json {json_file('a', 7)} x2.5", "gsm8k test[2:6]"]
-    mixed = mixture(specs, task_dir=task_dir)
+    mixed = Mixture(specs, task_dir=task_dir)
     assert mixed.counts() == {specs[0]: 8, specs[1]: 18}
     assert len(mixed) == 26
     for index, conversation in enumerate(mixed):
         spec, _, inner = mixed.name(index).rpartition(" ")
         assert open_task(spec, task_dir=task_dir)[int(inner)] == conversation
-    assert Counter(asked(mixed)) == Counter(
-        [text for spec in specs for text in asked(open_task(spec, task_dir=task_dir))]
-    )
-    assert asked(pickle.loads(pickle.dumps(mixed))) == asked(mixed)  # for worker processes
+    unmixed = [text for spec in specs for text in asked(open_task(spec, task_dir=task_dir))]
+    assert sorted(asked(mixed)) == sorted(unmixed)
 
 
 def test_all_specs_are_checked_before_anything_is_loaded(tmp_path):
-    with pytest.raises(UserError, match="no task"):
-        mixture([])
-    with pytest.raises(UserError, match="'nonsense'"):  # and not that the folder is empty
-        mixture(["gsm8k test", "nonsense x2"], task_dir=str(tmp_path))
+    with pytest.raises(UserError):
+        Mixture([])
+    with pytest.raises(UserError, match="'nonsense'"):  # not that the folder is empty
+        Mixture(["gsm8k test", "nonsense x2"], task_dir=str(tmp_path))
 
 
 def test_file_stamps_name_the_files_that_specs_read(json_file, tmp_path):
-    mine, ours = json_file("a", 2), str(Path(registry.__file__).parents[2] / "configs/persona.toml")
-    persona = tmp_path / "me.toml"
+    mine, persona = str(json_file("a", 2)), tmp_path / "me.toml"
     persona.write_text("")
 
     def stamped(*specs, persona=""):
         return [path for path, *_ in registry.file_stamps(specs, persona)]
 
-    assert stamped(f"json {mine}", "arithmetic train", persona=str(persona)) == [str(mine)]
-    assert stamped("identity train[:3]", f"json {mine} x2") == [str(mine), ours]
+    assert stamped(f"json {mine}", "arithmetic train", persona=str(persona)) == [mine]
+    assert stamped("identity train[:3]", f"json {mine} x2") == [mine, str(PERSONA)]
     assert stamped("identity train", persona=str(persona)) == [str(persona)]
     before = registry.file_stamps(["identity train"], str(persona))
     persona.write_text("another")
     assert registry.file_stamps(["identity train"], str(persona)) != before
-
-
-def test_the_persona_reaches_the_task(tmp_path):
-    with pytest.raises(UserError, match="none.toml"):
-        open_task("identity train", persona=str(tmp_path / "none.toml"))
+    for path in (persona, tmp_path / "none.toml"):  # one is not TOML, one does not exist
+        with pytest.raises(UserError, match=path.name):
+            open_task("identity train", persona=str(path))

@@ -1,6 +1,6 @@
 """Layouts in their order, and what a stage remembers of them."""
 
-import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -54,28 +54,18 @@ def test_what_was_taken_is_taken_again_and_what_ran_out_never(tmp_path):
     again = LayoutRecord(path, MADE_FOR, LAYOUTS)
     assert again.taken is None and again.too_large == {Layout(2, "none"): 700}
     assert named(again.left()) == "names4 names2 full4 full2 full1"  # none4 was refused before
-    again.take(Layout(4, "names"), 600)
+    again.take(Layout(4, "names"), 0)  # the compiler did not tell its bytes
     assert note_too_large(path) == Layout(4, "names")
     again = LayoutRecord(path, MADE_FOR, LAYOUTS)
     assert named(again.left()) == "names2 full4 full2 full1"
-    assert sorted(again.too_large.values()) == [600, 700]
-
-
-def test_what_ran_out_is_not_taken_again_though_its_bytes_are_unknown(tmp_path):
-    path = tmp_path / "layout.json"
-    LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[0], 0)
-    note_too_large(path)
-    assert LayoutRecord(path, MADE_FOR, LAYOUTS).left() == LAYOUTS[1:]
 
 
 def test_a_record_made_for_something_else_says_nothing(tmp_path):
     path = tmp_path / "layout.json"
     LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[3], 700)
-    for made_for, layouts in (
-        (MADE_FOR | {"mesh": {"data": 4}}, LAYOUTS),
-        (MADE_FOR, candidates(4, 2, 4_096, "auto")),
-        (MADE_FOR, candidates(4, 4, 4_096, "names")),
-    ):
+    others = candidates(4, 2, 4_096, "auto"), candidates(4, 4, 4_096, "names")
+    cases = [(MADE_FOR | {"mesh": {"data": 4}}, LAYOUTS), *((MADE_FOR, other) for other in others)]
+    for made_for, layouts in cases:
         record = LayoutRecord(path, made_for, layouts)
         assert record.taken is None and record.left() == layouts
     assert LayoutRecord(path, MADE_FOR, LAYOUTS).taken == LAYOUTS[3]
@@ -83,29 +73,23 @@ def test_a_record_made_for_something_else_says_nothing(tmp_path):
 
 def test_a_broken_record_says_what_to_do(tmp_path):
     path = tmp_path / "layout.json"
-    LayoutRecord(path, MADE_FOR, LAYOUTS).take(LAYOUTS[3], 700)
-    assert json.loads(path.read_text())["taken"] == {"rows": 2, "remat": "names", "bytes": 700}
-    path.write_text("{")
     for text in ("{", "[]", "null", '{"taken": 1}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="layout.json .*delete"):
+        with pytest.raises(UserError, match="layout.json"):
             LayoutRecord(path, MADE_FOR, LAYOUTS)
 
 
 @pytest.mark.parametrize(
-    "said, expected",
+    "said",
     [
-        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore", True),
-        ("INTERNAL: Failed to capture graph: CUDA_ERROR_OUT_OF_MEMORY", True),
-        ("INTERNAL: NCCL: Cuda failure 2 'out of memory'", True),
-        ("INTERNAL: another thing", False),
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore",
+        "INTERNAL: Failed to capture graph: CUDA_ERROR_OUT_OF_MEMORY",
+        "INTERNAL: NCCL: Cuda failure 2 'out of memory'",
     ],
 )
-def test_out_of_memory_has_many_words(said, expected):
-    kind = OutOfMemory if expected else jax.errors.JaxRuntimeError
-    with pytest.raises(kind) as caught, in_the_step():
+def test_out_of_memory_has_many_words(said):
+    with pytest.raises(OutOfMemory), in_the_step():
         raise jax.errors.JaxRuntimeError(said)
-    assert str(caught.value) == said.partition("\n")[0]
 
 
 GIB = 2**30
@@ -122,7 +106,7 @@ class Machine:
         self.path, self.layouts = tmp_path / "layout.json", candidates(8, 8, 4_096, remat)
 
     def compile(self, layout: Layout) -> int:
-        self.compiled.append(f"{layout.remat}{layout.rows}")
+        self.compiled.append(named([layout]))
         if layout in self.dies:
             raise self.error
         return int(GIB * (HELD + 1 + COST[layout.remat] * layout.rows))
@@ -149,7 +133,7 @@ def test_the_first_that_fits_is_taken_and_the_hopeless_are_not_compiled(tmp_path
     machine = Machine(tmp_path, gib)
     taken = machine.start()
     assert " ".join(machine.compiled) == compiled
-    assert f"{taken.remat}{taken.rows}" == machine.compiled[-1]
+    assert named([taken]) == machine.compiled[-1]
     fits = [one for one in machine.layouts if HELD + 1 + COST[one.remat] * one.rows <= gib]
     assert taken == fits[0]  # skipping lost nothing
 
@@ -167,8 +151,7 @@ def test_what_ran_out_sets_the_limit(tmp_path):
     """What needs more than that is not tried, whatever the device says it has."""
     machine = Machine(tmp_path, 20)
     for expected in ("none4", "none2", "names4", "names2"):  # 19, 11, 11 and 7 GiB; names8 19
-        taken = machine.start()
-        assert f"{taken.remat}{taken.rows}" == expected
+        assert named([machine.start()]) == expected
         note_too_large(machine.path)
         machine.gib = 30
 
@@ -185,7 +168,7 @@ def test_running_out_while_compiling_means_too_large(tmp_path):
 
 def test_nothing_fits(tmp_path):
     machine = Machine(tmp_path, 3.25)
-    with pytest.raises(UserError, match="3.50 GiB per device, there are 3.25 GiB, 256.0 MiB"):
+    with pytest.raises(UserError, match=r"3.50 GiB .* 3.25 GiB"):
         machine.start()
     assert not machine.path.exists()
     machine = Machine(tmp_path, 100, remat="none")
@@ -200,14 +183,14 @@ def test_nothing_fits(tmp_path):
 def test_out_of_memory_elsewhere_says_what_to_lower(stage, key):
     with pytest.raises(UserError, match=f"9 bytes.*--config.{key}"), outside_the_step(stage):
         raise OUT
-    with pytest.raises(jax.errors.JaxRuntimeError), outside_the_step(stage):
-        raise jax.errors.JaxRuntimeError("INTERNAL: other")
+    for place in (outside_the_step(stage), in_the_step()):
+        with pytest.raises(jax.errors.JaxRuntimeError), place:
+            raise jax.errors.JaxRuntimeError("INTERNAL: other")
 
 
 def test_remat_saves_memory_on_a_cpu_too():
     """XLA's CPU compiler would undo it; what comes out is the same."""
-    weights = [jax.numpy.full((64, 64), 0.01)] * 8
-    x = jax.numpy.ones((2_048, 64))
+    weights, x = [jax.numpy.full((64, 64), 0.01)] * 8, jax.numpy.ones((2_048, 64))
 
     def loss(weights, block):
         y = x
@@ -220,11 +203,9 @@ def test_remat_saves_memory_on_a_cpu_too():
             x = jax.numpy.sin(x @ weight)
         return x
 
-    sizes, results = [], []
-    for kind in (block, jax.checkpoint(block)):
-        step = jax.jit(jax.grad(lambda weights, kind=kind: loss(weights, kind)))
-        compiled = compile_lowered(step.lower(weights))
-        sizes.append(compiled_bytes(compiled))
-        results.append(compiled(weights))
-    assert sizes[1] < 0.5 * sizes[0]
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+    whole, less = (
+        compile_lowered(jax.jit(jax.grad(partial(loss, block=kind))).lower(weights))
+        for kind in (block, jax.checkpoint(block))
+    )
+    assert compiled_bytes(less) < 0.5 * compiled_bytes(whole)
+    np.testing.assert_allclose(whole(weights), less(weights), rtol=1e-5)

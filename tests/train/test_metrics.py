@@ -46,10 +46,9 @@ def test_numbers_go_to_the_tracker_that_was_asked_for(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        open_log(tmp_path / "a.jsonl", tracker="wandb")
-    with pytest.raises(UserError, match="got 'tensorboard', expected none, wandb or trackio"):
-        open_log(tmp_path / "b.jsonl", tracker="tensorboard")
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(UserError, match=f"config.run.tracker.*{name}"):
+            open_log(tmp_path / "a.jsonl", tracker=name)
 
 
 def test_lines_are_means_and_thinned_where_no_terminal_is(capsys):
@@ -73,6 +72,5 @@ def test_the_eta_counts_what_happens_between_steps():
     assert "eta 1s" in lines[-1] and "mfu n/a" in lines[-1]
 
 
-@pytest.mark.parametrize(("secs", "text"), [(0.4, "0s"), (95, "1m35s"), (7260, "2h01m")])
-def test_durations(secs, text):
-    assert format_secs(secs) == text
+def test_durations():
+    assert [format_secs(secs) for secs in (0.4, 95, 7260)] == ["0s", "1m35s", "2h01m"]

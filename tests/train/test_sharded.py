@@ -6,26 +6,17 @@ import pytest
 
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.sharding import OWNERS, make_mesh, param_shardings
-from nanochat_jax.optim.build import OptimConfig, build_optimizer
 from nanochat_jax.train.sharded import Owners
+from tests.train.test_step import optimizer
 
 CONFIG = GPTConfig(
-    vocab_size=100,
-    num_layers=3,
-    model_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    seq_len=8,
-    extras=True,
+    vocab_size=100, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2, seq_len=8, extras=True
 )
 
 
 def random_params() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        path: rng.standard_normal(leaf.shape, np.float32)
-        for path, leaf in param_shapes(CONFIG).items()
-    }
+    rng, shapes = np.random.default_rng(0), param_shapes(CONFIG)
+    return {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (3, 1, 1)])
@@ -56,10 +47,7 @@ def test_there_and_back_is_the_identity(layout):
 def test_an_optimizer_state_changes_form_like_its_parameters():
     """The state born owned is the owned form of the state born by path."""
     mesh, params = make_mesh(data=4, fsdp=2), random_params()
-    owners, shapes = Owners(CONFIG, mesh), param_shapes(CONFIG)
-    recipe = OptimConfig("modern", 0.3, 0.008, 0.02, 0.5, 0.2)
-    constant = {name: lambda step: 0.5 for name in ("lr_multiplier", "momentum", "weight_decay")}
-    tx = build_optimizer(shapes, CONFIG.model_dim, recipe, **constant)
+    owners, tx = Owners(CONFIG, mesh), optimizer(CONFIG)
 
     @jax.jit
     def one_step(params):
