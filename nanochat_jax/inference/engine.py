@@ -1,8 +1,7 @@
 """The engine: writes many texts at once, each as if it were alone.
 
-The scheduler says which texts write (scheduler.py); the engine computes the prompts of the new ones
-and decodes all in bursts of several tokens (decode.py). All about a text but its cache lives on the
-host, so a burst takes and gives a few small arrays.
+The scheduler says which texts write; the engine computes the prompts of the new ones and decodes
+all in bursts of several tokens (decode.py). All about a text but its cache lives on the host.
 
 Invariants: an answer depends, up to rounding, on params, prompt, seed and settings alone, not on
 slots, burst, order or company. Equal prompts admitted together are computed once. Few programs are
@@ -118,8 +117,8 @@ class Engine:
         if length > self.length or length <= self.length // 4:  # down only to a quarter
             self._resize(length)
         with jax.set_mesh(self.mesh):
-            sizes = self._prefill_rows
-            for ids, *where in prompt_batches(admitted, sizes, self.slots, self.max_len):
+            new_prompts = prompt_batches(admitted, self._prefill_rows, self.slots, self.max_len)
+            for ids, *where in new_prompts:
                 fresh = decode.prefill(self.config, self._params, ids)
                 self._cache = insert(self._cache, fresh, *where)
             static = self.config, self._pause_ids, self._needs(texts)

@@ -160,5 +160,5 @@ class Scheduler:
                     text.call.append(token)
             if said and said[-1] == self.tool.end_id and text.call is not None:
                 text.forced, text.call = list(self.tool.run(text.call[:-1])), None
-        sampled = [i >= num_forced for i in range(len(tokens))]
+        sampled = [False] * num_forced + [True] * len(said)
         return Completion(tokens, logprobs, sampled, finish, text.id)
