@@ -24,8 +24,8 @@ from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.train import checkpoint as saved
 
 STAGES = ("base", "mid", "sft", "rl")  # in the order they happen
-# What may differ from the checkpoint's recipe: it says how to compute, not what.
-HOW = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")  # of config.model
+# Keys of config.model that say how to compute, not what: they may differ from the checkpoint's.
+HOW = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")
 
 
 class StageCheckpoint(NamedTuple):
@@ -41,7 +41,6 @@ class StageCheckpoint(NamedTuple):
 
     @property
     def checksum(self) -> str:
-        """Of all its files."""
         return sha256_file(saved.step_dir(self.folder, self.step) / saved.CHECKSUMS)
 
     def __str__(self) -> str:
@@ -63,8 +62,7 @@ def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
     if stage not in (None, *trained) or not trained:
         raise UserError(
             f"{run} has checkpoints of {', '.join(trained) or 'no stage'}, expected of "
-            f"{stage or 'any'}; choose another --stage, name the run with --config=FILE or "
-            "--config.run.name=NAME, or train it first"
+            f"{stage or 'any'}; choose another --stage or --config.run.name, or train it first"
         )
     stage = stage or trained[-1]
     return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])

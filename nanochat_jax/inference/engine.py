@@ -60,8 +60,8 @@ class Engine:
             self._cache = empty_cache(config, self.slots, self.length)
 
     def load(self, params: dict[str, jax.Array]) -> None:
-        """Write with these parameters; not copied where dtype and place stay, so a training step
-        that donates them must be followed by another load."""
+        """Write with these parameters, copied only where dtype or place change: after a training
+        step that donates them, load again."""
         placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
 
@@ -72,7 +72,7 @@ class Engine:
     def generate(
         self,
         requests: Sequence[Request],
-        on_finish: Callable[[int, Completion], None] | None = None,
+        on_finish: Callable[[int, Completion], object] = lambda *_: None,
     ) -> list[Completion]:
         """Answers to any number of requests, in their order. on_finish gets each as it ends."""
         assert not self.scheduler.busy(), "generate needs the engine for itself"
@@ -86,7 +86,7 @@ class Engine:
                 for piece in self.step(self.burst):
                     number = numbers[piece.id]
                     answers[number].add(piece)
-                    if piece.finish and on_finish:
+                    if piece.finish:
                         on_finish(number, answers[number])
         finally:
             self.scheduler.drop(numbers)  # an error: the engine is as good as before

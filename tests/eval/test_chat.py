@@ -120,7 +120,7 @@ def test_generative_grades_every_sample_and_counts_any_right_one(tiny_tokenizer)
     def answer(problem, sample):
         return f"#### {2 * problem}" if (problem, sample) in right else "no"
 
-    def score(progress=None, **changes):
+    def score(progress=lambda *_: None, **changes):
         settings = {"max_new_tokens": 7, "num_samples": 3, "seed": 1} | changes
         return chat.generative(engine, tiny_tokenizer, sums(5), progress=progress, **settings)
 
