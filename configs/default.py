@@ -116,7 +116,6 @@ def get_config() -> ConfigDict:
     c.data.packing = "best_fit"  # best_fit: rows start with BOS | stream: one endless flow of text
     c.data.buffer_docs = 1_000  # documents a best_fit lane chooses from
     c.data.num_lanes = 8  # independent streams of rows; a multiple of the number of processes
-    c.data.num_workers = 0  # 0: prefetch in a thread | 1: in a process of its own
     c.data.prefetch_batches = 4  # batches made ahead of the device
     c.data.task_dir = ""  # folder with the tasks' data (gsm8k/, mmlu/, ...); empty: from the hub
     c.data.persona = ""  # persona file (TOML) of the task identity; empty: configs/persona.toml

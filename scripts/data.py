@@ -16,8 +16,7 @@ import sys
 
 from nanochat_jax.common import UserError, log, run_main
 from nanochat_jax.config import load, parse_argv
-from nanochat_jax.data import datasets as registry
-from nanochat_jax.data import prepare
+from nanochat_jax.data import datasets
 
 COMMANDS = ("list", "ensure", "download", "pack", "demo")
 
@@ -32,13 +31,13 @@ def main() -> None:
     config = load(path, overrides).data
     command = rest[0]
     if command == "list":
-        log(prepare.table(config.local_dir))
+        log(datasets.table(config.local_dir))
         return
     name = {"pack": "local", "demo": "demo"}.get(command, config.name)
-    if command == "download" and not registry.get(name).repo_id:
+    if command == "download" and not datasets.get(name).repo_id:
         verb = "pack" if name == "local" else "demo"
         raise UserError(f"{name} is made on this machine; run `python scripts/data.py {verb}`")
-    train, validation = prepare.ensure(
+    train, validation = datasets.ensure(
         name,
         num_shards=config.num_shards,
         local_dir=config.local_dir,

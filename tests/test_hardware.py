@@ -9,7 +9,14 @@ import pytest
 
 from nanochat_jax import hardware
 from nanochat_jax.common import UserError
-from nanochat_jax.hardware import ACCELERATORS, find_accelerator, peak_flops, usd_per_hour
+from nanochat_jax.hardware import (
+    ACCELERATORS,
+    cpu_cores,
+    find_accelerator,
+    peak_flops,
+    usable_cpus,
+    usd_per_hour,
+)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +113,15 @@ def test_driver_and_memory_come_from_nvidia_smi(tmp_path, monkeypatch, script, t
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.nvidia_driver_and_memory() == told
+
+
+@pytest.mark.parametrize("quota, cpus", [("100000", 1), ("50000", 1), ("-1", cpu_cores())])
+def test_usable_cpus_follow_the_containers_quota(tmp_path, quota, cpus):
+    assert usable_cpus(tmp_path) == cpu_cores()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert usable_cpus(tmp_path) == cpus  # cgroups version 1
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1")
+    (tmp_path / "cpu.max").write_text(f"{quota.replace('-1', 'max')} 100000\n")
+    assert usable_cpus(tmp_path) == cpus  # and 2

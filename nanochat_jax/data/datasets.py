@@ -1,4 +1,4 @@
-"""The datasets we know by name, and where their shards lie.
+"""The datasets we know by name, where their shards lie, and how they come there.
 
     $NANOCHAT_BASE_DIR/data/<name>/shard_00000.parquet ...   and dataset.json, what is known of them
 
@@ -8,11 +8,10 @@ made on this machine. It never depends on what else is on the disk, and is never
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nanochat_jax.common import UserError, data_dir, read_json
-
-MANIFEST = "dataset.json"
+from nanochat_jax.common import UserError, data_dir, locked
+from nanochat_jax.data import demo, hub, local
+from nanochat_jax.data.shards import SHARD_CHARS, Shards, is_recorded, read_manifest, shard_name
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Dataset:
     licence: str
     repo_id: str = ""  # of a dataset on the Hugging Face hub
     num_shards: int = 0  # of the whole dataset, validation included
-    shard_chars: int = 0  # about; for planning
-    shard_bytes: int = 0  # about; for planning
+    shard_chars: int = SHARD_CHARS  # about; for planning
+    shard_bytes: int = 100_000_000  # about; for planning
 
     @property
     def validation(self) -> str:
@@ -46,39 +45,33 @@ class Dataset:
         return [shard_name(i) for i in range(num_shards)]
 
 
-DATASETS = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset(
-            name="climbmix",
-            description="400B tokens of filtered and clustered web text; the modern recipe's",
-            licence="as its source, nvidia/ClimbMix (CC BY-NC 4.0)",
-            repo_id="karpathy/climbmix-400b-shuffle",
-            num_shards=6_543,
-            shard_chars=250_000_000,
-            shard_bytes=100_000_000,
-        ),
-        Dataset(
-            name="fineweb_edu",
-            description="100B tokens of web pages chosen for teaching value; the classic recipe's",
-            licence="as its source, HuggingFaceFW/fineweb-edu (ODC-By 1.0)",
-            repo_id="karpathy/fineweb-edu-100b-shuffle",
-            num_shards=1_823,
-            shard_chars=250_000_000,
-            shard_bytes=100_000_000,
-        ),
-        Dataset(
-            name="local",
-            description="your own text: a folder of .parquet (column text), .jsonl, .txt, .md",
-            licence="yours",
-        ),
-        Dataset(
-            name="demo",
-            description="conversations and documentation that Python packages bring along",
-            licence="chitchat-dataset: MIT; docstrings: the licences of their packages",
-        ),
-    )
-}
+_KNOWN = (
+    Dataset(
+        name="climbmix",
+        description="400B tokens of filtered and clustered web text; the modern recipe's",
+        licence="as its source, nvidia/ClimbMix (CC BY-NC 4.0)",
+        repo_id="karpathy/climbmix-400b-shuffle",
+        num_shards=6_543,
+    ),
+    Dataset(
+        name="fineweb_edu",
+        description="100B tokens of web pages chosen for teaching value; the classic recipe's",
+        licence="as its source, HuggingFaceFW/fineweb-edu (ODC-By 1.0)",
+        repo_id="karpathy/fineweb-edu-100b-shuffle",
+        num_shards=1_823,
+    ),
+    Dataset(
+        name="local",
+        description="your own text: a folder of .parquet (column text), .jsonl, .txt, .md",
+        licence="yours",
+    ),
+    Dataset(
+        name="demo",
+        description="conversations and documentation that Python packages bring along",
+        licence="chitchat-dataset: MIT; docstrings: the licences of their packages",
+    ),
+)
+DATASETS = {dataset.name: dataset for dataset in _KNOWN}
 
 
 def get(name: str) -> Dataset:
@@ -87,13 +80,59 @@ def get(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def shard_name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
+def ensure(name: str, *, num_shards: int, local_dir: str = "", again: bool = False) -> Shards:
+    """Shards of the dataset `name`, made or downloaded first when missing (or when `again`).
+
+    `num_shards` counts the training shards of a downloaded dataset; of `local` and `demo` all are
+    used. Processes that ask at once wait for the one that works.
+    """
+    dataset = get(name)
+    directory = local.dataset_directory(local_dir) if name == "local" else dataset.directory
+    with locked(directory):
+        ready = None if again else find(name, num_shards=num_shards, local_dir=local_dir)
+        if ready is None:
+            if name == "local":
+                local.prepare(local_dir)
+            elif name == "demo":
+                demo.build(directory)
+            else:
+                names = [*dataset.train_names(num_shards), dataset.validation]
+                hub.download(dataset.repo_id, names, directory)
+            ready = find(name, num_shards=num_shards, local_dir=local_dir)
+        elif name == "local":
+            local.tell_changes(local_dir)
+    assert ready is not None
+    return ready
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """dataset.json of a dataset's folder; None before there is one."""
-    path = directory / MANIFEST
-    if not path.exists():
+def find(name: str, *, num_shards: int = 0, local_dir: str = "") -> Shards | None:
+    """The shards on disk; None when some are missing or have another size than recorded."""
+    if name == "local":
+        return local.find(local_dir)
+    dataset = get(name)
+    manifest = read_manifest(dataset.directory)
+    if manifest is None:
         return None
-    return read_json(path, "delete it and run `python scripts/data.py` again for this dataset")
+    names = dataset.train_names(num_shards) if dataset.repo_id else manifest["train"]
+    validation = dataset.validation if dataset.repo_id else manifest["validation"]
+    if not all(is_recorded(dataset.directory, manifest, name) for name in [*names, validation]):
+        return None
+    return [dataset.directory / name for name in names], dataset.directory / validation
+
+
+def table(local_dir: str = "") -> str:
+    """What there is and what of it is on the disk, for people."""
+    rows = [("name", "what", "size", "shards on disk", "validation", "licence")]
+    for d in DATASETS.values():
+        size, shards, validation = "", "none yet", ""
+        if d.repo_id:
+            recorded = (read_manifest(d.directory) or {"shards": {}})["shards"]
+            there = sum((d.directory / name).exists() for name in recorded)
+            shards, validation = f"{there:,} of {d.num_shards:,}", d.validation
+            size = f"{d.num_shards * d.shard_bytes / 1e9:,.0f} GB"
+        elif (d.name != "local" or local_dir) and (found := find(d.name, local_dir=local_dir)):
+            shards, validation = f"{len(found[0]) + 1}", found[1].name
+        rows.append((d.name, d.description, size, shards, validation, d.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)

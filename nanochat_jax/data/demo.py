@@ -4,10 +4,10 @@
     pydoc topics: the language reference that the interpreter brings along   --+--> documents
     docstrings of the standard library and of packages we depend on          --+
 
-Nothing is imported to be read: docstrings come from the syntax trees of source files, and of them
-only paragraphs of prose. Conversations with profanity, e-mail addresses, telephone numbers or
-handles are dropped whole. What is kept is a function of the installed packages alone; shards.py
-shuffles it and sets validation aside: whole conversations, whole source files.
+Docstrings come from the syntax trees of source files, which are not run, and of them only
+paragraphs of prose. Conversations with profanity, e-mail addresses, telephone numbers or handles
+are dropped whole. What is kept is a function of the installed packages alone; shards.py shuffles it
+and sets validation aside: whole conversations, whole source files.
 """
 
 import ast
@@ -18,23 +18,25 @@ import re
 import sysconfig
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics as TOPICS
 from typing import Any
 
 from tqdm import tqdm
 
 from nanochat_jax.common import UserError, log
-from nanochat_jax.data import shards
+from nanochat_jax.data.shards import KeyedText, write_shards
 
 # Packages with prose in their docstrings that come with this one; those not there are left out.
-PACKAGES = (
-    "PIL", "absl", "dateutil", "etils", "filelock", "flax", "fontTools", "fsspec", "grain",
-    "huggingface_hub", "jax", "jaxlib", "ml_collections", "numpy",
-    "opt_einsum", "optax", "orbax", "packaging", "psutil", "pyarrow", "pyparsing", "rich", "scipy",
-    "tqdm", "treescope",
-)  # fmt: skip
+# Each one changes the demo's data, so those that came later are not read.
+PACKAGES = tuple(
+    "absl dateutil etils filelock flax fsspec grain huggingface_hub jax jaxlib ml_collections "
+    "numpy opt_einsum optax orbax packaging psutil pyarrow rich scipy tqdm treescope".split()
+)
 _SKIPPED_FOLDERS = {
     "test", "tests", "testing", "__pycache__", "_vendor", "site-packages", "dist-packages",
     "idlelib", "lib2to3", "pydoc_data", "ensurepip",
@@ -103,35 +105,18 @@ _FUNCTION_WORDS = frozenset(
 
 def build(directory: Path) -> None:
     """Build the `demo` shards in `directory`."""
-    dialogue = {text: key for key, text in conversations()}
+    dialogue = {text: key for key, text in conversations(read_dataset())}
     prose = {text: key for key, text in documentation() if text not in dialogue}
     documents = dialogue | prose  # each text once
-    sizes = {
+    versions = {each.name: each.version for each in metadata.distributions()}
+    manifest = {
+        "sources": {n: versions[n] for n in ("chitchat-dataset", *PACKAGES) if n in versions},
         "dialogue_chars": sum(map(len, dialogue)),
         "documentation_chars": sum(map(len, prose)),
     }
-    shards.write_shards(
-        ((key, text) for text, key in documents.items()),
-        directory,
-        about_chars=sum(map(len, documents)),
-        manifest={"sources": installed_versions(), **sizes},
-    )
-    log(
-        f"demo: {len(documents):,} documents in {directory}: "
-        + ", ".join(f"{value / 1e6:.1f}M {name.replace('_', ' ')}" for name, value in sizes.items())
-    )
-
-
-def installed_versions() -> dict[str, str]:
-    names = ("chitchat-dataset", *PACKAGES)
-    return {name: version for name in names if (version := _version(name)) is not None}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None  # a package that goes by another name than its distribution
+    keyed = ((key, text) for text, key in documents.items())
+    write_shards(keyed, directory, about_chars=sum(map(len, documents)), manifest=manifest)
+    log(f"demo: {len(dialogue):,} pieces of talk and {len(prose):,} of prose in {directory}")
 
 
 def dataset_file() -> Path:
@@ -150,9 +135,8 @@ def read_dataset() -> dict[str, Any]:
     return json.loads(dataset_file().read_text(encoding="utf-8"))
 
 
-def conversations() -> Iterator[shards.KeyedText]:
+def conversations(raw: dict[str, Any]) -> Iterator[KeyedText]:
     """Pieces of the conversations of chitchat-dataset, as dashed or quoted lines of speech."""
-    raw = read_dataset()
     kept = {}
     for key in sorted(raw):
         turns = [[message["text"] for message in turn] for turn in raw[key]["messages"]]
@@ -161,7 +145,7 @@ def conversations() -> Iterator[shards.KeyedText]:
     known = common_words(kept.values())
     for key, turns in kept.items():
         for piece in _pieces_of_conversation(turns):
-            text = "" if len(piece) < _MIN_TURNS else _format_turns(piece)
+            text = _format_turns(piece) if len(piece) >= _MIN_TURNS else ""
             if len(text) >= MIN_DOCUMENT_CHARS and reads_like_english(text, known):
                 yield key, text
 
@@ -180,12 +164,11 @@ def tidy_turn(messages: Iterable[str]) -> str:
             joined[-1] += f" {message}"
         else:
             joined.append(message)
-    return " ".join(filter(None, map(tidy_message, joined)))
+    return " ".join(filter(None, map(_tidy_message, joined)))
 
 
-def tidy_message(text: str) -> str:
-    text = " ".join(text.split())
-    text = _LAUGHTER.sub("haha", text)
+def _tidy_message(text: str) -> str:
+    text = _LAUGHTER.sub("haha", " ".join(text.split()))
     text = re.sub(r"([A-Za-z])\1{2,}", r"\1\1", text)  # soooo
     text = re.sub(r"([.!?,])\1{3,}", r"\1\1\1", text)
     text = _TYPING_RE.sub(lambda match: _TYPING[match[0].lower()], text)
@@ -209,10 +192,9 @@ def _pieces_of_conversation(turns: list[str]) -> Iterator[list[str]]:
 
 
 def _format_turns(turns: list[str]) -> str:
-    """Speech in quotation marks or after dashes; which one depends on the text alone."""
-    if len(turns[0]) % 2 or any('"' in turn for turn in turns):
-        return "\n".join(f"- {turn}" for turn in turns)
-    return "\n".join(f'"{turn}"' for turn in turns)
+    """Speech after dashes or in quotation marks; which one depends on the text alone."""
+    dashed = len(turns[0]) % 2 or any('"' in turn for turn in turns)
+    return "\n".join(f"- {turn}" if dashed else f'"{turn}"' for turn in turns)
 
 
 def _words(text: str) -> list[str]:
@@ -221,10 +203,7 @@ def _words(text: str) -> list[str]:
 
 def common_words(conversations: Iterable[list[str]]) -> frozenset[str]:
     """Words that at least three conversations use: few misspellings are among them."""
-    counts: dict[str, int] = {}
-    for turns in conversations:
-        for word in set(_words(" ".join(turns))):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for turns in conversations for word in set(_words(" ".join(turns))))
     return frozenset(word for word, count in counts.items() if count >= 3)
 
 
@@ -237,49 +216,46 @@ def reads_like_english(text: str, known: frozenset[str]) -> bool:
     return letters > 0.87 * len(text) and in_known > 0.93 * len(words) and text.isascii()
 
 
-def documentation() -> Iterator[shards.KeyedText]:
+def documentation(
+    packages: Iterable[str] = PACKAGES, stdlib: str = sysconfig.get_path("stdlib")
+) -> Iterator[KeyedText]:
     """Prose of the language reference and of docstrings, in pieces of whole paragraphs."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [stdlib / "pydoc_data" / "topics.py", *_source_files(stdlib)]
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        for location in (spec and spec.submodule_search_locations) or ():
-            files += _source_files(Path(location))
-    for path in tqdm(files, desc="documentation", unit="file", disable=None):
-        for text in _texts_of_source(path):
-            for piece in _pieces_of_paragraphs(prose_paragraphs(text)):
-                yield "/".join(path.parts[-3:]), piece
+    folders = [stdlib]
+    for spec in map(importlib.util.find_spec, packages):
+        folders += (spec and spec.submodule_search_locations) or ()
+    files = [path for folder in folders for path in _source_files(Path(folder))]
+    topics = ((Path(stdlib, "pydoc_data", "topics.py"), text) for text in TOPICS.values())
+    bar = tqdm(files, desc="documentation", unit="file", disable=None)
+    docstrings = ((source, text) for source in bar for text in _docstrings(source))
+    for path, text in chain(topics, docstrings):
+        for piece in _pieces_of_paragraphs(prose_paragraphs(text)):
+            yield "/".join(path.parts[-3:]), piece
 
 
-def _source_files(folder: Path) -> list[Path]:
-    files = []
+def _source_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*.py")):
         parents = path.relative_to(folder).parts[:-1]
         if not _SKIPPED_FOLDERS.intersection(parents) and "test" not in path.name:
-            files.append(path)
-    return files
+            yield path
 
 
-def _texts_of_source(path: Path) -> Iterator[str]:
-    """Docstrings of a source file; of pydoc's topics, the values of the dictionary."""
+def _docstrings(path: Path) -> Iterator[str]:
+    """Docstrings of a source file in order."""
     source = path.read_bytes()
-    if b'"""' not in source and b"'''" not in source and path.name != "topics.py":
+    if b'"""' not in source and b"'''" not in source:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's files
         try:
-            tree = ast.parse(source)
+            pending: list[ast.AST] = [ast.parse(source)]
         except (SyntaxError, ValueError):
             return  # templates and files of another Python are no source of prose
-    pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(node):
                 yield docstring
             pending += reversed(node.body)
-        elif isinstance(node, ast.Assign) and path.name == "topics.py":
-            yield from ast.literal_eval(node.value).values()
         elif isinstance(node, ast.If | ast.Try):
             pending += reversed(node.body)
 
@@ -291,15 +267,13 @@ def prose_paragraphs(docstring: str) -> list[str]:
     for block in re.split(r"\n[ \t]*\n", textwrap.dedent(docstring)):
         lines = block.strip("\n").splitlines()
         if len(lines) > 1 and re.fullmatch(r"\s*([-=~*^#])\1{2,}\s*", lines[1]):
-            heading = lines[0].strip().lower()
             # Headings of numpy's style name lists unless they are known to hold prose.
-            in_prose = heading in _PROSE_SECTIONS or lines[1].strip()[0] != "-"
+            in_prose = lines[0].strip().lower() in _PROSE_SECTIONS or lines[1].strip()[0] != "-"
             lines = lines[2:]
-        if lines and _GOOGLE_SECTION.match(lines[0].strip()):
-            continue
+        listed = lines and _GOOGLE_SECTION.match(lines[0].strip())
         indented = any(line[:1].isspace() for line in lines)
         text = _without_markup(" ".join(line.strip() for line in lines))
-        if in_prose and not indented and is_prose(text):
+        if in_prose and not listed and not indented and is_prose(text):
             paragraphs.append(text)
     return paragraphs
 

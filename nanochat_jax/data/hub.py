@@ -1,56 +1,47 @@
-"""Download dataset shards from the Hugging Face hub: many at a time, resumed, verified, atomic.
+"""Downloads: dataset shards from the Hugging Face hub, and upstream's evaluation bundle.
 
-    name --> metadata (size, SHA-256, commit) --> shard.part, continued where it stopped
-         --> size and SHA-256 checked --> renamed to shard --> recorded in dataset.json
+    size, SHA-256, commit --> file in .download --> size and SHA-256 checked --> final name
 
-A file under its final name is whole and verified. All shards come from one commit of the dataset,
-the one that was current at the first download. The hub's own client makes the requests (so
-HF_ENDPOINT and the stored token hold), but its `hf_hub_download` starts an interrupted file again
-from zero in a new process and checks no hash, hence this layer. Its chunk protocol (xet) and its
-telemetry are not used.
+The hub's own client makes the requests: HF_ENDPOINT, proxies, HF_HUB_OFFLINE and the stored token
+hold, and it waits as long as a server asks for (429, Retry-After). A file that was interrupted
+starts again; one under its final name is whole and verified. All shards come from one commit of the
+dataset, the one that was current at the first download.
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
-from nanochat_jax.common import UserError, log, sha256_file, write_json
-from nanochat_jax.data.datasets import MANIFEST, read_manifest
+from nanochat_jax.common import UserError, data_dir, locked, log, sha256_file, write_json
+from nanochat_jax.data.shards import MANIFEST, is_recorded, read_manifest
 
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE = "eval_bundle"  # the folder inside the zip, and its name on our disk
 # The client's own error is derived from those of its HTTP library (which changes) and OSError.
 _NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-_MAX_ATTEMPTS = 6
-_FIRST_WAIT_SECS = 1.0
-_MAX_WAIT_SECS = 30.0
-_TIMEOUT_SECS = 30.0  # without any byte
+WAITS_SECS = (5, 15, 30, 60)  # between our attempts, each of which is several of the client
 _SPARE_BYTES = 1 << 28  # left free on the disk
 
+# Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
+constants.HF_HUB_DISABLE_XET = True
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """What the hub says of a file before it is downloaded."""
-
-    name: str
-    url: str
-    num_bytes: int
-    sha256: str
-    revision: str
 
 
 def download(
@@ -59,195 +50,157 @@ def download(
     directory: Path,
     *,
     workers: int = 8,
-    endpoint: str | None = None,
+    endpoint: str = constants.ENDPOINT,
+    waits_secs: Sequence[float] = WAITS_SECS,
 ) -> None:
-    """Have the files `names` of a dataset in `directory`, whole and verified.
+    """Have the files `names` of a dataset in `directory`, whole and verified, or a UserError.
 
-    Raises UserError when one cannot be had; what was received is kept, so the next call continues.
+    The caller sees to it that only one process works in `directory`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(directory) or {"repo_id": repo_id, "revision": "", "shards": {}}
-    missing = [name for name in names if not _is_recorded(directory, manifest, name)]
+    missing = [name for name in names if not is_recorded(directory, manifest, name)]
     if not missing:
         return
-    if not manifest["revision"]:
-        manifest["revision"] = _ask(repo_id, missing[0], "main", endpoint).revision
-    with ThreadPoolExecutor(workers) as pool:
-        files = list(pool.map(lambda n: _ask(repo_id, n, manifest["revision"], endpoint), missing))
-    have_bytes = {file.name: _received_bytes(directory, file) for file in files}
-    total_bytes = sum(file.num_bytes for file in files)
-    _check_space(directory, total_bytes - sum(have_bytes.values()))
+    work, stop = directory / ".download", threading.Event()
+    dataset: dict[str, Any] = {"repo_type": "dataset", "endpoint": endpoint}
 
-    stop = threading.Event()
-    bar = tqdm(
-        total=total_bytes,
-        initial=sum(have_bytes.values()),
-        unit="B",
-        unit_scale=True,
-        desc=f"{repo_id.split('/')[-1]}, {len(files)} shards",
-        disable=None,
-    )
-    with bar, ThreadPoolExecutor(workers) as pool:
-        started = [pool.submit(_fetch, file, directory, bar.update, stop) for file in files]
+    def ask(name: str) -> tuple[str, dict[str, Any]]:
+        """(revision, what is recorded of a file)"""
+        url = hf_hub_url(repo_id, name, revision=manifest["revision"] or "main", **dataset)
+        found = get_hf_file_metadata(url, endpoint=endpoint, retry_on_errors=True)
+        size, sha256, revision = found.size, found.etag or "", found.commit_hash
+        if not (size and revision and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+            raise UserError(
+                f"{url}: got size {size}, etag {sha256} and commit {revision}, expected a size, a "
+                "SHA-256 and a commit; use huggingface.co or a full mirror of it (HF_ENDPOINT)"
+            )
+        return revision, {"bytes": size, "sha256": sha256}
+
+    def fetch(name: str) -> dict[str, Any]:
+        revision, facts = ask(name)
+        path = directory / name
+        if not (path.is_file() and _facts(path) == facts):  # not put there by other means
+            got = Path(hf_hub_download(repo_id, name, revision=revision, local_dir=work, **dataset))
+            if (received := _facts(got)) != facts:
+                got.unlink()
+                raise OSError(f"got {received}, expected {facts}")
+            os.replace(got, path)
+        return facts
+
+    def patiently(action: Callable[[str], T], name: str) -> T:
+        what = f"{name} of {repo_id} at {endpoint}"
+        return _patiently(what, partial(action, name), waits_secs, stop)
+
+    manifest["revision"], first = patiently(ask, missing[0])
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    _check_space(work, len(missing) * first["bytes"])
+    log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
+    with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
         try:
-            for done in as_completed(started):
-                file = done.result()
-                manifest["shards"][file.name] = {"bytes": file.num_bytes, "sha256": file.sha256}
+            jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
+            for name, job in jobs:
+                while not job.ready():
+                    job.wait(1)  # Ctrl-C is seen also when another thread received the signal
+                manifest["shards"][name] = job.get()
                 write_json(directory / MANIFEST, manifest)
-        except BaseException:
+        finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    log(f"{repo_id}: {len(files)} shards, {total_bytes / 1e9:.2f} GB verified in {directory}")
+    shutil.rmtree(work)
+    log(f"{repo_id}: {len(missing)} shards verified in {directory}")
 
 
-def _is_recorded(directory: Path, manifest: dict[str, Any], name: str) -> bool:
-    path = directory / name
-    known = manifest["shards"].get(name)
-    return known is not None and path.exists() and path.stat().st_size == known["bytes"]
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _ask(repo_id: str, name: str, revision: str, endpoint: str | None) -> RemoteFile:
-    url = hf_hub_url(repo_id, name, repo_type="dataset", revision=revision, endpoint=endpoint)
-    found = persistently(name, lambda: get_hf_file_metadata(url, endpoint=endpoint), time.sleep)
-    if found.size is None or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
+def _check_space(directory: Path, num_bytes: int) -> None:
+    free, needed = shutil.disk_usage(directory).free, num_bytes + _SPARE_BYTES
+    if needed > free:
         raise UserError(
-            f"{url}: got size {found.size} and etag {found.etag}, expected a size and a SHA-256; "
-            "use huggingface.co or a mirror that passes its headers on (HF_ENDPOINT)"
+            f"got {free / 1e9:.1f} GB free for {directory}, expected at least {needed / 1e9:.1f} "
+            "GB; free space, set NANOCHAT_BASE_DIR to another disk, or lower config.data.num_shards"
         )
-    return RemoteFile(name, url, found.size, found.etag or "", found.commit_hash or revision)
 
 
-def _fetch(
-    file: RemoteFile, directory: Path, progress: Callable[[int], Any], stop: threading.Event
-) -> RemoteFile:
-    """Receive the rest of one file, verify it and give it its name."""
-    path, part = directory / file.name, _part(directory, file)
-    if path.exists() and path.stat().st_size == file.num_bytes and not part.exists():
-        if sha256_file(path) == file.sha256:  # put there by other means
-            progress(file.num_bytes)
-            return file
+def eval_bundle(
+    core_dir: str = "", url: str = BUNDLE_URL, waits_secs: Sequence[float] = WAITS_SECS
+) -> Path:
+    """The folder of the tasks of CORE: `core_dir` if given, else upstream's zip, unpacked.
 
-    def attempt() -> None:
-        _receive(file, part, progress, stop)
-        digest = sha256_file(part)
-        if digest != file.sha256:
-            part.unlink()
-            progress(-file.num_bytes)
-            raise _WrongHash(f"got SHA-256 {digest}, expected {file.sha256}")
-
-    persistently(file.name, attempt, stop.wait, lambda: _received_bytes(directory, file))
-    os.replace(part, path)
-    return file
-
-
-def _receive(
-    file: RemoteFile, part: Path, progress: Callable[[int], Any], stop: threading.Event
-) -> None:
-    """Add to `part` the bytes it lacks."""
-    with part.open("ab") as out:
-        received = out.tell()
-        if received > file.num_bytes:  # not a beginning of this file
-            out.truncate(0)
-            progress(-file.num_bytes)
-            received = 0
-        if received == file.num_bytes:
-            return
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        if received:
-            headers["Range"] = f"bytes={received}-"
-        with get_session().stream("GET", file.url, headers=headers, timeout=_TIMEOUT_SECS) as reply:
-            hf_raise_for_status(reply)
-            if received and reply.status_code != 206:  # it sends the file from its beginning
-                out.truncate(0)
-                progress(-received)
-                received = 0
-            for chunk in reply.iter_bytes():
-                if stop.is_set():
-                    raise _Stopped
-                out.write(chunk)
-                progress(len(chunk))
-                received += len(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    if received != file.num_bytes:
-        raise OSError(f"got {received:,} bytes, expected {file.num_bytes:,}")
-
-
-def _part(directory: Path, file: RemoteFile) -> Path:
-    """The unfinished file; its name holds the hash, so that it only ever continues the same one."""
-    return directory / f"{file.name}.{file.sha256[:12]}.part"
-
-
-def _received_bytes(directory: Path, file: RemoteFile) -> int:
-    part = _part(directory, file)
-    return min(part.stat().st_size, file.num_bytes) if part.exists() else 0
-
-
-class _WrongHash(OSError):
-    """The bytes received are not those announced."""
-
-
-class _Stopped(Exception):
-    """Another file failed for good."""
-
-
-def persistently(
-    name: str,
-    action: Callable[[], T],
-    pause: Callable[[float], Any],
-    received: Callable[[], int] = lambda: 0,
-) -> T:
-    """`action`, again after a pause when the network or the server fails; UserError in the end.
-
-    The end are _MAX_ATTEMPTS in a row in which `received` did not grow, or an error that would come
-    again.
+    $NANOCHAT_BASE_DIR/data/eval_bundle is whole when it is there. The server publishes no SHA-256;
+    the ETag of an object uploaded in one part is its MD5 and is checked as such, and so is the CRC
+    of every file. Processes that ask at once wait for the one that works.
     """
-    failures = wrong_hashes = 0
-    most_received = received()
-    while True:
+    folder = Path(core_dir).expanduser() if core_dir else data_dir() / BUNDLE
+    work = folder.with_name(f".{BUNDLE}")
+    if not core_dir:
+        with locked(folder):
+            if not folder.exists():
+                fetch = partial(_fetch_bundle, url, work)
+                otherwise = ", or unpack it elsewhere and set config.eval.core_dir to that folder"
+                _patiently(url, fetch, waits_secs, threading.Event(), otherwise)
+                os.replace(work / BUNDLE, folder)
+                shutil.rmtree(work)
+    if not any(folder.glob("core*.yaml")):
+        raise UserError(
+            f"got {folder} without core.yaml, expected an unpacked evaluation bundle; set "
+            "config.eval.core_dir to one, or delete this folder and leave core_dir empty"
+        )
+    return folder
+
+
+def _fetch_bundle(url: str, work: Path) -> None:
+    """Unpack the zip's folder BUNDLE into `work`; OSError when what came is not whole."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    head = http_backoff("HEAD", url, headers={"Accept-Encoding": "identity"}, timeout=30)
+    hf_raise_for_status(head)
+    archive = work / "bundle.zip"
+    with archive.open("wb") as out:
+        http_get(url, out, displayed_filename=BUNDLE)
+    etag = head.headers.get("ETag", "").strip('"')
+    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+    if re.fullmatch(r"[0-9a-f]{32}", etag) and md5 != etag:
+        raise OSError(f"got MD5 {md5}, expected {etag}")
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            names = [name for name in zipped.namelist() if name.startswith(f"{BUNDLE}/")]
+            outside = any(".." in PurePosixPath(name).parts for name in names)
+            if outside or f"{BUNDLE}/core.yaml" not in names:
+                raise UserError(f"{url}: got a zip that is not one folder {BUNDLE} with core.yaml")
+            zipped.extractall(work, names)  # checks the CRC of each
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise OSError(f"got a damaged zip ({error})") from None
+
+
+def _patiently(
+    what: str,
+    action: Callable[[], T],
+    waits_secs: Sequence[float],
+    stop: threading.Event,
+    otherwise: str = "",
+) -> T:
+    """`action`, again after each of `waits_secs` when network or server fail; then a UserError."""
+    for wait_secs in (*waits_secs, None):
         try:
             return action()
         except _NETWORK_ERRORS as error:
-            wrong_hashes += isinstance(error, _WrongHash)
-            failures = 1 if received() > most_received else failures + 1
-            most_received = max(received(), most_received)
-            advice = _advice(error, failures, wrong_hashes)
-            summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if advice is not None:
-            raise UserError(f"{name}: {summary}: {advice}")
-        wait_secs = min(_FIRST_WAIT_SECS * 2 ** (failures - 1), _MAX_WAIT_SECS)
-        log(f"{name}: {summary}; again in {wait_secs:g} s")
-        if pause(wait_secs):
-            raise _Stopped
-
-
-def _advice(error: Exception, failures: int, wrong_hashes: int) -> str | None:
-    """What to do about an error that ends the attempts; None for another attempt."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "unset HF_HUB_OFFLINE to download"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
-        return "check that the dataset and the file exist and that HF_TOKEN may read them"
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return (
-            "free space or permissions on the disk, or set NANOCHAT_BASE_DIR to another one, and "
-            "run the same command to continue"
-        )
-    if wrong_hashes > 1:
-        return "twice the server sent other bytes than it announced; tell its owner"
-    if failures >= _MAX_ATTEMPTS:
-        return (
-            f"gave up after {failures} attempts; what was received is kept: check the network and "
-            "run the same command to continue"
-        )
-    return None
-
-
-def _check_space(directory: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(directory).free
-    if needed_bytes + _SPARE_BYTES > free_bytes:
-        raise UserError(
-            f"got {free_bytes / 1e9:.1f} GB free for {directory}, expected at least "
-            f"{(needed_bytes + _SPARE_BYTES) / 1e9:.1f} GB; free space, set NANOCHAT_BASE_DIR to "
-            "another disk, or lower config.data.num_shards"
-        )
+            cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+            reason = str(cause).partition("\n")[0] or type(cause).__name__
+        if isinstance(cause, OfflineModeIsEnabled):
+            advice = "unset HF_HUB_OFFLINE"
+        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+            advice = "check that it exists there and that HF_TOKEN may read it"
+        elif isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
+            advice = "free space or permissions on the disk, or set NANOCHAT_BASE_DIR to another"
+        elif wait_secs is None:
+            advice = f"gave up after {len(waits_secs) + 1} attempts; check the network"
+        elif not stop.is_set():
+            log(f"{what}: {reason}; again in {wait_secs:g} s")
+            stop.wait(wait_secs)
+            continue
+        else:
+            advice = "another file failed"
+        raise UserError(f"{what}: {reason}; {advice}, then run the same command again{otherwise}")
+    raise AssertionError("the last wait is None")

@@ -10,16 +10,17 @@ again, so the next row is the one that would have come; tokens are never saved. 
 in a best-fit buffer, so their ids may point to as many row groups as there are documents.
 """
 
-import dataclasses
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data.packing import PACKERS, Document, Row
+from nanochat_jax.data.packing import PACKERS, Document, DocumentId, PackedRow
 from nanochat_jax.data.sources import Corpus, Texts
+from nanochat_jax.tokenizer.bpe import Tokenizer
 
 # Documents per call of the tokenizer: enough to occupy its threads, few enough to start quickly.
 _TOKENIZE_DOCS = 128
@@ -30,7 +31,7 @@ _RESTORE_THREADS = 8
 State = dict[str, Any]
 
 
-@dataclasses.dataclass
+@dataclass
 class Counts:
     """What a lane has met so far; part of its state."""
 
@@ -40,57 +41,43 @@ class Counts:
     cropped_tokens: int = 0  # dropped by the packer
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What fixes the order of the data, apart from the texts. Picklable, for worker processes."""
+@dataclass(frozen=True)
+class DataOrder:
+    """The texts, and what fixes the order of their tokens in rows."""
 
     corpus: Corpus
-    tokenizer: Any  # nanochat_jax.tokenizer.bpe.Tokenizer
+    tokenizer: Tokenizer
     seq_len: int
     packing: str
     buffer_docs: int
     num_lanes: int
 
-    @property
-    def by_row_group(self) -> bool:
-        return len(self.corpus.row_groups) >= _MIN_ROW_GROUPS_PER_LANE * self.num_lanes
-
     def describe(self) -> dict[str, Any]:
         """What a saved state must agree with to be continued."""
-        return {
-            "shards": self.corpus.fingerprint,
-            "seq_len": self.seq_len,
-            "packing": self.packing,
-            "buffer_docs": self.buffer_docs,
-            "num_lanes": self.num_lanes,
-        }
+        names = ("seq_len", "packing", "buffer_docs", "num_lanes")
+        return {"shards": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
 
 class Lane:
     """A cursor, documents read ahead and a packer; see the head of this file."""
 
-    def __init__(self, plan: Plan, lane: int, endless: bool = True):
-        self._plan = plan
-        self._endless = endless
-        self._packer = PACKERS[plan.packing](plan.seq_len + 1, plan.buffer_docs)
+    def __init__(self, order: DataOrder, lane: int, endless: bool = True):
+        self._order, self._lane, self._endless = order, lane, endless
+        self._packer = PACKERS[order.packing](order.seq_len + 1, order.buffer_docs)
         self._counts = Counts()
         # The lane's row groups are [first::step]; of each it owns all rows, or every num_lanes-th.
-        self._first_group, self._group_step = (
-            (lane, plan.num_lanes) if plan.by_row_group else (0, 1)
-        )
-        self._row_step = 1 if plan.by_row_group else plan.num_lanes
-        self._lane = lane
-        self._epoch = 0  # complete passes behind the cursor
+        self._groups = order.corpus.row_groups
+        by_group = len(self._groups) >= _MIN_ROW_GROUPS_PER_LANE * order.num_lanes
+        self._first_group, self._group_step = (lane, order.num_lanes) if by_group else (0, 1)
+        self._row_step = 1 if by_group else order.num_lanes
+        self.epoch = 0  # complete passes behind the cursor
         self._group = self._first_group
         self._row = 0  # rows before this one are read
         self._texts: tuple[int, Texts] = (-1, Texts([], frozenset()))  # of the row group being read
-        self._ahead: deque[tuple[int, int, np.ndarray | None, bool]] = deque()  # see _read_ahead
+        # The next documents: row group, row, tokens or None if empty, repaired.
+        self._ahead: deque[tuple[int, int, np.ndarray | None, bool]] = deque()
 
-    @property
-    def epoch(self) -> int:
-        return self._epoch
-
-    def next_row(self) -> Row | None:
+    def next_row(self) -> PackedRow | None:
         """The next packed row; None at the end of a lane that is not endless."""
         row = self._packer.next_row(self._pull)
         if row is not None:
@@ -100,21 +87,17 @@ class Lane:
     def get_state(self) -> State:
         group, row = self._ahead[0][:2] if self._ahead else (self._group, self._row)
         ids, offset = self._packer.held()
-        return {
-            "cursor": [self._epoch, group, row],
-            "buffer": " ".join(f"{group}:{row}" for group, row in ids),
-            "offset": offset,
-            **dataclasses.asdict(self._counts),
-        }
+        buffer = " ".join(f"{group}:{row}" for group, row in ids)
+        cursor = [self.epoch, group, row]
+        return {"cursor": cursor, "buffer": buffer, "offset": offset, **asdict(self._counts)}
 
     def set_state(self, state: State) -> None:
         self._ahead.clear()
-        self._epoch, self._group, self._row = state["cursor"]
-        self._counts = Counts(**{f.name: state[f.name] for f in dataclasses.fields(Counts)})
+        self.epoch, self._group, self._row = state["cursor"]
+        self._counts = Counts(**{field.name: state[field.name] for field in fields(Counts)})
         pairs = (item.split(":") for item in state["buffer"].split())
-        self._packer.restore(
-            self._tokenize_again([(int(group), int(row)) for group, row in pairs]), state["offset"]
-        )
+        held = self._tokenize_again([(int(group), int(row)) for group, row in pairs])
+        self._packer.restore(held, state["offset"])
 
     def _pull(self) -> Document | None:
         while self._ahead or self._read_ahead():
@@ -127,23 +110,16 @@ class Lane:
         return None
 
     def _read_ahead(self) -> bool:
-        """Queue (row group, row, tokens or None if empty, repaired) of the next documents.
-
-        They are all of one row group, so that the cursor's epoch is theirs. False at the end.
-        """
-        corpus = self._plan.corpus
-        while True:
-            if self._group >= len(corpus.row_groups):
+        """Queue some documents of one row group, so that the cursor's epoch is theirs; False at the
+        end."""
+        while not (rows := self._rows_left()[:_TOKENIZE_DOCS]):
+            self._group, self._row = self._group + self._group_step, 0
+            if self._group >= len(self._groups):
                 if not self._endless:
                     return False
                 self._start_next_epoch()
-            rows = self._rows_left()[:_TOKENIZE_DOCS]
-            if rows:
-                break
-            self._group, self._row = self._group + self._group_step, 0
         if self._texts[0] != self._group:
-            read = corpus.read if self._plan.by_row_group else corpus.read_shared
-            self._texts = (self._group, read(self._group))
+            self._texts = (self._group, self._order.corpus.read(self._group))
         texts, repaired = self._texts[1]
         filled = [row for row in rows if texts[row].strip()]
         tokens = dict(zip(filled, self._tokenize([texts[row] for row in filled]), strict=True))
@@ -153,40 +129,37 @@ class Lane:
 
     def _rows_left(self) -> range:
         """The lane's rows of the current row group that are not read yet."""
-        group = self._plan.corpus.row_groups[self._group]
-        first = (self._lane - group.first_document) % self._row_step
+        if self._group >= len(self._groups):
+            return range(0)
+        _, _, num_documents, first_document = self._groups[self._group]
+        first = (self._lane - first_document) % self._row_step
         read = -(-max(self._row - first, 0) // self._row_step)
-        return range(first, group.num_documents, self._row_step)[read:]
+        return range(first, num_documents, self._row_step)[read:]
 
     def _start_next_epoch(self) -> None:
         if self._counts.documents == self._counts.empty_documents:
             raise UserError(
-                f"got no text for lane {self._lane} of {self._plan.num_lanes} in "
-                f"{self._plan.corpus.num_documents} documents, expected at least one each; "
+                f"got no text for lane {self._lane} of {self._order.num_lanes} in "
+                f"{self._order.corpus.num_documents} documents, expected at least one each; "
                 "use more text or a smaller config.data.num_lanes"
             )
-        self._epoch, self._group, self._row = self._epoch + 1, self._first_group, 0
+        self.epoch, self._group, self._row = self.epoch + 1, self._first_group, 0
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        return [
-            np.array(ids, np.int32) for ids in self._plan.tokenizer.encode_batch(texts, bos=True)
-        ]
+        encoded = self._order.tokenizer.encode_batch(texts, bos=True)
+        return [np.array(ids, np.int32) for ids in encoded]
 
-    def _tokenize_again(self, ids: list[tuple[int, int]]) -> list[Document]:
+    def _tokenize_again(self, ids: list[DocumentId]) -> list[Document]:
         """Documents by id: those that a saved packer held. Long ones come from many row groups."""
-        rows_by_group: dict[int, list[int]] = {}
-        for group, row in ids:
-            rows_by_group.setdefault(group, []).append(row)
 
-        def read(group: int) -> list[tuple[tuple[int, int], str]]:
-            texts = self._plan.corpus.read(group).texts
-            return [((group, row), texts[row]) for row in rows_by_group[group]]
+        def read(group: int) -> dict[DocumentId, str]:
+            texts = self._order.corpus.read(group).texts
+            return {id: texts[id[1]] for id in ids if id[0] == group}
 
         with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
-            texts = dict(item for items in pool.map(read, rows_by_group) for item in items)
-        documents = []
+            found = pool.map(read, {group for group, _ in ids})
+            texts = {id: text for by_id in found for id, text in by_id.items()}
+        tokens: list[np.ndarray] = []
         for start in range(0, len(ids), _TOKENIZE_DOCS):
-            batch = ids[start : start + _TOKENIZE_DOCS]
-            tokens = self._tokenize([texts[id] for id in batch])
-            documents += [Document(id, array) for id, array in zip(batch, tokens, strict=True)]
-        return documents
+            tokens += self._tokenize([texts[id] for id in ids[start : start + _TOKENIZE_DOCS]])
+        return [Document(id, array) for id, array in zip(ids, tokens, strict=True)]

@@ -10,37 +10,30 @@ paths. Empty documents are skipped; bytes that are not UTF-8 become U+FFFD; both
 A folder that already holds shards (two or more files, all named shard_NNNNN.parquet) is used in
 place. Its validation shard, the one with the highest number, is recorded at first use and stays the
 same when shards are added.
+
+The readers are our own: the package `datasets` refuses bad UTF-8 and lines of different columns,
+and copies the text into a cache in the home directory first.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from nanochat_jax.common import UserError, data_dir, log, write_json
-from nanochat_jax.data import shards
-from nanochat_jax.data.datasets import MANIFEST, read_manifest
-from nanochat_jax.data.sources import TEXT_COLUMN, decode, read_row_group, row_group_sizes
+from nanochat_jax.data.shards import MANIFEST, Shards, read_manifest, write_shards
+from nanochat_jax.data.sources import TEXT_COLUMN, Corpus, decode
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 MAX_FILE_CHARS = 8_000  # about 2,000 tokens, a row of the large recipes
 
-
-@dataclass
-class Counts:
-    files: int = 0
-    documents: int = 0
-    empty_documents: int = 0
-    repaired_documents: int = 0
+Texts = Iterable[tuple[str, bool]]  # document, whether it had bytes that are not UTF-8
 
 
-def dataset_directory(local_dir: str) -> Path:
-    """Our own folder for what is made of, or known about, the text in `local_dir`."""
+def source_folder(local_dir: str) -> Path:
     if not local_dir:
         raise UserError(
             "got config.data.name = 'local' without config.data.local_dir, expected a folder; "
@@ -49,12 +42,18 @@ def dataset_directory(local_dir: str) -> Path:
     source = Path(local_dir).expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"got config.data.local_dir = {local_dir}, expected an existing folder")
+    return source
+
+
+def dataset_directory(local_dir: str) -> Path:
+    """Our own folder for what is made of, or known about, the text in `local_dir`."""
+    source = source_folder(local_dir)
     digest = hashlib.sha256(str(source).encode()).hexdigest()[:8]
     return data_dir() / f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', source.name)}_{digest}"
 
 
-def shard_paths(local_dir: str) -> tuple[list[Path], Path] | None:
-    """Training shards and validation shard of a folder that was packed or is used in place."""
+def find(local_dir: str) -> Shards | None:
+    """Shards of a folder that was packed or is used in place; None before."""
     directory = dataset_directory(local_dir)
     manifest = read_manifest(directory)
     if manifest is None:
@@ -68,126 +67,106 @@ def shard_paths(local_dir: str) -> tuple[list[Path], Path] | None:
 
 def prepare(local_dir: str) -> None:
     """Pack the folder's text into shards, or record that its own shards are used in place."""
-    directory = dataset_directory(local_dir)
-    source = Path(local_dir).expanduser().resolve()
-    files = find_files(source)
-    if is_sharded(files, source):
-        directory.mkdir(parents=True, exist_ok=True)
+    directory, source = dataset_directory(local_dir), source_folder(local_dir)
+    files = _find_files(source)
+    names_fit = all(re.fullmatch(r"shard_\d+\.parquet", path.name) for path in files)
+    if len(files) > 1 and names_fit and all(path.parent == source for path in files):
         old = read_manifest(directory) or {}
         highest = max(files, key=lambda path: int(path.stem.removeprefix("shard_"))).name
         validation = old["validation"] if old.get("in_place") else highest
-        write_json(
-            directory / MANIFEST,
-            {"source": str(source), "in_place": True, "validation": validation},
-        )
+        manifest = {"source": str(source), "in_place": True, "validation": validation}
+        write_json(directory / MANIFEST, manifest)
         log(f"local: the shards in {source} are used in place, {validation} is validation")
         return
-    counts = Counts(files=len(files))
-    manifest: dict[str, Any] = {
-        "source": str(source),
-        "in_place": False,
-        "files": fingerprint(files, source),
-    }
-    shards.write_shards(
-        ((text, text) for text in read_documents(files, counts)),
-        directory,
-        about_chars=sum(path.stat().st_size for path in files),
-        manifest=manifest,
-    )
-    skipped = ", ".join(f"{name} {value:,}" for name, value in asdict(counts).items())
-    log(f"local: packed {source} into {directory}: {skipped.replace('_', ' ')}")
+    counts = Counter(files=len(files), documents=0, empty_documents=0, repaired_documents=0)
+    manifest = {"source": str(source), "in_place": False, "files": _fingerprint(source)}
+    num_bytes = sum(path.stat().st_size for path in files)
+    texts = ((text, text) for text in _read_documents(files, num_bytes, counts))
+    write_shards(texts, directory, about_chars=num_bytes, manifest=manifest)
+    told = ", ".join(f"{name} {value:,}" for name, value in counts.items())
+    log(f"local: packed {source} into {directory}: {told.replace('_', ' ')}")
 
 
-def find_files(source: Path) -> list[Path]:
+def tell_changes(local_dir: str) -> None:
+    """Say so when files have changed since they were packed."""
+    manifest, source = read_manifest(dataset_directory(local_dir)), source_folder(local_dir)
+    if manifest and not manifest["in_place"] and manifest["files"] != _fingerprint(source):
+        log(
+            f"local: files in {source} changed since they were packed; the packed text is used. "
+            "`python scripts/data.py pack` with the same --config packs them again"
+        )
+
+
+def _find_files(source: Path) -> list[Path]:
     paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
     visible = (p for p in paths if not any(part.startswith(".") for part in p.parts))
-    files = sorted(source / path for path in visible if path.suffix.lower() in SUFFIXES)
+    files = sorted(source / path for path in visible if path.suffix.lower() in _READERS)
     if not files:
         raise UserError(
-            f"got no {', '.join(SUFFIXES)} files in {source}, expected at least one; "
+            f"got no {', '.join(_READERS)} files in {source}, expected at least one; "
             "put text there or change config.data.local_dir"
         )
     return files
 
 
-def is_sharded(files: list[Path], source: Path) -> bool:
-    """Whether a folder holds ready shards and nothing else."""
-    names_fit = all(re.fullmatch(r"shard_\d+\.parquet", path.name) for path in files)
-    return len(files) > 1 and names_fit and all(path.parent == source for path in files)
-
-
-def fingerprint(files: list[Path], source: Path) -> str:
+def _fingerprint(source: Path) -> str:
     """Changes when a file is added, removed, renamed or written again."""
-    facts = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stats = [(str(path.relative_to(source)), path.stat()) for path in _find_files(source)]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def read_documents(files: list[Path], counts: Counts) -> Iterator[str]:
-    """Non-empty documents of all files, in order; what was skipped is counted in `counts`."""
-    readers = {
-        ".parquet": _read_parquet,
-        ".jsonl": _read_jsonl,
-        ".txt": _read_text,
-        ".md": _read_text,
-    }
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="packing", disable=None) as bar:
+def _read_documents(files: list[Path], num_bytes: int, counts: Counter[str]) -> Iterator[str]:
+    """Non-empty documents of all files, in order; what was skipped is counted."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="packing", disable=None) as bar:
         for path in files:
-            for text, repaired in readers[path.suffix.lower()](path):
-                counts.documents += 1
-                counts.repaired_documents += repaired
-                counts.empty_documents += not text.strip()
-                if text.strip():
-                    yield text
+            try:
+                for text, repaired in _READERS[path.suffix.lower()](path):
+                    empty = not text.strip()
+                    counts.update(documents=1, empty_documents=empty, repaired_documents=repaired)
+                    if not empty:
+                        yield text
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; correct or remove it") from None
             bar.update(path.stat().st_size)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, bool]]:
-    for group in range(len(row_group_sizes(path))):
-        texts, repaired = read_row_group(path, group)
+def _read_parquet(path: Path) -> Texts:
+    corpus = Corpus([path])
+    for group in range(len(corpus.row_groups)):
+        texts, repaired = corpus.read(group)
         yield from ((text, row in repaired) for row, text in enumerate(texts))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, bool]]:
-    with _open(path) as file:
+def _read_jsonl(path: Path) -> Texts:
+    with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line, bad_bytes = decode(raw)
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error}); each line of a .jsonl file must "
-                    f'be an object such as {{"{TEXT_COLUMN}": "..."}}; correct or remove the line'
-                ) from None
+            except (ValueError, RecursionError):
+                value = None
             text = value.get(TEXT_COLUMN) if isinstance(value, dict) else None
             if not isinstance(text, str):
-                got = sorted(value) if isinstance(value, dict) else type(value).__name__
                 raise UserError(
-                    f"{path}, line {number}: got {got}, expected an object with a string "
-                    f"{TEXT_COLUMN!r}; rename the field that holds the documents"
+                    f"{path}, line {number}: got {line[:60]!r}, expected a JSON object with a "
+                    f'string, {{"{TEXT_COLUMN}": "..."}}; correct or remove the line'
                 )
             # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-            raw_text = text.encode("utf-16", "surrogatepass")
-            whole = raw_text.decode("utf-16", "replace")
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield whole, bad_bytes or whole != text
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
-    with _open(path) as file:
-        text, repaired = decode(file.read())
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    for piece in split_text(text, MAX_FILE_CHARS):
+def _read_text(path: Path) -> Texts:
+    text, repaired = decode(path.read_bytes())
+    for piece in split_text(text.removeprefix("\ufeff").replace("\r\n", "\n"), MAX_FILE_CHARS):
         yield piece, repaired
         repaired = False  # once a file
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct or remove it") from None
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text}
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
@@ -197,13 +176,9 @@ def split_text(text: str, max_chars: int) -> list[str]:
     """
     pieces = []
     while len(text) > max_chars:
-        for separator in ("\n\n", "\n", " "):
-            # A cut in the first half would make crumbs; the next separator is tried then.
-            cut = text.rfind(separator, max_chars // 2, max_chars)
-            if cut > 0:
-                break
-        else:
-            cut = max_chars
+        # A cut in the first half would make crumbs; the next mark is tried then.
+        cuts = (text.rfind(mark, max_chars // 2, max_chars) for mark in ("\n\n", "\n", " "))
+        cut = next((cut for cut in cuts if cut > 0), max_chars)
         pieces.append(text[:cut].rstrip())
         text = text[cut:].lstrip("\n ")
     return [*pieces, text] if text or not pieces else pieces

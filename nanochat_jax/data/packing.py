@@ -15,135 +15,123 @@ Stream, classic nanochat's packing: documents are laid end to end and cut every 
 row takes seq_len + 1 tokens and gives the last one back, so every token is a target exactly once.
 Upstream does so inside a batch but not at its end: one token in batch_rows * seq_len.
 
-Both are pure: they see ids and token arrays, never files. `held()` names the documents inside, and
-`restore()` puts the same ones back, which is all that an exact resume needs.
+`held()` names the documents inside a packer, and `restore()` puts the same ones back, which is all
+that an exact resume needs.
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-# Arrival numbers share one int with the length, so that a sorted list of ints orders both.
-_ARRIVAL_BITS = 48
-_ARRIVAL_MASK = (1 << _ARRIVAL_BITS) - 1
+DocumentId = tuple[int, int]  # finds the text again: row group, row
 
 
 class Document(NamedTuple):
-    """A tokenised document: an id that finds its text again, and int32 tokens, BOS first."""
-
-    id: tuple[int, int]
-    tokens: np.ndarray
+    id: DocumentId
+    tokens: np.ndarray  # int32, BOS first
 
 
-class Row(NamedTuple):
-    """A packed row: int32 tokens [seq_len + 1], the documents in it, the tokens cut away."""
-
-    tokens: np.ndarray
-    ids: list[tuple[int, int]]
-    cropped_tokens: int
+class PackedRow(NamedTuple):
+    tokens: np.ndarray  # int32 [seq_len + 1]
+    ids: list[DocumentId]
+    cropped_tokens: int  # of these documents, cut away
 
 
 # Gives the next document, or None when there are no more (validation; training never ends).
 Pull = Callable[[], Document | None]
 
 
+class Waiting:
+    """Numbers of things that wait, sorted by length; the oldest has the lowest number."""
+
+    def __init__(self):
+        self._keys: list[tuple[int, int]] = []  # (length, -number): of equals the oldest is last
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, length: int, number: int) -> None:
+        insort(self._keys, (length, -number))
+
+    def take_longest(self, room: int) -> int | None:
+        """The longest of at most `room`, of equals the oldest; None when all are longer."""
+        fitting = bisect_right(self._keys, (room, 1))
+        return -self._keys.pop(fitting - 1)[1] if fitting else None
+
+    def take_shortest(self) -> int | None:
+        """The shortest, of equals the oldest; None when none waits."""
+        return self.take_longest(self._keys[0][0]) if self._keys else None
+
+
 class BestFit:
     """Best-fit packing with cropping; see the head of this file."""
 
     def __init__(self, row_tokens: int, buffer_docs: int):
-        self.row_tokens = row_tokens
-        self.buffer_docs = buffer_docs
-        self._arrivals = 0
-        self._documents: dict[int, Document] = {}  # by arrival, so in order of arrival
-        # Sorted by length; of equal lengths the latest arrival first.
-        self._keys: list[int] = []
+        self._row_tokens, self._buffer_docs = row_tokens, buffer_docs
+        self.restore((), 0)
 
-    def next_row(self, pull: Pull) -> Row | None:
+    def next_row(self, pull: Pull) -> PackedRow | None:
         """Fill one row, pulling documents to keep the buffer full; None when they ran out."""
-        row = np.empty(self.row_tokens, np.int32)
-        ids = []
-        position = cropped = 0
-        while position < self.row_tokens:
-            self._fill(pull)
-            if not self._keys:
+        parts, ids, room, cropped = [], [], self._row_tokens, 0
+        while room:
+            while len(self._waiting) < self._buffer_docs and (pulled := pull()) is not None:
+                self._add(pulled)
+            number = self._waiting.take_longest(room)
+            if number is None and (number := self._waiting.take_shortest()) is None:
                 return None  # an unfinished row is not a row
-            remaining = self.row_tokens - position
-            fitting = self._first_longer(remaining)
-            if fitting:
-                document = self._take(fitting - 1)
-            else:
-                shortest_tokens = self._keys[0] >> _ARRIVAL_BITS
-                document = self._take(self._first_longer(shortest_tokens) - 1)
-            part = document.tokens[:remaining]
-            row[position : position + len(part)] = part
-            position += len(part)
-            cropped += len(document.tokens) - len(part)
+            document = self._documents.pop(number)
+            parts.append(document.tokens[:room])
             ids.append(document.id)
-        return Row(row, ids, cropped)
+            room -= len(parts[-1])
+            cropped += len(document.tokens) - len(parts[-1])
+        return PackedRow(np.concatenate(parts), ids, cropped)
 
-    def held(self) -> tuple[list[tuple[int, int]], int]:
+    def held(self) -> tuple[list[DocumentId], int]:
         """Ids of the buffered documents in order of arrival, and 0: none is partly used."""
         return [document.id for document in self._documents.values()], 0
 
-    def restore(self, documents: Iterable[Document], offset: int) -> None:
+    def restore(self, documents: Sequence[Document], offset: int) -> None:
         assert offset == 0
-        self._arrivals, self._documents, self._keys = 0, {}, []
+        self._arrived, self._waiting = 0, Waiting()
+        self._documents: dict[int, Document] = {}  # in order of arrival
         for document in documents:
             self._add(document)
 
-    def _fill(self, pull: Pull) -> None:
-        while len(self._keys) < self.buffer_docs and (document := pull()) is not None:
-            self._add(document)
-
     def _add(self, document: Document) -> None:
-        self._documents[self._arrivals] = document
-        reverse_arrival = _ARRIVAL_MASK - self._arrivals
-        insort(self._keys, len(document.tokens) << _ARRIVAL_BITS | reverse_arrival)
-        self._arrivals += 1
-
-    def _first_longer(self, num_tokens: int) -> int:
-        """Index of the first document longer than `num_tokens` in the sorted order."""
-        return bisect_right(self._keys, num_tokens << _ARRIVAL_BITS | _ARRIVAL_MASK)
-
-    def _take(self, index: int) -> Document:
-        arrival = _ARRIVAL_MASK - (self._keys.pop(index) & _ARRIVAL_MASK)
-        return self._documents.pop(arrival)
+        self._documents[self._arrived] = document
+        self._waiting.add(len(document.tokens), self._arrived)
+        self._arrived += 1
 
 
 class Stream:
     """Classic streaming; see the head of this file. Drops nothing, holds one document at most."""
 
     def __init__(self, row_tokens: int, buffer_docs: int = 0):
-        self.row_tokens = row_tokens
-        self._document: Document | None = None
-        self._offset = 0  # tokens of the held document that earlier rows used as inputs
+        self._row_tokens = row_tokens
+        self.restore((), 0)
 
-    def next_row(self, pull: Pull) -> Row | None:
-        row = np.empty(self.row_tokens, np.int32)
-        ids = []
-        position = 0
-        while position < self.row_tokens:
+    def next_row(self, pull: Pull) -> PackedRow | None:
+        parts, ids, room = [], [], self._row_tokens
+        while room:
             if self._document is None or self._offset == len(self._document.tokens):
                 self._document, self._offset = pull(), 0
                 if self._document is None:
                     return None
-            part = self._document.tokens[self._offset :][: self.row_tokens - position]
-            row[position : position + len(part)] = part
-            position += len(part)
-            self._offset += len(part)
+            parts.append(self._document.tokens[self._offset :][:room])
             ids.append(self._document.id)
+            room -= len(parts[-1])
+            self._offset += len(parts[-1])
         self._offset -= 1  # the last target is the next row's first input
-        return Row(row, ids, 0)
+        return PackedRow(np.concatenate(parts), ids, 0)
 
-    def held(self) -> tuple[list[tuple[int, int]], int]:
+    def held(self) -> tuple[list[DocumentId], int]:
         """Id of the document being cut, if any, and how many of its tokens are used up."""
         return ([], 0) if self._document is None else ([self._document.id], self._offset)
 
-    def restore(self, documents: Iterable[Document], offset: int) -> None:
-        self._document = next(iter(documents), None)
-        self._offset = offset
+    def restore(self, documents: Sequence[Document], offset: int) -> None:
+        self._document, self._offset = documents[0] if documents else None, offset
 
 
 PACKERS = {"best_fit": BestFit, "stream": Stream}

@@ -67,6 +67,10 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, **asdict(self)}
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Score":
+        return cls(**{key: value for key, value in saved.items() if key != "accuracy"})
+
 
 def categorical(
     config: GPTConfig,

@@ -1,11 +1,9 @@
 """Pretraining: the base model learns from text."""
 
-import jax
-
 from nanochat_jax import recipe
-from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import train_batches
-from nanochat_jax.stages.evals import make_core, make_samples, text_bpb
+from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
 from nanochat_jax.stages.text import run_data, run_tokenizer
 from nanochat_jax.stages.train import Stage
@@ -35,18 +33,18 @@ class Base(Stage):
             packing=d.packing,
             buffer_docs=d.buffer_docs,
             num_lanes=d.num_lanes,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **self.run.process,
             prefetch=d.prefetch_batches,
         )
         bpb = text_bpb(run, self.tokenizer, val_path)
-        samples = make_samples(run, self.tokenizer, config.eval.prompts, config.eval.sample_tokens)
+        prompts, new_tokens = config.eval.prompts, config.eval.sample_tokens
+        samples = make_answers(run, self.tokenizer, prompts, new_tokens, in_chat=False)
         self.evaluations = [
             Evaluation("bpb", b.eval_every, lambda params: {"val_bpb": bpb(params)}),
             Evaluation("samples", b.sample_every, lambda params: {"samples": samples(params)}),
         ]
         if config.eval.core and b.core_every:
-            bundle = eval_bundle.ensure(config.eval.core_dir)
+            bundle = hub.eval_bundle(config.eval.core_dir)
             core = make_core(run, self.tokenizer, bundle, config.eval.core_loop_per_task)
             self.evaluations.append(Evaluation("core", b.core_every, core))
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from nanochat_jax import hardware, recipe
 from nanochat_jax.common import locked, log
 from nanochat_jax.data import conversations as conv
@@ -70,8 +68,7 @@ class _Chat(Stage):
             seq_len=self.run.model.seq_len,
             packing=packing,
             batch_rows=rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **self.run.process,
             prefetch=data.prefetch_batches,
         )
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, read_json, write_json
 from nanochat_jax.config import Recipe
-from nanochat_jax.data import eval_bundle
+from nanochat_jax.data import hub
 from nanochat_jax.data.pipeline import eval_batches
 from nanochat_jax.eval import chat, core
 from nanochat_jax.eval.bpb import make_bpb
@@ -49,7 +49,7 @@ def run_base_eval(config: Recipe) -> None:
         log(f"base_eval: {out} is there, of step {found.step}")
         return
     began = time.monotonic()
-    bundle = eval_bundle.ensure(e.core_dir) if e.core else None
+    bundle = hub.eval_bundle(e.core_dir) if e.core else None
     tokenizer, params = _open(run, found)
     train_paths, val_path = run_data(config)
 
@@ -58,13 +58,15 @@ def run_base_eval(config: Recipe) -> None:
     values["train_bpb"] = text_bpb(run, tokenizer, train_paths[0])(params)
     if bundle:
         values |= make_core(run, tokenizer, bundle, e.core_per_task)(params)
-    values["samples"] = make_samples(run, tokenizer, e.prompts, e.sample_tokens)(params)
-    if e.chat_prompts:
-        values["answers"] = make_samples(run, tokenizer, e.chat_prompts, ANSWER_TOKENS)(params)
+    for name, prompts, new_tokens in (
+        ("samples", e.prompts, e.sample_tokens),
+        ("answers", e.chat_prompts, ANSWER_TOKENS),
+    ):
+        values[name] = make_answers(run, tokenizer, prompts, new_tokens, in_chat=False)(params)
     for name, value in values.items():
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
-    for sample in [*values["samples"], *values.get("answers", ())]:
+    for sample in [*values["samples"], *values["answers"]]:
         log(f"  {sample['prompt']!r} -> {sample['text']!r}")
     values |= {"eval_secs": time.monotonic() - began, "settings": settings}
     _write(run, out, values)
@@ -101,7 +103,9 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
     tokenizer, params = _open(run, found)
     if "answers" not in values:
-        values["answers"] = chat_answers(run, tokenizer, params)
+        prompts, most = config.eval.chat_prompts, config.eval.chat_max_new_tokens
+        answers = make_answers(run, tokenizer, prompts, min(most, ANSWER_TOKENS), in_chat=True)
+        values["answers"] = answers(params)
         for answer in values["answers"]:
             log(f"  {answer['prompt']!r} -> {answer['text']!r}")
     for spec, task in tasks.items():
@@ -109,10 +113,7 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
         values["eval_secs"] += found_score["seconds"]
         # After each task: a long evaluation can be interrupted.
         _write(run, out, _with_means(values, specs))
-    scores = {spec: dict(values["tasks"][spec]) for spec in specs}
-    for saved in scores.values():
-        saved.pop("accuracy")
-    log(chat.table({_metric(spec): chat.Score(**saved) for spec, saved in scores.items()}))
+    log(chat.table({_metric(spec): chat.Score.from_json(values["tasks"][spec]) for spec in specs}))
 
 
 def _refuse_same_names(specs: Sequence[str]) -> None:
@@ -191,22 +192,6 @@ def task_score(
     return score
 
 
-def chat_answers(run: Run, tokenizer: bpe.Tokenizer, params: dict) -> list[dict[str, str]]:
-    """What the model answers to eval.chat_prompts, greedily: the report shows it stage by stage."""
-    e = run.config.eval
-    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in e.chat_prompts]
-    ids = [render_for_completion(tokenizer, user) for user in users]
-    if not ids:
-        return []
-    new_tokens = min(e.chat_max_new_tokens, ANSWER_TOKENS)
-    max_len = max(map(len, ids)) + new_tokens
-    engine = make_engine(run.model, run.mesh, tokenizer, slots=len(ids), max_len=max_len)
-    engine.load(params)
-    answers = engine.generate([Request(prompt, new_tokens) for prompt in ids])
-    texts = [chat.answer_text(tokenizer, answer) for answer in answers]
-    return [{"prompt": p, "text": t} for p, t in zip(e.chat_prompts, texts, strict=True)]
-
-
 def longest_prompt(tokenizer: bpe.Tokenizer, task: Task, problems) -> int:
     return max(len(render_for_completion(tokenizer, task[problem])) for problem in problems)
 
@@ -276,8 +261,7 @@ def text_bpb(run: Run, tokenizer: bpe.Tokenizer, path: Path) -> Callable[[dict],
         seq_len=run.model.seq_len,
         batch_rows=rows,
         num_batches=max(1, e.val_tokens // (rows * run.model.seq_len)),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **run.process,
     )
     return validation_bpb(run, tokenizer, batches)
 
@@ -292,22 +276,27 @@ def validation_bpb(
     return lambda params: bpb(params, (put_batch(batch, run.mesh) for batch in batches))
 
 
-def make_samples(
-    run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int
+def make_answers(
+    run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int, *, in_chat: bool
 ) -> Callable[[dict], list[dict[str, str]]]:
-    """params -> the prompts with their greedy continuations."""
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    requests = [Request(prompt, new_tokens) for prompt in ids]
-    where, max_len = (run.model, run.mesh), max(map(len, ids)) + new_tokens
-    engine = make_engine(*where, tokenizer, base=True, slots=len(ids), max_len=max_len)
+    """params -> the prompts with what the model writes greedily: answers, or continued text."""
+    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    ids = [render_for_completion(tokenizer, user) for user in users]
+    if not in_chat:
+        ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    if not ids:
+        return lambda params: []
+    sizes: dict[str, Any] = {"slots": len(ids), "max_len": max(map(len, ids)) + new_tokens}
 
-    def samples(params: dict) -> list[dict[str, str]]:
+    def answers(params: dict) -> list[dict[str, str]]:
         engine.load(params)
-        texts = [chat.answer_text(tokenizer, answer) for answer in engine.generate(requests)]
+        completions = engine.generate([Request(prompt, new_tokens) for prompt in ids])
         engine.unload()
+        texts = [chat.answer_text(tokenizer, completion) for completion in completions]
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
-    return samples
+    engine = make_engine(run.model, run.mesh, tokenizer, base=not in_chat, **sizes)
+    return answers
 
 
 @contextmanager

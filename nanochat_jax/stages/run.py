@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -40,6 +41,10 @@ class Run:
     @property
     def row_shards(self) -> int:
         return num_row_shards(self.mesh)
+
+    @property
+    def process(self) -> dict[str, Any]:
+        return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def start(config: Recipe) -> Run:
@@ -84,17 +89,20 @@ def _tell_once(run: Run, text: str) -> None:
 
 def has_stage(config: Recipe, name: str) -> bool:
     """Whether the recipe has this stage at all; says so if not."""
+    if not _names_tasks(config, name):
+        log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
+        return False
+    return True
+
+
+def _names_tasks(config: Recipe, name: str) -> bool:
     section, key = TASKS[name].split(".")
-    if name == "base" or config[section][key]:
-        return True
-    log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
-    return False
+    return name == "base" or bool(config[section][key])
 
 
 def before(config: Recipe, name: str) -> str | None:
     """The stage that `name` starts from: the nearest earlier one that the recipe has."""
-    tasks = {s: config[key.split(".")[0]][key.split(".")[1]] for s, key in TASKS.items()}
-    earlier = [s for s in ORDER[: ORDER.index(name)] if s == "base" or tasks[s]]
+    earlier = [stage for stage in ORDER[: ORDER.index(name)] if _names_tasks(config, stage)]
     return earlier[-1] if earlier else None
 
 

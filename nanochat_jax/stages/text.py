@@ -1,14 +1,13 @@
 """The first stages: text to train on, a tokenizer for it, and how well that compresses."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nanochat_jax import recipe
 from nanochat_jax.common import locked, log, read_json, run_dir, write_json
 from nanochat_jax.config import Recipe, flatten
-from nanochat_jax.data.prepare import ensure
+from nanochat_jax.data.datasets import ensure
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.eval import compression
 from nanochat_jax.launch.provenance import RunInfo
@@ -42,7 +41,7 @@ def _train_tokenizer(config: Recipe, folder: Path, wanted: dict[str, Any]) -> bp
     t = config.tokenizer
     log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
     info = RunInfo(folder)
-    texts = bpe.capped(documents(train_paths), t.train_chars, t.doc_chars)
+    texts = bpe.capped(Corpus(train_paths).texts(), t.train_chars, t.doc_chars)
     tokenizer = bpe.train(texts, t.vocab_size)
     write_json(folder / "config.json", wanted)
     tokenizer.save(folder)
@@ -59,17 +58,9 @@ def run_tok_eval(config: Recipe) -> None:
         log(f"tok_eval: {out} is there")
         return
     train_paths, val_path = run_data(config)
-    slices = {
-        "training text": "\n".join(itertools.islice(documents(train_paths), 200))[:200_000],
-        "validation text": "\n".join(itertools.islice(documents([val_path]), 200))[:200_000],
-    }
-    result = compression.compare(tokenizer, slices)
+    texts = {"training text": train_paths, "validation text": [val_path]}
+    slices = {kind: itertools.islice(Corpus(paths).texts(), 200) for kind, paths in texts.items()}
+    beginnings = {kind: "\n".join(documents)[:200_000] for kind, documents in slices.items()}
+    result = compression.compare(tokenizer, beginnings)
     log(compression.table(result))
     write_json(out, {"sha256": tokenizer.sha256(), **result})
-
-
-def documents(paths: list[Path]) -> Iterator[str]:
-    """The texts of some shards, in order."""
-    corpus = Corpus(paths)
-    for group in range(len(corpus.row_groups)):
-        yield from corpus.read(group).texts

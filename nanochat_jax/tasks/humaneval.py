@@ -9,12 +9,12 @@ cannot hold against.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.base import Conversation, Task
-from nanochat_jax.tools.sandbox import DEFAULT_LIMITS, Limits, run_programs
+from nanochat_jax.tools.sandbox import Limits, run_programs
 
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 _CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
@@ -52,9 +52,8 @@ class HumanEval(Task):
         self,
         rows: Sequence[dict[str, Any]],
         *,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits | None = None,
         workers: int | None = None,
-        progress: Callable[[int], object] | None = None,
     ):
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
@@ -70,7 +69,6 @@ class HumanEval(Task):
         self.rows = rows
         self.limits = limits
         self.workers = workers
-        self.progress = progress
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +87,5 @@ class HumanEval(Task):
         for index, answer in answers:
             row = self.rows[index]
             sources.append(program(row["prompt"], answer, row["test"], row["entry_point"]))
-        outcomes = run_programs(
-            sources, limits=self.limits, workers=self.workers, progress=self.progress
-        )
+        outcomes = run_programs(sources, limits=self.limits, workers=self.workers)
         return [outcome.status == "ok" for outcome in outcomes]

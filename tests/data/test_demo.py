@@ -1,14 +1,12 @@
 """The demo text: what is dropped, what is tidied, and that it is enough English."""
 
 import importlib.util
-import json
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data import demo, prepare
+from nanochat_jax.data import datasets, demo
 
 TALK = [
     "I went to the lake with my sister yesterday and we swam until it was dark.",
@@ -20,20 +18,7 @@ TALK = [
 
 
 def conversation(*extra):
-    turns = [[{"text": text}] for text in [*TALK, *extra]]
-    return {"messages": turns}
-
-
-@pytest.fixture
-def chitchat(tmp_path, monkeypatch):
-    """Pretend that chitchat-dataset holds these conversations."""
-
-    def install(conversations):
-        (tmp_path / "dataset.json").write_text(json.dumps(conversations))
-        spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"), submodule_search_locations=[])
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-
-    return install
+    return {"messages": [[{"text": text}] for text in [*TALK, *extra]]}
 
 
 @pytest.mark.parametrize(
@@ -50,11 +35,9 @@ def chitchat(tmp_path, monkeypatch):
         "this is Crappy",
     ],
 )
-def test_indecent_and_private_conversations_are_dropped_whole(chitchat, message):
-    chitchat(
-        {"a": conversation(), "b": conversation(message), "c": conversation(), "d": conversation()}
-    )
-    assert [key for key, _ in demo.conversations()] == ["a", "c", "d"]
+def test_indecent_and_private_conversations_are_dropped_whole(message):
+    raw = {key: conversation() for key in "acd"} | {"b": conversation(message)}
+    assert [key for key, _ in demo.conversations(raw)] == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -70,19 +53,17 @@ def test_innocent_messages_are_kept(message):
     assert demo.is_decent(message)
 
 
-def test_links_and_the_contest_are_cut_out(chitchat):
+def test_links_and_the_contest_are_cut_out():
     talk = conversation(
         "look at https://example.org/x", *TALK, "how many points do you have", "bye"
     )
-    chitchat({str(i): talk for i in range(3)})
-    texts = [text for _, text in demo.conversations()]
+    texts = [text for _, text in demo.conversations({str(i): talk for i in range(3)})]
     assert len(texts) == 6  # the talk before the link and the talk after it, three times
     assert not any("http" in text or "points" in text or "bye" in text for text in texts)
 
 
-def test_format_of_a_conversation(chitchat):
-    chitchat({str(i): conversation() for i in range(3)})
-    text = next(demo.conversations())[1]
+def test_format_of_a_conversation():
+    text = next(demo.conversations({str(i): conversation() for i in range(3)}))[1]
     dashed = "\n".join(f"- {turn}" for turn in TALK)
     quoted = "\n".join(f'"{turn}"' for turn in TALK)
     assert text in (dashed, quoted)
@@ -97,11 +78,8 @@ def test_format_of_a_conversation(chitchat):
         (["hahahahaha ok"], "Haha ok."),
         (["???", "what? yes"], "What? Yes."),
         (
-            [
-                "we had all been walking for hours, and it was such a long evening that",
-                "nobody sang",
-            ],
-            "We had all been walking for hours, and it was such a long evening that nobody sang.",
+            [f"it was {'very ' * 12}late when", "he sang"],
+            f"It was {'very ' * 12}late when he sang.",
         ),
     ],
 )
@@ -124,8 +102,8 @@ def test_long_conversations_are_cut_between_turns():
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install chitchat-dataset"):
-        next(demo.conversations())
+    with pytest.raises(UserError, match="chitchat-dataset"):
+        demo.read_dataset()
 
 
 DOCSTRING = """
@@ -185,27 +163,22 @@ def test_what_is_not_prose(text):
 def test_source_files_are_read_without_being_run(tmp_path, monkeypatch):
     package = tmp_path / "package"
     (package / "tests").mkdir(parents=True)
-    sentence = (
-        "This is a sentence about the {} that is long enough to be taken for prose of a kind. "
-    )
+    (tmp_path / "no_stdlib").mkdir()
+    prose = "This is a sentence about the {} that is long enough to be taken for prose of a kind. "
     for name in ("module", "test_module", "tests/module", "class"):
-        body = f'"""{sentence.format(name) * 4}"""\nraise SystemExit\n'
+        body = f'"""{prose.format(name) * 4}"""\nraise SystemExit\n'
         (package / f"{name}.py").write_text(body)
     (package / "python2.py").write_text('"""Doc."""\nprint "x"\n')
-    monkeypatch.setattr(demo, "PACKAGES", ("package",))
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path / "no_stdlib"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "no_stdlib" / "pydoc_data").mkdir(parents=True)
-    topics = {"assignment": sentence.format("assignment") * 4}
-    (tmp_path / "no_stdlib" / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
-    found = dict(demo.documentation())
-    assert sorted(key.rpartition("/")[2] for key in found) == ["class.py", "module.py", "topics.py"]
+    found = dict(demo.documentation(["package", "not_there"], str(tmp_path / "no_stdlib")))
+    names = {key.rpartition("/")[2] for key in found}
+    assert names == {"class.py", "module.py", "topics.py"}
 
 
 @pytest.mark.slow
 def test_the_real_thing_is_ten_megabytes_of_english(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    train, validation = prepare.ensure("demo", num_shards=1)
+    train, validation = datasets.ensure("demo", num_shards=1)
     texts = {path: pq.read_table(path)["text"].to_pylist() for path in [*train, validation]}
     everything = [text for of_shard in texts.values() for text in of_shard]
     assert sum(len(text.encode()) for text in everything) > 10_000_000

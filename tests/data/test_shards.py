@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data import shards
 from nanochat_jax.data.shards import write_shards
 
 
@@ -25,9 +24,10 @@ def sides(folder):
     return train, read(folder / manifest["validation"]), manifest
 
 
-def write(texts, folder, about_chars=None):
+def write(texts, folder, about_chars=None, **options):
     chars = about_chars or sum(map(len, texts))
-    write_shards(((t, t) for t in texts), folder, about_chars=chars, manifest={"made": "here"})
+    made = {"made": "here"}
+    write_shards(((t, t) for t in texts), folder, about_chars=chars, manifest=made, **options)
     return sides(folder)
 
 
@@ -69,10 +69,9 @@ def test_documents_cut_from_one_text_stay_together(tmp_path):
     assert len(train) + len(validation) == 90 and validation
 
 
-def test_many_shards_through_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_CHARS", 2_000)
+def test_many_shards_through_the_disk(tmp_path):
     texts = [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
-    train, validation, manifest = write(texts, tmp_path)
+    train, validation, manifest = write(texts, tmp_path, shard_chars=2_000)
     assert len(manifest["train"]) == 6  # 12,800 characters in shards of 2,000
     assert sorted(train + validation) == sorted(texts)
     for name in [*manifest["train"], manifest["validation"]]:
@@ -91,19 +90,19 @@ def test_small_datasets_have_many_row_groups(tmp_path):
 
 @pytest.mark.parametrize("texts", [[], ["alone"], ["twice", "twice"]])
 def test_too_few_documents(tmp_path, texts):
-    with pytest.raises(UserError, match="expected at least two"):
+    with pytest.raises(UserError, match="at least two"):
         write(texts, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_old_shards(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_shards(tmp_path):
     old = write([f"old {i}" for i in range(20)], tmp_path)
 
-    def no_space(*args, **kwargs):
+    def no_space():
+        yield from ((f"new {i}", f"new {i}") for i in range(20))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards.pq, "write_table", no_space)
-    with pytest.raises(UserError, match=r"cannot write .*No space left.*free space"):
-        write([f"new {i}" for i in range(20)], tmp_path)
+    with pytest.raises(UserError, match="No space left"):
+        write_shards(no_space(), tmp_path, about_chars=200, manifest={})
     assert sides(tmp_path) == old
     assert not list(tmp_path.glob(".making*"))

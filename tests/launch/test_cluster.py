@@ -256,9 +256,9 @@ def test_a_signal_to_one_process_saves_all(folder, alone):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all(folder):
-    group = Group(folder, "wrong", 2, extra="--config.data.packing=wrong")
+    group = Group(folder, "wrong", 2, extra="--config.data.num_lanes=3")
     assert group.statuses() == [1, 1]
-    assert "error: " in group.output(1) and "config.data.packing" in group.output(1)
+    assert "error: " in group.output(1) and "config.data.num_lanes" in group.output(1)
     assert "process 1 of 2 is gone" in group.output(0)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import config
@@ -106,12 +107,12 @@ def test_what_was_made_is_kept_until_it_is_out_of_date(dataset, tmp_path):
     assert list(ChitChat("train")) == first
 
 
-def test_pretraining_validation_is_in_the_test_split():
+def test_pretraining_validation_is_in_the_test_split(tmp_path):
     """For every size of a dataset: shards.py takes at most a tenth, by the same hash."""
     keys = [f"conversation {i}" for i in range(2_000)]
-    buckets = [shards._Bucket(None, 0), shards._Bucket(None, 1)]
-    shards._deal(((key, key) for key in keys), buckets, 0.1)
-    assert {text for _, text in buckets[0].held} == {k for k in keys if split_of(k) == "test"}
+    shards.write_shards(((key, key) for key in keys), tmp_path, about_chars=1, manifest={})
+    held_out = pq.read_table(tmp_path / "shard_00000.parquet")["text"].to_pylist()
+    assert set(held_out) == {key for key in keys if split_of(key) == "test"}
 
 
 def test_without_the_package(monkeypatch):

@@ -21,28 +21,22 @@ def test_goldens(row):
 
 
 numbers = st.integers(0, 10**12).map(str) | st.decimals(0, 10**6, places=3).map(str)
-arithmetic = st.recursive(
-    numbers,
-    lambda inner: (
-        st.tuples(inner, st.sampled_from(["+", " - ", "*", "/", " // "]), inner).map("".join)
-        | inner.map("({})".format)
-        | inner.map("-{}".format)
-    ),
-    max_leaves=12,
-)
+letters = st.text(alphabet="aAbB 1._", max_size=12)
+
+
+def larger(inner):
+    signs, wraps = st.sampled_from(["+", " - ", "*", "/", " // "]), st.sampled_from(["({})", "-{}"])
+    return st.tuples(inner, signs, inner).map("".join) | st.builds(str.format, wraps, inner)
 
 
 @settings(max_examples=150, deadline=None)
-@given(arithmetic)
+@given(st.recursive(numbers, larger, max_leaves=12))
 def test_arithmetic_is_pythons(expression):
     try:
         expected = str(eval(expression))
     except ArithmeticError:
         expected = None
     assert calculate(expression) == expected
-
-
-letters = st.text(alphabet="aAbB 1._", max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,12 +48,9 @@ def test_counting_is_pythons(haystack, needle, quote):
     assert calculate(lowered) == str(haystack.lower().count(needle))
 
 
-def test_words_that_look_like_python_are_only_letters_here():
+def test_words_commas_and_what_still_fits():
     for word in ("direct", "import", "open", "evaluate", "filed", "inputs"):
         assert calculate(f"'{word}'.count('e')") == str(word.count("e"))
-
-
-def test_commas_are_stripped_and_length_and_depth_are_bounded():
     assert calculate("1,234,567 + 1") == "1234568"
     assert calculate("'a,b,a'.count('a')") == "2"
     assert calculate("+".join("1" * (MAX_OPERATORS + 1))) == str(MAX_OPERATORS + 1)
@@ -70,65 +61,21 @@ def test_commas_are_stripped_and_length_and_depth_are_bounded():
     assert calculate("-" * MAX_OPERATORS + "1") == "1"
 
 
-HOSTILE = [
-    "9**9**9**9",
-    "pow(9,9)",
-    "1<<99999999",
-    "'a'*9999999999",
-    "('a'*99999999).count('a')",
-    "'a'.count('a')*9",
-    "9" * 5_000_000,
-    "9" * 400 + "/7." + "0" * 400,
-    "1" * 400 + ".",
-    "(" * 1_000_000,
-    "(" * 400 + "1" + ")" * 400,
-    "1" + "+1" * 400,
-    "'a'" + ".lower()" * 110,
-    "'" + "a" * 10_000_000 + "'.count('a')",
-    "1e999",
-    "1j*1j",
-    "0x10",
-    "1_000",
-    "٣+٤",
-    "²+1",
-    "1\u00a0+1",
-    "1\n+1",
-    "1+1\x00",
-    "1#2",
-    "(1)(2)",
-    "()",
-    "...",
-    "",
-    ",",
-    "1 1",
-    "1.2.3",
-    "True",
-    "lambda: 1",
-    "1 if 1 else 2",
-    "'a'",
-    "'a'.count",
-    "'a'.count()",
-    "'a'.count(1)",
-    "'a'.count(x)",
-    "'a'.count(*'a')",
-    "'a'.count(sub='a')",
-    "'a'.count('a')if'a'else'b'",
-    "'a'.format('a')",
-    "'{0.__class__}'.format('a').count('a')",
-    "f'{1}'.count('1')",
-    "'\\x41'.count('A')",
-    "'é'.count('é')",
-    "'a\ud800'.count('a')",
-    "''.join('a').count('a')",
-    "'a'.count('a",
-    "'''a'.count('a')",
-    "__import__('os').system('true')",
-    "(1:=2)",
-    "import os",
-]
+REFUSED = r"""
+9**9**9**9  pow(9,9)  1<<99999999  'a'*9999999999  ('a'*99999999).count('a')  'a'.count('a')*9
+1e999  1j*1j  0x10  1_000  ٣+٤  ²+1  1#2  (1)(2)  ()  ...  ,  1.2.3  True  (1:=2)  'a'  'a'.count
+'a'.count()  'a'.count(1)  'a'.count(x)  'a'.count(*'a')  'a'.count(sub='a')  'a'.format('a')
+'{0.__class__}'.format('a').count('a')  f'{1}'.count('1')  '\x41'.count('A')  'é'.count('é')
+''.join('a').count('a')  'a'.count('a  '''a'.count('a')  'a'.count('a')if'a'else'b'
+__import__('os').system('true')
+""".split()
+REFUSED += ["", "1 1", "1\u00a0+1", "1\n+1", "1+1\x00", "lambda: 1", "1 if 1 else 2", "import os"]
+REFUSED += ["9" * 5_000_000, "9" * 400 + "/7." + "0" * 400, "1" * 400 + ".", "(" * 1_000_000]
+REFUSED += ["(" * 400 + "1" + ")" * 400, "1" + "+1" * 400, "'a'" + ".lower()" * 110]
+REFUSED += ["'" + "a" * 10_000_000 + "'.count('a')", "'a\ud800'.count('a')"]
 
 
-@pytest.mark.parametrize("expression", HOSTILE, ids=lambda e: ascii(e[:30]))
+@pytest.mark.parametrize("expression", REFUSED, ids=lambda e: ascii(e[:30]))
 def test_refused_at_once(expression):
     start = time.perf_counter()
     assert calculate(expression) is None
