@@ -37,10 +37,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     try:
         args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise argparse.ArgumentError(None, f"unknown argument {unknown[0]!r}")
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; --help shows what there is") from None
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; --help shows what there is")
     return args
 
 

@@ -33,7 +33,7 @@ from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import PARTS, render_for_completion
 
-Progress = Callable[[int, int], None]  # (done, all there are)
+Progress = Callable[[int, int], object]  # (done, all there are)
 
 MIN_WIDTH = 64  # prompts are padded to the powers of two from here on, so few shapes are compiled
 NUM_EXAMPLES = 4  # answers shown in the report
@@ -81,7 +81,7 @@ def categorical(
     *,
     batch_rows: int,
     max_problems: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Score:
     """The share of problems whose right letter beats the others; UserError unless it is one token.
 
@@ -124,8 +124,7 @@ def categorical(
             for row, number in enumerate(rows):
                 answers[number] = letters[number][best[row]]
             done += len(rows)
-            if progress:
-                progress(done, len(problems))
+            progress(done, len(problems))
     correct = [_expected(p) == answer for p, answer in zip(problems, answers, strict=True)]
     return _score(problems, answers, np.array(correct)[:, None], began)
 
@@ -150,7 +149,7 @@ def generative(
     num_samples: int = 1,
     seed: int = 0,
     max_problems: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     **sampling: Any,
 ) -> Score:
     """The share of problems that one of num_samples answers solves.
@@ -170,8 +169,8 @@ def generative(
             log(f"problem {index} counts as wrong: {error}")
     asked = [(index, sample) for index in prompts for sample in range(num_samples)]
     requests = [Request(prompts[i], seed=seed_of(seed, i, n), **sampling) for i, n in asked]
-    done, show = itertools.count(1), progress or (lambda *_: None)
-    completions = engine.generate(requests, lambda *_: show(next(done), len(requests)))
+    done = itertools.count(1)
+    completions = engine.generate(requests, lambda *_: progress(next(done), len(requests)))
     texts = [answer_text(tokenizer, completion) for completion in completions]
     verdicts = task.grade([(index, text) for (index, _), text in zip(asked, texts, strict=True)])
     correct = np.zeros((len(problems), num_samples), bool)

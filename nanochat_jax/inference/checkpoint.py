@@ -26,14 +26,8 @@ from nanochat_jax.train import checkpoint as saved
 # The stages that train, in the order they happen, and their scripts.
 SCRIPTS = {"base": "train.py", "mid": "mid_train.py", "sft": "chat_sft.py", "rl": "chat_rl.py"}
 STAGES = tuple(SCRIPTS)
-# What may differ from the checkpoint's recipe: it says how to compute, not what.
-MAY_DIFFER = (
-    "compute_dtype",
-    "attention",
-    "remat",
-    "fp8_layers",
-    "loss_tile_tokens",
-)  # of config.model
+# Keys of config.model that may differ from the checkpoint's: they say how to compute, not what.
+MAY_DIFFER = ("compute_dtype", "attention", "remat", "fp8_layers", "loss_tile_tokens")
 
 
 class StageCheckpoint(NamedTuple):
@@ -49,7 +43,6 @@ class StageCheckpoint(NamedTuple):
 
     @property
     def checksum(self) -> str:
-        """Of all its files."""
         return sha256_file(saved.step_dir(self.folder, self.step) / saved.CHECKSUMS)
 
     def __str__(self) -> str:

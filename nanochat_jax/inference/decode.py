@@ -3,9 +3,8 @@
   prefill   prompts -> keys and values of all their positions but the last
   burst     a few tokens for every slot, one forward pass of one position each
 
-The last token of a prompt is the first input of a burst: only `burst` needs the head. A slot pauses
-at an id that ends its text or calls a tool, and when its budget is spent; what is computed for it
-until the burst ends is not kept.
+The last token of a prompt is the first input of a burst. A slot pauses at an id that ends its text
+or calls a tool, and when its budget is spent; what is computed for it after that is not kept.
 """
 
 from functools import partial

@@ -1,8 +1,7 @@
 """The engine: writes many texts at once, each as if it were alone.
 
-The scheduler says which texts write (scheduler.py); the engine computes the prompts of the new ones
-and decodes all in bursts of several tokens (decode.py). All about a text but its cache lives on the
-host, so a burst takes and gives a few small arrays.
+The scheduler says which texts write; the engine computes the prompts of the new ones and decodes
+all in bursts of several tokens (decode.py). All about a text but its cache lives on the host.
 
 Invariants: an answer depends, up to rounding, on params, prompt, seed and settings alone, not on
 slots, burst, order or company. Equal prompts admitted together are computed once. Few programs are
@@ -61,8 +60,8 @@ class Engine:
             self._cache = empty_cache(config, self.slots, self.length)
 
     def load(self, params: dict[str, jax.Array]) -> None:
-        """Write with these parameters; not copied where dtype and place stay, so a training step
-        that donates them must be followed by another load."""
+        """Write with these parameters, copied only where dtype or place change: after a training
+        step that donates them, load again."""
         placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
 
@@ -73,7 +72,7 @@ class Engine:
     def generate(
         self,
         requests: Sequence[Request],
-        on_finish: Callable[[int, Completion], None] | None = None,
+        on_finish: Callable[[int, Completion], object] = lambda *_: None,
     ) -> list[Completion]:
         """Answers to any number of requests, in their order. on_finish gets each as it ends."""
         assert not self.scheduler.busy(), "generate needs the engine for itself"
@@ -87,7 +86,7 @@ class Engine:
                 for piece in self.step(self.burst):
                     number = numbers[piece.id]
                     answers[number].add(piece)
-                    if piece.finish and on_finish:
+                    if piece.finish:
                         on_finish(number, answers[number])
         finally:
             self.scheduler.drop(numbers)  # an error: the engine is as good as before
@@ -118,8 +117,8 @@ class Engine:
         if length > self.length or length <= self.length // 4:  # down only to a quarter
             self._resize(length)
         with jax.set_mesh(self.mesh):
-            sizes = self._prefill_rows
-            for ids, *where in prompt_batches(admitted, sizes, self.slots, self.max_len):
+            new_prompts = prompt_batches(admitted, self._prefill_rows, self.slots, self.max_len)
+            for ids, *where in new_prompts:
                 fresh = decode.prefill(self.config, self._params, ids)
                 self._cache = insert(self._cache, fresh, *where)
             static = self.config, self._pause_ids, self._needs(texts)

@@ -54,8 +54,7 @@ class Completion:
 
 
 class Tool(NamedTuple):
-    """When the model says end_id after start_id, `run` gets the ids between them, and what it
-    returns is forced next."""
+    """`run` gets the ids between start_id and end_id; what it returns is forced next."""
 
     start_id: int
     end_id: int
@@ -131,11 +130,11 @@ class Scheduler:
         return min(all_ids, self.max_len) - len(text.ids)
 
     def advance(self, tokens, logprobs, count) -> list[Completion]:
-        """Take in what was written, arrays [slots, steps]; count [slots] tokens of it count."""
+        """Take in what was written: arrays [slots, steps], of which count [slots] are a text's."""
         pieces = []
         for slot, text in sorted(self.texts.items()):
-            n = int(count[slot])
-            piece = self._extend(text, tokens[slot, :n].tolist(), logprobs[slot, :n].tolist())
+            new = slice(count[slot])
+            piece = self._extend(text, tokens[slot, new].tolist(), logprobs[slot, new].tolist())
             if piece.finish:
                 del self.texts[slot]
             pieces.append(piece)
@@ -160,5 +159,5 @@ class Scheduler:
                     text.call.append(token)
             if said and said[-1] == self.tool.end_id and text.call is not None:
                 text.forced, text.call = list(self.tool.run(text.call[:-1])), None
-        sampled = [i >= num_forced for i in range(len(tokens))]
+        sampled = [False] * num_forced + [True] * len(said)
         return Completion(tokens, logprobs, sampled, finish, text.id)

@@ -105,14 +105,13 @@ class Chat:
         if not self.base and (reader.content or finish != "cancelled"):
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": reader.content})
-        if finish == "cancelled":
-            self.screen.note("[stopped]")
-        elif finish == "context":
-            self.screen.note(f"[cut off: the context of {self.engine.max_len:,} tokens is full]")
-        elif finish == "length" and not self.base:
-            self.screen.note(
-                f"[cut off after {self.settings.max_new_tokens:,} tokens, --max-new-tokens]"
-            )
+        notes = {
+            "cancelled": "[stopped]",
+            "context": f"[cut off: the context of {self.engine.max_len:,} tokens is full]",
+            "length": f"[cut off after {self.settings.max_new_tokens:,} tokens, --max-new-tokens]",
+        }
+        if finish in notes and not (self.base and finish == "length"):
+            self.screen.note(notes[finish])
         return finish
 
     def command(self, line: str) -> bool:
@@ -203,13 +202,13 @@ class Chat:
 @contextlib.contextmanager
 def first_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event handed out, the next ones interrupt as they always do."""
-    seen = threading.Event()
+    seen, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def handle(*_) -> None:
         seen.set()
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield seen
     finally:

@@ -256,7 +256,8 @@ def test_a_folder_of_ones_own_is_used_as_it_is(tmp_path, monkeypatch):
 def start_script(server, base_dir, limit_kib="unlimited"):
     """`scripts/data.py download` as people start it, perhaps with a limit on the size of files."""
     env = {"HF_ENDPOINT": server.url, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(ROOT)}
-    download = [sys.executable, str(ROOT / "scripts" / "data.py"), "download", "--num-shards=2"]
+    download = [sys.executable, str(ROOT / "scripts" / "data.py"), "download"]
+    download.append("--config.data.num_shards=2")
     limited = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "-", *download]
     return subprocess.Popen(limited, env=os.environ | env, stderr=subprocess.PIPE, text=True)
 
@@ -269,7 +270,7 @@ def test_a_download_that_ended_half_way_is_done_by_the_next(server, tmp_path, en
     else:
         server.hold.clear()
         process = start_script(server, tmp_path)
-        while not server.contents():
+        while not server.contents() and process.poll() is None:
             threading.Event().wait(0.01)
         process.send_signal(getattr(signal, end))
     err = process.communicate(timeout=60)[1]

@@ -120,11 +120,6 @@ def test_one_question_prints_the_answer_alone(out, tab, tiny_tokenizer):
     assert out.getvalue() == f"It is 6.\n{tab}\n" and "cut off" in notes.getvalue()
 
 
-def test_a_model_cannot_steer_the_terminal(talk):
-    _, shown = talk(["a\x1b[2J\x9bb\r\tc\n"], ["?"])
-    assert shown == "you: ?\na[2Jb\tc\n\nyou: \n"
-
-
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk):
     before = signal.getsignal(signal.SIGINT)
     chat, shown = talk([("abcdef", "interrupt")], ["?", KeyboardInterrupt, "/help"])
@@ -133,8 +128,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk):
     assert [turn["content"] for turn in chat.turns] == ["?", "abcd"]
 
 
-def test_an_empty_answer_keeps_the_roles_alternating(talk):
-    chat, _ = talk(["", "ok"], ["one", "two"])
+def test_an_empty_answer_keeps_the_roles_alternating_and_none_steers_the_terminal(talk):
+    chat, shown = talk(["", "a\x1b[2J\x9bb\r\tc\n"], ["one", "two"])
+    assert shown.endswith("you: two\na[2Jb\tc\n\nyou: \n")
     empty = "one<|user_end|><|assistant_start|><|assistant_end|><|user_start|>two"
     assert empty in chat.engine.prompts()[1]
 
@@ -172,15 +168,18 @@ def test_commands(talk, tmp_path):
 
 
 def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
-    def write(name, value):
-        (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value))
-        return f"/load {tmp_path / name}"
-
-    user = {"role": "user", "content": "hi"}
+    files = {
+        "a.json": ("{", "a.json is not valid JSON"),
+        "deep.json": ("[" * 100_000, "deep.json is not valid JSON"),
+        "b.json": ("[]", "b.json: got []"),
+        "c.json": ('{"messages": [{"role": "robot", "content": "hi"}]}', "role 'robot'"),
+        "d.json": ('{"messages": [{"role": "user", "content": "hi"}]}', "ends with a user message"),
+    }
+    for name, (text, _) in files.items():
+        (tmp_path / name).write_text(text)
     bad = {
-        "/tempreture 1": "no command /tempreture",
+        "/tempreture 1": "see /help",
         "/temperature hot": "/temperature got 'hot'",
-        "/temperature -1": "temperature got -1.0",
         "/temperature nan": "temperature got nan",
         "/top_k 1.5": "/top_k got '1.5'",
         "/save": "/save got no file name",
@@ -188,14 +187,7 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
         f"/load {tmp_path}/none": "none does not exist",
         f"/load {tmp_path}": "Is a directory",
         "/load ~nobody-of-this-name/a": "~nobody-of-this-name/a",
-        write("a.json", "{"): "a.json is not valid JSON",
-        write("deep.json", "[" * 100_000): "deep.json is not valid JSON",
-        write("b.json", []): "b.json: got []",
-        write("c.json", {"messages": [{"role": "robot", "content": "hi"}]}): "role 'robot'",
-        write("d.json", {"messages": [user]}): "d.json: it ends with a user message",
-        write(
-            "e.json", {"messages": [user, {"role": "assistant", "content": 3}]}
-        ): "message 1 of the assistant",
+        **{f"/load {tmp_path / name}": expected for name, (_, expected) in files.items()},
     }
     chat, shown = talk([], bad)
     lines = [line for line in shown.splitlines() if not line.startswith("you: ")]
