@@ -107,7 +107,7 @@ def test_costs_of_the_stages():
     assert costs["base"] == pytest.approx(40 * 1024 + 5 * 4096 / 3)
     assert costs["base_eval"] == pytest.approx(2 * 4096 / 3)
     assert [name for name in costs if "eval" not in name] == ["base", "mid", "sft", "rl"]
-    assert later_tokens(config, "rl") == pytest.approx(costs["rl_eval"])
+    assert later_tokens(config, "rl") == pytest.approx(stage_costs(config, "gpu")["rl_eval"])
     assert later_tokens(config, "rl_eval") == 0
 
 

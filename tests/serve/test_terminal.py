@@ -172,7 +172,7 @@ def test_bad_commands_are_told_in_a_line_and_change_nothing(talk, tmp_path):
         "a.json": ("{", "a.json is not valid JSON"),
         "deep.json": ("[" * 100_000, "deep.json is not valid JSON"),
         "b.json": ("[]", "b.json: got []"),
-        "c.json": ('{"messages": [{"role": "robot", "content": "hi"}]}', "role 'robot'"),
+        "c.json": ('{"messages": [{"role": "robot", "content": "hi"}]}', "robot"),
         "d.json": ('{"messages": [{"role": "user", "content": "hi"}]}', "ends with a user message"),
     }
     for name, (text, _) in files.items():
