@@ -79,16 +79,18 @@ def read_data_states(directory: Path, step: int) -> list[dict[str, Any]]:
 
 def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.Array]:
     """Parameters alone: onto `shardings` ({path: sharding}), or all onto the first device."""
-    path = step_dir(directory, step).absolute() / "arrays" / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(path).item_metadata.tree
+    path, standard = step_dir(directory, step).absolute() / "arrays", ocp.StandardCheckpointHandler
+    handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
+    with ocp.Checkpointer(handler) as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata["params"]
         first = SingleDeviceSharding(jax.local_devices()[0])
         shardings = shardings or dict.fromkeys(saved, first)
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in saved.items()
         }
-        return checkpointer.restore(path, target)
+        restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+        return checkpointer.restore(path, args=restore)["params"]
 
 
 def digest(params: dict[str, jax.Array]) -> str:
