@@ -1,4 +1,4 @@
-"""Evaluate a recipe's base model: bits per byte on training and validation text, samples.
+"""Evaluate a recipe's base model: bits per byte on both texts, CORE, samples, answers.
 
   python scripts/base_eval.py --config=configs/d20.py
 

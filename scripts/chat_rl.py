@@ -2,7 +2,8 @@
 
   python scripts/chat_rl.py --config=configs/d20.py
 
-Starts from SFT, or continues where it was. Ctrl-C or SIGTERM saves and exits with status 75.
+Starts from the nearest earlier stage that the recipe has, or continues where it was. Ctrl-C or
+SIGTERM saves and exits with status 75.
 """
 
 from nanochat_jax.config import run_stage

@@ -3,7 +3,7 @@
   python scripts/gpu_check.py --out=DIR               within 450 seconds
   python scripts/gpu_check.py --parts train decode    only parts whose names contain one of these
 
-Parts come in order of worth; when the time is up, the table is printed as it stands. Training steps
+The most useful parts come first; when the time is up, the table is printed as it stands. Training steps
 and the engine compile on other threads while the checks run. A part that fails prints its traceback
 and hides no other; the exit status is then 1. DIR gets results.json, after every part; the training
 steps as XLA compiled them, *.hlo.gz; and a trace of two steps, in profile/, for ui.perfetto.dev or
@@ -146,7 +146,7 @@ def checked_shape(name: str) -> Shape:
 
 
 def make_parts(secs: float, out: Path | None) -> list[Part]:
-    """Every part in order of worth, with `secs` of measuring in each."""
+    """Every part, the most useful first, with `secs` of measuring in each."""
     name, plain = ("d20", "bf16") if on_gpu() else ("tiny", "float32")
 
     def check(what: str, function: Callable[[], float]) -> Part:

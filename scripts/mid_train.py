@@ -3,7 +3,7 @@
   python scripts/mid_train.py --config=configs/d20.py
 
 Starts from the last checkpoint of train.py, or continues where it was. A recipe without a mid
-mixture (the modern one) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
+mixture (gpt2.py) has no such stage. Ctrl-C or SIGTERM saves and exits with status 75.
 """
 
 from nanochat_jax.config import run_stage
