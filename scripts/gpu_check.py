@@ -3,7 +3,7 @@
   python scripts/gpu_check.py --out=DIR               within 450 seconds
   python scripts/gpu_check.py --parts train decode    only parts whose names contain one of these
 
-The most useful parts come first; when the time is up, the table is printed as it stands. Training steps
+The most useful parts come first; when time is up, the table is printed as it stands. Training steps
 and the engine compile on other threads while the checks run. A part that fails prints its traceback
 and hides no other; the exit status is then 1. DIR gets results.json, after every part; the training
 steps as XLA compiled them, *.hlo.gz; and a trace of two steps, in profile/, for ui.perfetto.dev or
