@@ -18,6 +18,12 @@ ROOT = cfg.CONFIGS.parent
 OUT = "RESOURCE_EXHAUSTED: Out of memory allocating 1600 bytes."
 
 
+def with_overrides(keys: dict, overrides: dict) -> dict[str, str]:
+    """Keys of a recipe as a command line has them; section__key in overrides is section.key."""
+    keys = keys | {name.replace("__", "."): value for name, value in overrides.items()}
+    return {name: str(value) for name, value in keys.items()}
+
+
 class Anything:
     """Stands for an array; whoever touches it runs out of memory."""
 

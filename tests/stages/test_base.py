@@ -33,6 +33,7 @@ from tests.stages.parts import (
     power_cut,
     runs_out,
     sends,
+    with_overrides,
 )
 
 STEPS = 12
@@ -78,8 +79,7 @@ def arguments(text: Path, name: str, **overrides) -> dict[str, str]:
         "eval.prompts": '("The cat", "My")',
         "eval.sample_tokens": 4,
     }
-    keys |= {k.replace("__", "."): v for k, v in overrides.items()}
-    return {k: str(v) for k, v in keys.items()}
+    return with_overrides(keys, overrides)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from tests.stages.parts import (
     losses,
     power_cut,
     sends,
+    with_overrides,
 )
 
 
@@ -74,8 +75,7 @@ def arguments(**overrides) -> dict[str, str]:
         "eval.prompts": '("The cat",)',
         "eval.sample_tokens": 2,
     }
-    keys |= {k.replace("__", "."): v for k, v in overrides.items()}
-    return {k: str(v) for k, v in keys.items()}
+    return with_overrides(keys, overrides)
 
 
 def recipe(**overrides):

@@ -9,6 +9,7 @@ from nanochat_jax.stages.base import Base
 from nanochat_jax.stages.chat import SFT
 from nanochat_jax.stages.evals import run_base_eval, run_chat_eval, task_score
 from nanochat_jax.stages.train import train_stage
+from tests.stages.parts import with_overrides
 
 KEYS = {
     "run.name": "run",
@@ -27,8 +28,7 @@ KEYS = {
 
 
 def recipe(**overrides):
-    keys = {k.replace("__", "."): str(v) for k, v in overrides.items()}
-    return cfg.load(cfg.CONFIGS / "tiny.py", KEYS | keys)
+    return cfg.load(cfg.CONFIGS / "tiny.py", with_overrides(KEYS, overrides))
 
 
 @pytest.fixture(scope="module", autouse=True)
