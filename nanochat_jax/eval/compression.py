@@ -33,7 +33,10 @@ def load_baselines(
         try:
             loaded[name] = get_encoding(BASELINES[name])
         except Exception as error:  # whatever a network can do; told below
-            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            said = (
+                "no network" if isinstance(error, OSError) else str(error).partition("\n")[0][:120]
+            )
+            reasons[name] = f"{type(error).__name__}: {said}"
 
     # Daemon threads: a download that hangs must hold up neither this call nor the exit.
     threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in BASELINES]
