@@ -19,7 +19,7 @@ PROMPTS = (  # continued greedily to see what the model knows
     "If 5*x + 3 = 13, then x is",
 )
 
-CHAT_PROMPTS = ("Hi! How are you?", "Who are you?", "What is 12+30?", "Spell the word: apple")
+CHAT_PROMPTS = ("Hi! How are you?", "Who are you?", "What is 12+30?", "How do you spell apple?")
 
 MID_MIXTURE = (
     "smoltalk train",
