@@ -14,7 +14,7 @@ from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.tasks.base import Task, messages
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
-from scripts.bench.naive import generate_greedy
+from scripts.bench.infer import generate_greedy
 
 # A context shorter than some prompts, windows and all.
 CONFIG = GPTConfig(384, 2, 32, 2, 1, 48, window_pattern="SL", extras=True)
