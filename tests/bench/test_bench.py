@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -56,21 +55,21 @@ def test_a_step_that_does_not_fit_gets_smaller_microbatches(tiny):
 class Step:
     """A step whose losses are written down."""
 
-    bytes = 0
+    bytes, first_loss = 0, 3.5
 
-    def __init__(self, shape, first_loss, loss):
-        self.shape, self.first_loss, self.loss = shape, first_loss, loss
+    def __init__(self, shape, loss):
+        self.shape, self.loss = shape, loss
 
     def __call__(self):
         pass
 
 
-@pytest.mark.parametrize("last", [3.5, 4.0, float("nan"), float("inf")])
-def test_a_step_that_does_not_learn_has_no_speed(tiny, last):
-    (row,) = train.run(tiny, {"it": Step(tiny, 3.5, 1.0)}, 0)
+def test_a_step_that_does_not_learn_has_no_speed(tiny):
+    (row,) = train.run(tiny, {"it": Step(tiny, 1.0)}, 0)
     assert row["value"] == pytest.approx(tiny.step_tokens / row["ms"] * 1e3)
-    with pytest.raises(UserError):
-        train.run(tiny, {"it": Step(tiny, 3.5, last)}, 0)
+    for loss in (3.5, float("nan")):
+        with pytest.raises(UserError):
+            train.run(tiny, {"it": Step(tiny, loss)}, 0)
 
 
 TINY = "--shape=tiny --secs=0"
@@ -143,37 +142,23 @@ from scripts.bench import common, infer, kernels, memory, train
 """
 
 
-def test_shapes_are_the_same_without_the_data_libraries():
-    done = check("print([common.load_shape(n, 'gpu') for n in common.SHAPES])")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str([common.load_shape(n, "gpu") for n in common.SHAPES])
-
-
-def check(program: str, *arguments: str) -> subprocess.CompletedProcess:
+def check(program: str, *arguments: str) -> str:
+    """What a program prints on a machine without the data libraries."""
     program = f"{BARE}sys.argv = ['gpu_check.py', *{arguments}]\n{program}"
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.slow
-def test_when_the_time_is_up_the_table_is_printed_all_the_same(tmp_path):
-    program = """
-import time
-quick = gpu_check.Part("a", lambda _: [{"what": "quick", "ms": 1.0}])
-slow = gpu_check.Part("b", lambda _: time.sleep(100))
-gpu_check.main(lambda *_: [quick, slow])
-"""
-    began = time.monotonic()
-    done = check(program, "--budget=2", f"--out={tmp_path}")
-    assert done.returncode == 1 and time.monotonic() - began < 50
-    assert "quick  1.00" in done.stdout and "b: the time was up" in done.stdout
-    assert json.loads((tmp_path / "results.json").read_text())["parts"]["a"] == "ok"
+def test_shapes_are_the_same_without_the_data_libraries():
+    said = check("print([common.load_shape(n, 'gpu') for n in common.SHAPES])")
+    assert said.strip() == str([common.load_shape(n, "gpu") for n in common.SHAPES])
 
 
 @pytest.mark.long
 def test_all_of_it_on_the_tiny_shape(tmp_path):
-    done = check("gpu_check.main()", "--secs=0", f"--out={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    check("gpu_check.main()", "--secs=0", f"--out={tmp_path}")
     found = json.loads((tmp_path / "results.json").read_text())
     assert set(found["parts"].values()) == {"ok"}
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "profile"}
