@@ -15,7 +15,7 @@ from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.model import read_case
 from nanochat_jax.parity.reference import read
-from scripts.bench.naive import generate_greedy
+from scripts.bench.infer import generate_greedy
 
 ONE = make_mesh(devices=jax.devices()[:1])
 MAX_LEN = 128
