@@ -91,15 +91,13 @@ def ensure(name: str, *, num_shards: int, local_dir: str = "", again: bool = Fal
         ready = None if again else find(name, num_shards=num_shards, local_dir=local_dir)
         if ready is None:
             if name == "local":
-                local.prepare(local_dir)
+                local.pack(local_dir)
             elif name == "demo":
                 demo.build(directory)
             else:
                 names = [*dataset.train_names(num_shards), dataset.validation]
                 hub.download(dataset.repo_id, names, directory)
             ready = find(name, num_shards=num_shards, local_dir=local_dir)
-        elif name == "local":
-            local.tell_changes(local_dir)
     assert ready is not None
     return ready
 
@@ -108,10 +106,8 @@ def find(name: str, *, num_shards: int = 0, local_dir: str = "") -> Shards | Non
     """The shards on disk; None when some are missing or have another size than recorded."""
     dataset, directory = get(name), _directory(name, local_dir)
     manifest = read_manifest(directory)
-    if manifest is None:
+    if manifest is None or "shards" not in manifest:  # earlier versions used some folders in place
         return None
-    if manifest.get("in_place"):
-        return local.shards_in_place(manifest)
     names = dataset.train_names(num_shards) if dataset.repo_id else manifest["train"]
     validation = dataset.validation if dataset.repo_id else manifest["validation"]
     if not all(is_recorded(directory, manifest, name) for name in [*names, validation]):

@@ -27,9 +27,9 @@ _MIN_ROW_GROUPS_PER_LANE = 8
 _RESTORE_THREADS = 8
 
 State = dict[str, Any]
-# What a lane has met so far, part of its state: documents, those skipped as empty, those that had
-# bytes that are not UTF-8, and the tokens that the packer dropped.
-COUNTS = ("documents", "empty_documents", "repaired_documents", "cropped_tokens")
+# What a lane has met so far, part of its state: documents, those skipped as empty, and the tokens
+# that the packer dropped.
+COUNTS = ("documents", "empty_documents", "cropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Lane(Iterator[PackedRow]):
         while True:
             for group in range(first_group, len(corpus.row_groups), self._group_step):
                 rows, first_row = self._rows(group, first_row), 0
-                texts, repaired = corpus.read(group) if rows else ([], ())
+                texts = corpus.read(group) if rows else []
                 for start in range(0, len(rows), _TOKENIZE_DOCS):
                     ahead = rows[start : start + _TOKENIZE_DOCS]
                     filled = [row for row in ahead if texts[row].strip()]
@@ -114,7 +114,6 @@ class Lane(Iterator[PackedRow]):
                     for row, following in zip(ahead, [*ahead[1:], ahead[-1] + 1], strict=True):
                         self._cursor = [epoch, group, following]
                         counts["documents"] += 1
-                        counts["repaired_documents"] += row in repaired
                         counts["empty_documents"] += row not in tokens_of
                         if row in tokens_of:
                             yield Document((group, row), tokens_of[row])
@@ -143,7 +142,7 @@ class Lane(Iterator[PackedRow]):
         """Documents by id: those that a saved packer held. Long ones come from many row groups."""
 
         def read(group: int) -> dict[DocumentId, str]:
-            texts = self._order.corpus.read(group).texts
+            texts = self._order.corpus.read(group)
             return {id: texts[id[1]] for id in ids if id[0] == group}
 
         with ThreadPoolExecutor(_RESTORE_THREADS) as pool:

@@ -172,10 +172,10 @@ def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> Iterator[str]:
     at_most = f".{{1,{max_chars}}}"
     pieces = re.compile(rf"{at_most}(?:\Z|(?<=\S)(?= ))|{at_most}", re.DOTALL)
     # Well-formed before it is cut, which could part a surrogate pair.
-    yield from (match[0] for match in pieces.finditer(_well_formed(text)))
+    yield from (match[0] for match in pieces.finditer(well_formed(text)))
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # surrogates: the same treatment tiktoken gives them
@@ -211,7 +211,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         nonlocal num_chars
         for text in texts:
             num_chars += len(text)
-            yield from stretches(_well_formed(text))
+            yield from stretches(well_formed(text))
 
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)

@@ -5,7 +5,6 @@ from collections import Counter
 from itertools import cycle, groupby, islice
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from nanochat_jax.common import UserError
@@ -58,7 +57,7 @@ def test_one_lane_is_the_packer_over_all_documents(make, corpus_paths, tiny_toke
     documents = iter(
         Document((group, row), np.array(tiny_tokenizer.encode(text, bos=True), np.int32))
         for group in range(len(corpus.row_groups))
-        for row, text in enumerate(corpus.read(group).texts)
+        for row, text in enumerate(corpus.read(group))
     )
     packer, batches, cropped = BestFit(SEQ_LEN + 1, 7), make(), 0
     for batch in take(batches, 10):
@@ -146,16 +145,13 @@ def test_every_document_once_an_epoch(make, corpus_paths, packing, num_lanes):
     assert sorted(everything) == sorted(documents_of_lane(corpus, 0, 1))
 
 
-def test_empty_and_bad_documents_are_counted(make, tmp_path, write_parquet):
-    raw = [b"a fine day", b"", b"   \n", b"caf\xe9", b"x " * 500, None]
-    texts = pa.array(raw, pa.binary()).view(pa.string())
+def test_empty_documents_are_counted(make, tmp_path, write_parquet):
+    texts = ["a fine day", "", "   \n", "x " * 500, None]
     batches = make([write_parquet(tmp_path / "shard_00000.parquet", texts)], packing="stream")
     while next(batches)["epoch"] == 0:
         pass
     counts = batches.counts()
-    passes = counts["documents"] // 6
-    assert counts["empty_documents"] >= 3 * passes > 0
-    assert counts["repaired_documents"] >= passes
+    assert counts["empty_documents"] >= 3 * (counts["documents"] // 5) > 0
     assert counts["cropped_tokens"] == 0
 
 
