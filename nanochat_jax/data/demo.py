@@ -95,17 +95,26 @@ def read_dataset() -> dict[str, Any]:
 
 def conversations(raw: dict[str, Any]) -> Iterator[KeyedText]:
     """Pieces of the conversations of chitchat-dataset, as dashed or quoted lines of speech."""
-    kept = {}
-    for key in sorted(raw):
-        turns = [[message["text"] for message in turn] for turn in raw[key]["messages"]]
-        if is_decent(" \n ".join(text for turn in turns for text in turn)):
-            kept[key] = [tidy_turn(turn) for turn in turns]
-    known = common_words(kept.values())
+    kept, known = talks(raw)
     for key, turns in kept.items():
-        for piece in _pieces_of_conversation(turns):
+        for piece in _pieces_of_conversation([text for _, text in turns]):
             text = _format_turns(piece) if len(piece) >= _MIN_TURNS else ""
             if len(text) >= MIN_DOCUMENT_CHARS and reads_like_english(text, known):
                 yield key, text
+
+
+def talks(raw: dict[str, Any]) -> tuple[dict[str, list[tuple[str, str]]], frozenset[str]]:
+    """(speaker, tidy text) turns of the decent conversations by key, and the words of at least three
+    of them: few misspellings are among those."""
+    kept, counts = {}, Counter()
+    for key in sorted(raw):
+        turns = [turn for turn in raw[key]["messages"] if turn]
+        texts = [[message["text"] for message in turn] for turn in turns]
+        if is_decent(" \n ".join(chain(*texts))):
+            speakers = [turn[0]["sender"] for turn in turns]
+            kept[key] = list(zip(speakers, map(tidy_turn, texts), strict=True))
+            counts.update(set(_words(" ".join(text for _, text in kept[key]))))
+    return kept, frozenset(word for word, count in counts.items() if count >= 3)
 
 
 def is_decent(text: str) -> bool:
@@ -157,12 +166,6 @@ def _format_turns(turns: list[str]) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
-
-
-def common_words(conversations: Iterable[list[str]]) -> frozenset[str]:
-    """Words that at least three conversations use: few misspellings are among them."""
-    counts = Counter(word for turns in conversations for word in set(_words(" ".join(turns))))
-    return frozenset(word for word, count in counts.items() if count >= 3)
 
 
 def reads_like_english(text: str, known: frozenset[str]) -> bool:

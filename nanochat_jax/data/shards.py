@@ -34,7 +34,7 @@ _ROW_GROUP_DOCS = 1_024
 _MIN_ROW_GROUPS = 64
 _MIN_ROW_GROUP_DOCS = 16
 _SHUFFLE_SEED = 1337
-_HASH_RANGE = 1 << 64
+HASH_RANGE = 1 << 64  # of text_hash
 
 Shards = tuple[list[Path], Path]  # training shards in order, validation shard
 KeyedText = tuple[str, str]  # (key, text): documents of one key stay on one side
@@ -105,19 +105,21 @@ def write_shard(path: Path, texts: list[str]) -> None:
     pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="zstd")
 
 
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def _deal(
     documents: Iterable[KeyedText], files: list[Path], validation_frac: float
 ) -> Iterator[list[str]]:
     """The texts of each shard, validation first, dealt out by way of `files`, one a shard."""
-    limit = int(validation_frac * _HASH_RANGE)
+    limit = int(validation_frac * HASH_RANGE)
     with ExitStack() as stack:
         opened = [stack.enter_context(file.open("w")) for file in files]
         for key, text in documents:
-            number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-            shard = 0
-            if number >= limit:
-                shard = 1 + (number - limit) * (len(files) - 1) // (_HASH_RANGE - limit)
-            opened[shard].write(json.dumps([number, text]) + "\n")
+            number = text_hash(key)
+            shard = 1 + (number - limit) * (len(files) - 1) // (HASH_RANGE - limit)
+            opened[shard if number >= limit else 0].write(json.dumps([number, text]) + "\n")
     if len(files) > 2 or all(file.stat().st_size for file in files):
         for file in files:
             yield [text for _, text in _read_lines(file)]
