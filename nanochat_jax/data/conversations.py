@@ -99,7 +99,7 @@ def _render_some(
     end = tokenizer.special_id("<|assistant_end|>")
     tokens, lengths, num_cut = [], [], 0
     for index in ours:
-        whole, mask = chat.render_whole(tokenizer, mixture[index])
+        whole, mask = chat.render_conversation(tokenizer, mixture[index])
         ids, mask = chat.cut_at_turn(whole, mask, max_tokens, end)
         num_cut += len(ids) < len(whole)
         trained = np.ones(len(ids), np.int32) if train_all else np.asarray(mask, np.int32)

@@ -43,9 +43,9 @@ def dataset_directory(local_dir: str) -> Path:
     return data_dir() / f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', source.name)}_{digest}"
 
 
-def pack(local_dir: str) -> None:
-    """Make shards of the text in `local_dir`."""
-    source, directory = _source(local_dir), dataset_directory(local_dir)
+def pack(local_dir: str, directory: Path) -> None:
+    """Make shards in `directory` of the text in `local_dir`."""
+    source = _source(local_dir)
     paths = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
     visible = (path for path in paths if not any(part.startswith(".") for part in path.parts))
     files = [source / path for path in visible if path.suffix.lower() in _READERS]
