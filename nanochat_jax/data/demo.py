@@ -62,7 +62,6 @@ _PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z]+(?:['-][A-Za-z]+)*[\"')]*[.,;:!?]?\)?
 
 
 def build(directory: Path) -> None:
-    """Build the `demo` shards in `directory`."""
     dialogue = {text: key for key, text in conversations(read_dataset())}
     prose = {text: key for key, text in documentation() if text not in dialogue}
     documents = dialogue | prose  # each text once
@@ -94,8 +93,11 @@ def conversations(raw: dict[str, Any]) -> Iterator[KeyedText]:
     kept, known = talks(raw)
     for key, turns in kept.items():
         for piece in _pieces_of_conversation([text for _, text in turns]):
-            text = _format_turns(piece) if len(piece) >= _MIN_TURNS else ""
-            if len(text) >= MIN_DOCUMENT_CHARS and reads_like_english(text, known):
+            # Speech after dashes or in quotation marks; which one depends on the text alone.
+            dashed = piece and (len(piece[0]) % 2 or any('"' in turn for turn in piece))
+            text = "\n".join(f"- {turn}" if dashed else f'"{turn}"' for turn in piece)
+            enough = len(piece) >= _MIN_TURNS and len(text) >= MIN_DOCUMENT_CHARS
+            if enough and reads_like_english(text, known):
                 yield key, text
 
 
@@ -152,12 +154,6 @@ def _pieces_of_conversation(turns: list[str]) -> Iterator[list[str]]:
         if turn and not unwanted:
             piece.append(turn)
     yield piece
-
-
-def _format_turns(turns: list[str]) -> str:
-    """Speech after dashes or in quotation marks; which one depends on the text alone."""
-    dashed = len(turns[0]) % 2 or any('"' in turn for turn in turns)
-    return "\n".join(f"- {turn}" if dashed else f'"{turn}"' for turn in turns)
 
 
 def _words(text: str) -> list[str]:

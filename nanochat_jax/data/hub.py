@@ -33,7 +33,6 @@ BUNDLE = "eval_bundle"  # the folder inside the zip, and its name on our disk
 _NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 WAITS_SECS = (5, 15, 30, 60)  # between our attempts, each of which is several of the client
-_SPARE_BYTES = 1 << 28  # left free on the disk
 
 # Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
 constants.HF_HUB_DISABLE_XET = True
@@ -80,7 +79,6 @@ def download(
 
     manifest["revision"], first = patiently(ask, missing[0])
     directory.mkdir(parents=True, exist_ok=True)
-    _check_space(directory, len(missing) * first["bytes"])
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
     with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
         jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
@@ -91,15 +89,6 @@ def download(
             write_json(directory / MANIFEST, manifest)
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's notes on files
     log(f"{repo_id}: {len(missing)} shards verified in {directory}")
-
-
-def _check_space(directory: Path, num_bytes: int) -> None:
-    free, needed = shutil.disk_usage(directory).free, num_bytes + _SPARE_BYTES
-    if needed > free:
-        raise UserError(
-            f"got {free / 1e9:.1f} GB free for {directory}, expected at least {needed / 1e9:.1f} "
-            "GB; free space, set NANOCHAT_BASE_DIR to another disk, or lower config.data.num_shards"
-        )
 
 
 def eval_bundle(core_dir: str = "", url: str = BUNDLE_URL) -> Path:

@@ -4,8 +4,7 @@
 
 A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
 few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
-the documents its packer holds. Restoring tokenises those again, so the next row is the one that
-would have come. Documents wait long in a best-fit buffer, so their ids point to many row groups.
+the documents its packer holds; restoring tokenises those again.
 """
 
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ _MIN_ROW_GROUPS_PER_LANE = 8
 _RESTORE_THREADS = 8
 
 State = dict[str, Any]
-# What a lane has met so far, part of its state: documents, those skipped as empty, and the tokens
-# that the packer dropped.
+# What a lane has met so far, part of its state; cropped are the tokens that the packer dropped.
 COUNTS = ("documents", "empty_documents", "cropped_tokens")
 
 
@@ -59,7 +57,7 @@ class DataOrder:
 
 
 class Lane(Iterator[PackedRow]):
-    """A cursor, the documents from there on and a packer; see the head of this file."""
+    """The rows of one lane."""
 
     def __init__(self, order: DataOrder, lane: int, endless: bool = True):
         self._order, self._lane, self._endless = order, lane, endless
@@ -139,7 +137,7 @@ class Lane(Iterator[PackedRow]):
         return [np.array(ids, np.int32) for ids in encoded]
 
     def _tokenize_again(self, ids: list[DocumentId]) -> list[Document]:
-        """Documents by id: those that a saved packer held. Long ones come from many row groups."""
+        """Documents by id: those that a saved packer held, which are from many row groups."""
 
         def read(group: int) -> dict[DocumentId, str]:
             texts = self._order.corpus.read(group)

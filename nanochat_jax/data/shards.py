@@ -3,9 +3,8 @@
     documents --> by hash of the key --> validation ----> shard_00000
                                      +-> training 1 ----> shard_00001   (each shuffled) ...
 
-The key (the text itself, or what it was cut from) alone decides the side of a document, so
-documents of one key never stand on both sides. The same documents in the same order give the same
-shards. One shard of text at a time is in memory.
+Documents of one key (the text itself, or what it was cut from) never stand on both sides. The same
+documents in the same order give the same shards. One shard of text at a time is in memory.
 """
 
 import hashlib
@@ -66,10 +65,10 @@ def write_shards(
     manifest: dict[str, Any],
     shard_chars: int = SHARD_CHARS,
 ) -> None:
-    """Write `documents` as shards into `directory`, and `manifest` and their names as dataset.json.
+    """Write `documents`, none empty, as shards into `directory`, with `manifest` in dataset.json.
 
     Shards of an earlier call are replaced once the new ones are complete. `about_chars`, the size
-    of the text, sets the number of shards. Empty documents must be left out by the caller.
+    of the text, sets the number of shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     wanted = min(max(about_chars / 100, _MIN_VALIDATION_CHARS), _MAX_VALIDATION_CHARS)
@@ -82,8 +81,7 @@ def write_shards(
         for i, (name, texts) in enumerate(zip(names, dealt, strict=True)):
             random.Random(_SHUFFLE_SEED + i).shuffle(texts)
             write_shard(work / name, texts)
-            facts = {"documents": len(texts), "chars": sum(map(len, texts))}
-            shards[name] = {"bytes": (work / name).stat().st_size, **facts}
+            shards[name] = {"bytes": (work / name).stat().st_size, "documents": len(texts)}
         (directory / MANIFEST).unlink(missing_ok=True)  # without it the folder is unfinished
         for old in directory.glob("shard_*.parquet"):
             old.unlink()

@@ -32,8 +32,10 @@ class Identity(GeneratedTask):
     def __init__(self, split: str, persona: str | Path = ""):
         super().__init__(split)
         values = read_persona(persona or PERSONA)
-        self.slots = values | {key: _join(values[key], word) for key, word in _LISTS.items()}
-        self.slots["Maker"] = values["maker"][0].upper() + values["maker"][1:]
+        self.slots = values | {"Maker": values["maker"][0].upper() + values["maker"][1:]}
+        for key, word in _LISTS.items():
+            *others, last = values[key]
+            self.slots[key] = f"{', '.join(others)} {word} {last}" if others else last
 
     def draw(self, rng: random.Random) -> Conversation:
         while True:
@@ -72,10 +74,6 @@ def _draw_exchange(rng: random.Random, exchange: dict[str, list[str]]) -> tuple[
     if rng.random() < 0.2:
         question = question.rstrip("?.!")
     return question, answer
-
-
-def _join(items: list[str], word: str) -> str:
-    return f" {word} ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
 def read_persona(path: str | Path) -> dict[str, Any]:

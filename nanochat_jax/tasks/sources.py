@@ -69,7 +69,10 @@ def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, A
     if files[0].suffix == ".parquet":
         paths = [str(file) for file in files]
         return _load(source, "parquet", "copy it again", data_files=paths, split="train")
-    rows = [row for file in files for row in read_rows(file, source.row)]
+    rows = []
+    for where, row in [line for file in files for line in read_jsonl(file)]:
+        _check_row(where, row, source.row)
+        rows.append({column: row[column] for column in source.row})
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))  # Dataset.shuffle's
     return [rows[i] for i in order]
 
@@ -102,13 +105,6 @@ def _find_files(source: Source, split: str, folder: Path) -> list[Path]:
             f"with rows of {source.repo_id}"
         )
     return found[0]
-
-
-def read_rows(path: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The columns of `example` of each row of a .jsonl file; UserError for a row not like it."""
-    for where, row in read_jsonl(path):
-        _check_row(where, row, example)
-        yield {column: row[column] for column in example}
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:

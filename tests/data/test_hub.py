@@ -221,11 +221,6 @@ def test_what_is_not_there_is_asked_for_once(server, tmp_path):
         get(server, tmp_path / "shards", repo="someone/else")
 
 
-def test_a_disk_too_small_is_told_before_anything_is_fetched(server, tmp_path):
-    with pytest.raises(UserError, match="num_shards"):
-        client._check_space(tmp_path, 1 << 60)
-
-
 def test_the_bundle_comes_once_and_the_token_stays_here(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for _ in range(2):

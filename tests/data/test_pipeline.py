@@ -10,7 +10,7 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.packing import BestFit, Document
-from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
+from nanochat_jax.data.pipeline import TrainBatches, eval_batches, merge_states
 from nanochat_jax.data.sources import Corpus
 
 SEQ_LEN = 48
@@ -18,12 +18,12 @@ SEQ_LEN = 48
 
 @pytest.fixture
 def make(corpus_paths, tiny_tokenizer):
-    """train_batches over the corpus; closed at the end of the test."""
+    """TrainBatches over the corpus; closed at the end of the test."""
     made = []
 
     def make(paths=corpus_paths, packing="best_fit", buffer_docs=7, num_lanes=1, **settings):
         order = (Corpus(paths), tiny_tokenizer, SEQ_LEN, packing, buffer_docs, num_lanes)
-        made.append(train_batches(DataOrder(*order), **{"batch_rows": 4, **settings}))
+        made.append(TrainBatches(DataOrder(*order), **{"batch_rows": 4, **settings}))
         return made[-1]
 
     yield make
