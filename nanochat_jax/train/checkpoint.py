@@ -81,9 +81,9 @@ def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.
     path, standard = step_dir(directory, step).absolute() / "arrays", ocp.StandardCheckpointHandler
     handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
     with ocp.Checkpointer(handler) as checkpointer:
-        target = checkpointer.metadata(path).item_metadata["params"]
+        saved, target = checkpointer.metadata(path).item_metadata["params"], {}
         first = SingleDeviceSharding(jax.local_devices()[0])
-        for name, leaf in target.items():
+        for name, leaf in saved.items():
             place = shardings[name] if shardings else first
             target[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
