@@ -51,7 +51,6 @@ class DataOrder:
                 raise UserError(f"got config.data.{name} = {value}, expected at least 1")
 
     def describe(self) -> dict[str, Any]:
-        """What a saved state must agree with to be continued."""
         names = ("seq_len", "packing", "buffer_docs", "num_lanes")
         return {"shards": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
@@ -76,7 +75,6 @@ class Lane(Iterator[PackedRow]):
         return self._cursor[0]
 
     def __next__(self) -> PackedRow:
-        """The next packed row; a lane that is not endless stops when no row can be filled."""
         row = self._packer.next_row(self._documents)
         if row is None:
             raise StopIteration
@@ -97,7 +95,7 @@ class Lane(Iterator[PackedRow]):
         self._packer.restore(held, state["offset"])
 
     def _read(self) -> Iterator[Document]:
-        """The documents from the cursor on, which moves with them; empty ones are left out."""
+        """The documents that are not empty from the cursor on, which moves with them."""
         corpus, counts = self._order.corpus, self._counts
         epoch, first_group, first_row = self._cursor
         while True:

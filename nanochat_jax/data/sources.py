@@ -31,10 +31,7 @@ class RowGroup(NamedTuple):
 
 
 class Corpus:
-    """The documents of several shards, in the order of `paths`, addressed by (row group, row).
-
-    Row groups are numbered through all shards. Opening reads only the shards' footers.
-    """
+    """The documents of several shards, addressed by (row group, row). Opening reads the footers."""
 
     def __init__(self, paths: Sequence[Path]):
         if not paths:
@@ -49,11 +46,16 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when shards are added, removed, renamed or rewritten; blind to folders."""
-        return hashlib.sha256(b"".join(map(_tail, self.paths))).hexdigest()[:16]
+        """Of names, sizes and ends of the shards: footers have statistics of every column."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 65_536))
+                digest.update(f"{path.name} {size}\n".encode() + file.read())
+        return digest.hexdigest()[:16]
 
     def texts(self) -> Iterator[str]:
-        """All documents in order."""
         for group in range(len(self.row_groups)):
             yield from self.read(group)
 
@@ -73,7 +75,6 @@ class Corpus:
 
 
 def _row_group_sizes(path: Path) -> list[int]:
-    """Number of documents in each row group of a shard, from its footer."""
     try:
         with pq.ParquetFile(path) as file:
             groups = map(file.metadata.row_group, range(file.num_row_groups))
@@ -88,14 +89,6 @@ def _row_group_sizes(path: Path) -> list[int]:
             f"{TEXT_COLUMN!r}; rename the column that holds the documents"
         )
     return sizes
-
-
-def _tail(path: Path) -> bytes:
-    """Name, size and end of a shard: its footer holds offsets and statistics of every column."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 65_536))
-        return f"{path.name} {size}\n".encode() + file.read()
 
 
 def _corrupt_shard(path: Path, error: Exception) -> UserError:

@@ -48,8 +48,9 @@ class SpellingBee(NumberTask, GeneratedTask):
         count = calculate(call)
         sentence = language["count"].format(letter=letter, word=word, count=count)
         sentence = sentence.replace(" 1 times", " 1 time")
-        spelled = f"{word}: {number_letter(word, letter)}"
-        solution = f"{spelled}\n<<{call}={count}>>{sentence}\n#### {count}"
+        nth = (word[: i + 1].count(letter) if c == letter else "" for i, c in enumerate(word))
+        spelled = " ".join(f"{c}{n}" for c, n in zip(word, nth, strict=True))
+        solution = f"{word}: {spelled}\n<<{call}={count}>>{sentence}\n#### {count}"
         return messages(question, solution_parts(solution))
 
 
@@ -71,12 +72,6 @@ class SimpleSpelling(GeneratedTask):
             _letters(said) == _letters(self.example(index)["messages"][-1]["content"])
             for index, said in answers
         ]
-
-
-def number_letter(word: str, letter: str) -> str:
-    """A word in single letters, the letter asked for numbered: s t r1 a w b e r2 r3 y."""
-    numbered = (f"{c}{word[: i + 1].count(c)}" if c == letter else c for i, c in enumerate(word))
-    return " ".join(numbered)
 
 
 def _letters(said: str) -> list[str]:
