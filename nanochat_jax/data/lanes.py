@@ -2,9 +2,8 @@
 
     Corpus --> documents of this lane --> tokens, some documents ahead --> packer --> rows
 
-A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
-few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
-the documents its packer holds; restoring tokenises those again.
+A lane owns every num_lanes-th row group of the corpus, or every num_lanes-th document when there
+are few. Its state is where it reads and which documents its packer holds.
 """
 
 from collections.abc import Iterator

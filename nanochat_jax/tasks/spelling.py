@@ -7,9 +7,8 @@
                                       The letter r appears 3 times in strawberry.
                                       #### 3
 
-A model sees tokens, not letters; here it learns which letters a token holds. The call has double
-quotes, because after a single one the tokenizer would cut 'scream' into 's and cream. Answers spell
-in lower case. No word of the test split is in a training example.
+The call has double quotes, because after a single one the tokenizer would cut 'scream' into 's and
+cream. No word of the test split is in a training example.
 """
 
 import random
@@ -33,8 +32,6 @@ _CASES = (str.lower, str.lower, str.lower, str.capitalize, str.upper)
 
 
 class SpellingBee(NumberTask, GeneratedTask):
-    """How many of a letter are in a word; the answer ends in `#### count`."""
-
     seed = "spelling bee"
     sizes = {"train": 80_000, "test": 1_000}
 
@@ -55,8 +52,6 @@ class SpellingBee(NumberTask, GeneratedTask):
 
 
 class SimpleSpelling(GeneratedTask):
-    """A word in single letters."""
-
     kind = "generative"
     seed = "simple spelling"
     sizes = {"train": 200_000, "test": 1_000}
