@@ -132,8 +132,7 @@ def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]
 def row_ranges(
     offsets: np.ndarray, row_tokens: int, packing: str, buffer: int = BUFFER
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ranges [N, 2], first [rows + 1]): row r is the tokens of ranges[first[r]:first[r + 1]], one
-    after another, at most `row_tokens` (seq_len + 1)."""
+    """(ranges [N, 2], first [rows + 1]): row r is the tokens of ranges[first[r]:first[r + 1]]."""
     if packing not in PACKINGS:
         raise UserError(f"packing got {packing!r}, expected one of {', '.join(PACKINGS)}")
     if packing == "stream":  # the last token of a row is the next one's first input
