@@ -123,7 +123,7 @@ class Lane(Iterator[PackedRow]):
             epoch, first_group = epoch + 1, self._first_group
 
     def _rows(self, group: int, first_row: int) -> range:
-        """The lane's rows of a row group, those before `first_row` left out."""
+        """The lane's rows of a row group from `first_row` on."""
         _, _, num_documents, first_document = self._order.corpus.row_groups[group]
         first = (self._lane - first_document) % self._row_step
         read = -(-max(first_row - first, 0) // self._row_step)

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from nanochat_jax.common import UserError
 
 TEXT_COLUMN = "text"
-_TEXT_TYPES = (pa.string(), pa.large_string())
 _MAKE_AGAIN = "run `python scripts/data.py download` (or `pack`, `demo`) with the same --config"
 # Lanes that share row groups need the same one at about the same time; two cover a boundary.
 _KEPT_ROW_GROUPS = 2
@@ -83,7 +82,10 @@ def _row_group_sizes(path: Path) -> list[int]:
         raise UserError(f"{path} does not exist; {_MAKE_AGAIN}") from None
     except (pa.ArrowException, OSError) as error:
         raise _corrupt_shard(path, error) from None
-    if TEXT_COLUMN not in schema.names or schema.field(TEXT_COLUMN).type not in _TEXT_TYPES:
+    if TEXT_COLUMN not in schema.names or schema.field(TEXT_COLUMN).type not in (
+        pa.string(),
+        pa.large_string(),
+    ):
         raise UserError(
             f"{path}: got columns {schema.names}, expected a string column named "
             f"{TEXT_COLUMN!r}; rename the column that holds the documents"

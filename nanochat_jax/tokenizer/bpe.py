@@ -185,7 +185,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
     if tokenizer.vocab_size == MIN_VOCAB_SIZE < vocab_size:
-        raise UserError("got no text to train the tokenizer on; download or pack data first")
+        raise UserError("got no text with pairs to merge; download or pack data first")
     if tokenizer.vocab_size < vocab_size:
         log(
             "tokenizer: the text has no more pairs to merge; "
