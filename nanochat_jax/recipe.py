@@ -89,10 +89,10 @@ def _check_values(config: Recipe) -> None:
 
 
 def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
-    width = depth * aspect_ratio
+    width, formula = depth * aspect_ratio, "depth * aspect_ratio"
     if not round_width:
-        return width, "depth * aspect_ratio"
-    return -(-width // head_dim) * head_dim, "depth * aspect_ratio, up to a multiple of head_dim"
+        return width, formula
+    return -(-width // head_dim) * head_dim, f"{formula}, up to a multiple of head_dim"
 
 
 def num_heads(width: int, head_dim: int, round_width: bool) -> tuple[int, str]:
@@ -220,5 +220,4 @@ def flat_json(config: Recipe, prefix: str) -> dict:
 
 
 def _plain(value):
-    """As it comes back from JSON."""
     return list(value) if isinstance(value, tuple) else value
