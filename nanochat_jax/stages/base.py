@@ -3,7 +3,7 @@
 from nanochat_jax import recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
-from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.data.pipeline import TrainBatches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
@@ -30,7 +30,7 @@ class Base(Stage):
         keys = {"packing": d.packing, "buffer_docs": d.buffer_docs, "num_lanes": d.num_lanes}
         order = DataOrder(Corpus(train_paths), self.tokenizer, run.model.seq_len, **keys)
         made = {"batch_rows": self.rows, "prefetch": d.prefetch_batches}
-        self.batches = train_batches(order, **made, **run.process)
+        self.batches = TrainBatches(order, **made, **run.process)
         bpb = text_bpb(run, self.tokenizer, val_path)
         prompts, new_tokens = config.eval.prompts, config.eval.sample_tokens
         samples = make_answers(run, self.tokenizer, prompts, new_tokens, in_chat=False)
