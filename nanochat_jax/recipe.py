@@ -1,8 +1,5 @@
 """From the few numbers a recipe states to all the numbers a run needs, each with its formula.
 
-depth -> width -> parameters -> horizon -> batch -> learning rates, decay, steps. Nothing here
-touches a device.
-
 Scaling of the modern recipe: batch grows with the horizon^0.383 (arXiv 2505.13738), learning rates
 with the square root of the batch, decay so that batch/(lr * decay * horizon) stays what it is at
 depth 12 (arXiv 2405.13698).
@@ -34,26 +31,21 @@ LEAST |= dict.fromkeys("max_new_tokens chat_slots chat_samples chat_max_new_toke
 
 class Derived(NamedTuple):
     key: str
-    value: object
+    text: str  # its value
     formula: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.value:,}" if isinstance(self.value, int) else f"{self.value}"
 
 
 def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]:
-    """Fill the keys that are None, in place; UserError for values that no run can have.
-
-    platform: "cpu" or "gpu".
-    """
+    """Fill the keys that are None, in place; UserError for values that no run can have. platform:
+    cpu or gpu."""
     _check_values(config)
     derived: list[Derived] = []
 
     def fill(section: str, key: str, value, formula: str) -> None:
         if config[section][key] is None:
             config[section][key] = value
-            derived.append(Derived(f"{section}.{key}", value, formula))
+            text = f"{value:,}" if isinstance(value, int) else value
+            derived.append(Derived(f"{section}.{key}", text, formula))
 
     m, b, gpu = config.model, config.base, platform == "gpu"
     fill("model", "model_dim", *model_dim(m.depth, m.aspect_ratio, m.head_dim, m.round_width))
@@ -198,9 +190,7 @@ def _at_depth(config: Recipe, depth: int) -> Recipe:
 
 def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: str) -> None:
     """UserError if `what` was made with another recipe, both flat; prints the changes allowed.
-
-    may_change: keys, or prefixes of keys, that decide where and how often but never what.
-    """
+    may_change: keys, or prefixes of keys, that decide where and how often but never what."""
     refused = []
     for key in [key for key in before | now if key not in REMOVED]:
         was, value = _plain(before.get(key)), _plain(now.get(key))

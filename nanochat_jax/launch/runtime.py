@@ -38,7 +38,6 @@ def keep_freed_memory() -> None:
     """Make glibc keep the buffers that a step frees for the next one; elsewhere do nothing. By
     default it returns large ones to the system, which takes an eighth to a half of a step on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
-            mallopt(parameter, value)
+            libc.mallopt(parameter, value)

@@ -113,6 +113,5 @@ def format_bytes(count: float) -> str:
 def return_freed_memory() -> None:
     """Return to the system what glibc keeps, so that it counts as free again."""
     gc.collect()  # arrays may hang in a cycle of frames and exceptions
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim:
-        trim(0)
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

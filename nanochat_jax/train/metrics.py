@@ -1,8 +1,8 @@
 """metrics.jsonl for programs, lines on the console for people, a tracker if asked.
 
 metrics.jsonl: one object a line with `kind` ("train" or "eval"), `step` (updates done before it)
-and unrounded values. What depends on the clock is in keys that end in `_secs`; in all others two
-runs of a recipe agree to the last bit. A resumed run cuts the file back to its checkpoint.
+and unrounded values. In all keys but those that end in `_secs` two runs of a recipe agree to the
+last bit. A resumed run cuts the file back to its checkpoint.
 """
 
 import json
