@@ -200,7 +200,8 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
         elif was != value:
             refused.append(line)
     if refused:
-        how = f"take back, or choose another --config.run.name; may change: {', '.join(may_change)}"
+        allowed = f" (may change: {', '.join(may_change)})" if may_change else ""
+        how = f"take these back, or choose another --config.run.name{allowed}"
         raise UserError(f"{what} was made with another recipe: {'; '.join(refused)}; {how}")
 
 

@@ -245,7 +245,6 @@ def test_one_of_several_processes_notes_it_and_ends(tmp_path):
     LayoutRecord(tmp_path / "layout.json", {}, layouts).take(layouts[0], 9)
     assert ran_out("base", tmp_path, OutOfMemory(OUT), num_processes=1) is None  # alone: goes on
     assert json.loads((tmp_path / "layout.json").read_text())["too_large"][0]["bytes"] == 9
-    # What launchers restart:
     assert ran_out("base", tmp_path, OutOfMemory(OUT), num_processes=2) == EXIT_RESUME_ME
 
 
