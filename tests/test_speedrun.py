@@ -142,14 +142,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_reaches_the_stage_and_its_status_is_kept(clone, sent):
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        LISTENING,
-        clone.bin / "bash",
-        clone.root / "speedrun.sh",
-    ]
+    command = [sys.executable, "-I", "-c", LISTENING, clone.bin / "bash"]
+    command += [clone.root / "speedrun.sh"]
     env = {"STOPS": "train.py", "HOW": WAITS, "NANOCHAT_PYTHON": clone.env["STUB_PYTHON"]}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, env=clone.env | env, **pipes) as process:

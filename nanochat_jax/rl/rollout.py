@@ -34,12 +34,11 @@ def practise(
     """A batch of all processes' rows, [questions * samples, T], and metrics of the answers."""
     began = time.perf_counter()
     asked = [question for question in questions for _ in range(samples)]
-    prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
-    requests = [
-        Request(prompt, seed=seed_of(*seed, place, sample), **sampling)
-        for place, prompt in enumerate(prompts)
-        for sample in range(samples)
-    ]
+    requests = []
+    for place, question in enumerate(questions):
+        prompt = render_for_completion(tokenizer, task[question])
+        seeds = [seed_of(*seed, place, sample) for sample in range(samples)]
+        requests += [Request(prompt, seed=one, **sampling) for one in seeds]
     answers = engine.generate(requests)
     texts = [answer_text(tokenizer, answer) for answer in answers]
     verdicts = task.grade(list(zip(asked, texts, strict=True)))
