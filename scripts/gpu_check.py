@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanochat_jax import hardware
 from nanochat_jax.common import UserError, log, run_main, write_json
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model import fp8
 from nanochat_jax.model.attention_check import check_attention

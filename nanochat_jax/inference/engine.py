@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.decode import Extras, Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.request import Completion, Request, Tool, Top
 from nanochat_jax.inference.sampling import Settings
-from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Text, Tool, Top
+from nanochat_jax.inference.scheduler import Scheduler, Text
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings

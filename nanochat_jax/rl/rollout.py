@@ -13,7 +13,7 @@ import numpy as np
 from nanochat_jax.data.conversations import bucket
 from nanochat_jax.eval.chat import answer_text, seed_of
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.rl.policy import advantages, token_weights
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tokenizer.bpe import Tokenizer

@@ -30,7 +30,7 @@ from nanochat_jax.inference.checkpoint import (
     make_engine,
     open_stage,
 )
-from nanochat_jax.inference.scheduler import Request
+from nanochat_jax.inference.request import Request
 from nanochat_jax.stages.run import Run, has_stage, start
 from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer

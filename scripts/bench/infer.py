@@ -24,7 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import run_main
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.model.accounting import matmul_params
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.kv_cache import capacity

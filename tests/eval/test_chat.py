@@ -8,7 +8,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.inference.request import Completion
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.tasks.base import Task, messages

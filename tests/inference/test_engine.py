@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import PREFILL_TOKENS, Engine
-from nanochat_jax.inference.scheduler import Completion, Request, Tool
+from nanochat_jax.inference.request import Completion, Request, Tool
 from nanochat_jax.model import kv_cache
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
