@@ -162,8 +162,8 @@ def task_score(
         engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
         engine.load(params)
         shared |= {"num_samples": e.chat_samples, "seed": run.config.run.seed}
-        for key in ("max_new_tokens", "temperature", "top_k"):
-            shared[key] = e[f"chat_{key}"]
+        shared |= {"max_new_tokens": e.chat_max_new_tokens}
+        shared |= {"temperature": e.chat_temperature, "top_k": e.chat_top_k}
         score = chat.generative(engine, tokenizer, task, **shared)
     log(f"chat_eval: {spec} {score.accuracy:.2%} ({score.seconds:.1f}s)")
     return score
