@@ -53,6 +53,8 @@ class Answer:
     _held: str = ""  # may be the beginning of a stop string
     _kind: str = "text"
     _parts: list[dict[str, Any]] = field(default_factory=list)
+    _num_parts: int = 0
+    _last_type: str = ""
     _scores: list[Score] = field(default_factory=list)
 
     def __post_init__(self):
@@ -78,7 +80,7 @@ class Answer:
             if not self.finish:
                 self.finish = piece.finish
                 self._send(self._held)
-        parts, self._parts = join(self._parts), []
+        parts, self._parts = self._numbered(join(self._parts)), []
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         assert len(text) == self.num_sent - sent, (text, self.num_sent, sent)
         return Delta(text, parts, self._scores_sent(), self.finish)
@@ -118,6 +120,15 @@ class Answer:
         if text:
             self._parts.append({"type": "text", "text": text})
             self._held, self.num_sent = self._held[len(text) :], self.num_sent + len(text)
+
+    def _numbered(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the `index` of the answer's part that each belongs to: OpenAI's client needs it to
+        put lists together."""
+        for part in parts:
+            if part.get("new") or part["type"] != self._last_type:
+                self._num_parts, self._last_type = self._num_parts + 1, part["type"]
+            part["index"] = self._num_parts - 1
+        return parts
 
     def _scores_sent(self) -> list[Score]:
         """Those of the tokens whose text is out; after the end no others follow."""
