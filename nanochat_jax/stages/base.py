@@ -3,7 +3,7 @@
 from nanochat_jax import recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
-from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.data.pipeline import TrainBatches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
@@ -35,7 +35,7 @@ class Base(Stage):
             buffer_docs=d.buffer_docs,
             num_lanes=d.num_lanes,
         )
-        self.batches = train_batches(
+        self.batches = TrainBatches(
             order,
             batch_rows=self.rows,
             **self.run.process,
