@@ -10,20 +10,19 @@ import contextlib
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 import jax
 import openai
 import pytest
-import uvicorn
 
 from nanochat_jax.inference.checkpoint import make_engine
 from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access, make_app, open_socket
+from nanochat_jax.serve.server import Access, http_server, make_app, open_socket
 from nanochat_jax.serve.worker import Pool
 
 MAX_LEN = 160
@@ -34,7 +33,7 @@ class Scripted:
 
     def __init__(self, tokenizer, slots=4, max_len=MAX_LEN, piece=1, step_secs=0.001):
         self.tokenizer, self.slots, self.max_len = tokenizer, slots, max_len
-        self.piece, self.step_secs, self.scheduler = piece, step_secs, self
+        self.piece, self.step_secs = piece, step_secs
         self.requests: list[Request] = []
         self.seen_at_once = 0
         self.cancelled: list[int] = []  # ids that were cancelled before they ended
@@ -119,10 +118,9 @@ class Running:
     pool: Pool
     model: str
     key: str = "none"
-    headers: dict = field(default_factory=dict)
 
-    def http(self, **more):
-        return httpx.Client(base_url=self.url, headers=self.headers, timeout=60, **more)
+    def http(self):
+        return httpx.Client(base_url=self.url, timeout=60)
 
     def post(self, path, body, **more):
         with self.http() as http:
@@ -132,10 +130,8 @@ class Running:
         with self.http() as http:
             return http.get(path, **more)
 
-    def openai(self, **more):
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **more
-        )
+    def openai(self):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
 
     def chat(self, text, **fields):
         """The answer, or all chunks of a stream."""
@@ -159,7 +155,7 @@ def serving(engines, tokenizer, *, stage="sft", access=None, tools=("none",), **
     served = Served("test", stage, 7, engines[0].max_len, vocab, tools)
     app = make_app(pool, tokenizer, served, access or Access(hosts=("127.0.0.1",)))
     sock = open_socket("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    server = http_server(app, pool)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     while not server.started:
