@@ -3,8 +3,12 @@
 import json
 import threading
 
+import jax
+import numpy as np
 import openai
 import pytest
+
+from nanochat_jax.model.gpt import bind
 
 MAX_LEN = 160  # of the servers here
 USER = [{"role": "user", "content": "hello"}]
@@ -140,6 +144,89 @@ def test_logprobs_are_those_of_the_text(scripted):
     pieces = [c.choices[0].logprobs for c in scripted.chat(text, logprobs=True, stream=True)]
     streamed = [entry.logprob for piece in pieces if piece for entry in piece.content]
     assert streamed == [entry.logprob for entry in entries]
+
+
+def test_what_biases_an_answer_reaches_the_engine(scripted):
+    request = sent(
+        scripted,
+        logit_bias={"5": -100, "7": 2.5},
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    assert request.logit_bias == {5: -100, 7: 2.5}
+    assert (request.presence_penalty, request.frequency_penalty) == (0.5, -1)
+    assert (request.top_logprobs, request.prompt_logprobs) == (20, False)
+    scripted.post("/v1/completions", {"prompt": "a", "echo": True, "logprobs": 3})
+    request = scripted.engine.requests[-1]
+    assert (request.top_logprobs, request.prompt_logprobs, request.tool) == (3, True, "none")
+
+
+def test_a_tool_is_chosen_by_request(serve):
+    server = serve(tools=("calculator", "none"))
+    assert sent(server).tool == "calculator"
+    assert sent(server, extra_body={"tool": "none"}).tool == "none"
+    error_of(server.post("/v1/chat/completions", {"messages": USER, "tool": "python"}))
+
+
+def test_a_bias_decides(real, tiny_tokenizer):
+    choice = real.chat("a", logit_bias={"100": 100}, max_tokens=3, temperature=1.0).choices[0]
+    assert choice.message.content == tiny_tokenizer.decode([100] * 3)
+
+
+def test_alternatives_are_the_likeliest_with_the_token_among_them(real):
+    asked = {"logprobs": True, "top_logprobs": 5, "max_tokens": 6, "temperature": 0}
+    entries = real.chat("a", **asked).choices[0].logprobs.content
+    assert entries
+    for entry in entries:
+        tops = [top.logprob for top in entry.top_logprobs]
+        assert len(tops) == 5 and tops == sorted(tops, reverse=True)
+        assert (entry.token, entry.logprob) == (
+            entry.top_logprobs[0].token,
+            entry.top_logprobs[0].logprob,
+        )
+
+
+def full_logprobs(tiny_model, ids):
+    """[T - 1, V]: log probabilities after each id, by the whole model at once."""
+    config, mesh, params = tiny_model
+    with jax.set_mesh(mesh):
+        model = bind(config, params)
+        logits = model.logits(model.hidden(np.array([ids], np.int32)))
+    return np.asarray(jax.nn.log_softmax(logits[0].astype(np.float32)))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echoed_prompt_is_scored_as_the_model_does(real, tiny_model, tiny_tokenizer, max_tokens):
+    """In the form that lm-eval reads: ids in, token_logprobs[context:-1] out."""
+    bos, ids = tiny_tokenizer.bos_id, tiny_tokenizer.encode("The river ran past 船")
+    expected = full_logprobs(tiny_model, [bos, *ids])
+    body = {"prompt": [ids, [bos, *ids]], "max_tokens": max_tokens, "temperature": 0}
+    answer = real.post("/v1/completions", body | {"echo": True, "logprobs": 1, "seed": 1234})
+    for choice, sent_ids in zip(answer.json()["choices"], body["prompt"], strict=True):
+        scores = choice["logprobs"]
+        assert {len(column) for column in scores.values()} == {len(sent_ids) + max_tokens}
+        got = scores["token_logprobs"][: len(sent_ids)]
+        assert (got[0] is None) == (sent_ids[0] == bos)  # nothing stood before it
+        rows = expected[: len(ids)]
+        wanted = rows[np.arange(len(ids)), ids]
+        np.testing.assert_allclose(got[-len(ids) :], wanted, atol=1e-3)
+        tops = [max(top.values()) for top in scores["top_logprobs"][: len(sent_ids)][-len(ids) :]]
+        np.testing.assert_allclose(tops, rows.max(axis=1), atol=1e-3)
+        assert choice["text"].startswith("The river ran past 船")
+        assert scores["text_offset"] == sorted(scores["text_offset"])
+    assert answer.json()["usage"]["completion_tokens"] == 2 * max_tokens
+
+
+def test_echo_comes_before_the_answer_in_streams_too(scripted):
+    body = {"prompt": ["ab", "cd"], "echo": True, "stream": True, "max_tokens": 2}
+    lines = scripted.post("/v1/completions", body).text.split("\n\n")[:-2]
+    texts = {0: "", 1: ""}
+    for line in lines:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {0: "abab", 1: "cdcd"}
 
 
 @pytest.mark.parametrize(
