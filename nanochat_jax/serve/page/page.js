@@ -19,6 +19,7 @@ let chat = store.newChat();
 let follow = true; // the end of the conversation stays in sight
 let lastSave = 0;
 let leaving = false;
+const unseenLine = make("p", "line", "The context is full: the model no longer sees what is above.");
 
 // --- Drawing
 
@@ -28,8 +29,27 @@ function drawChat() {
   by("thread").replaceChildren(...shown.map(article));
   if (chat.system && model.chat !== false) by("thread").prepend(systemNote());
   if (!shown.length) by("thread").append(welcome());
+  markUnseen();
   drawComposer();
   drawList();
+  if (document.activeElement === document.body) focusField();
+}
+
+/** Draw anew what is there already, unless other messages are to be shown. */
+function refresh() {
+  const ids = (keys) => [...keys].join();
+  const shown = store.path(chat);
+  if (ids(shown.map((one) => one.id)) !== ids(articles.keys())) drawChat();
+  else for (const message of shown) redraw(message);
+}
+
+/** Say where the part of the conversation begins that the model has last seen. */
+function markUnseen() {
+  const shown = store.path(chat);
+  const last = shown.findLast((message) => message.role === "assistant");
+  const next = last?.unseen ? articles.get(shown[2 * last.unseen]?.id) : null;
+  if (!next) unseenLine.remove();
+  else if (next.previousSibling !== unseenLine) next.before(unseenLine);
 }
 
 function article(message) {
@@ -38,8 +58,8 @@ function article(message) {
   on(".older", () => turn(message, -1));
   on(".newer", () => turn(message, 1));
   on(".edit", () => edit(message, element));
-  on(".again", () => write(chat, store.add(chat, message.parent, "assistant", [])));
-  on(".on", () => write(chat, message));
+  on(".again", () => current() || write(chat, store.add(chat, message.parent, "assistant", [])));
+  on(".on", () => current() || write(chat, message));
   copies(element.querySelector(".copy"), () => store.plain(message));
   articles.set(message.id, element);
   redraw(message, element);
@@ -128,7 +148,7 @@ function open(one = store.newChat(settings.system)) {
   follow = true;
   showSide(false);
   drawChat();
-  by("ask").focus();
+  focusField();
 }
 
 /** Do what writes to the browser's store, which may be full or not allowed. */
@@ -147,9 +167,11 @@ function save(one) {
 
 function turn(message, step) {
   const all = store.versions(chat, message);
-  store.show(chat, all[all.indexOf(message) + step]);
+  const next = all[all.indexOf(message) + step];
+  store.show(chat, next);
   save(chat);
   drawChat();
+  articles.get(next.id).querySelector(".versions :enabled").focus();
 }
 
 function edit(message, element) {
@@ -195,6 +217,8 @@ async function write(one, message) {
     askKey,
     progress: () => {
       redraw(message);
+      markUnseen();
+      if (message.waiting) say("The server's queue is full. Waiting.");
       if (Date.now() - lastSave > SAVE_EVERY_MSECS) save(one);
     },
   });
@@ -270,6 +294,10 @@ function submitsOnEnter(field) {
   requestAnimationFrame(grow);
 }
 
+function focusField() {
+  if (matchMedia("(hover: hover)").matches) by("ask").focus(); // phones would open their keyboard
+}
+
 function showSide(shown) {
   by("side").classList.toggle("open", shown);
   by("open-side").setAttribute("aria-expanded", shown);
@@ -292,6 +320,9 @@ by("search").addEventListener("input", drawList);
 by("open-side").addEventListener("click", () => {
   showSide(true);
   by("new").focus();
+});
+by("side").addEventListener("focusout", ({ relatedTarget: next }) => {
+  if (next && !next.closest("#side, dialog")) showSide(false);
 });
 by("shade").addEventListener("click", () => showSide(false));
 by("open-settings").addEventListener("click", async () => {
@@ -335,7 +366,7 @@ addEventListener("pagehide", () => {
   leaving = true;
   if (current()) save(chat);
 });
-addEventListener("pageshow", () => (leaving = false));
+addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
 addEventListener("hashchange", () => open(store.chats.get(location.hash.slice(1))));
 
 const log = by("log");
@@ -351,11 +382,7 @@ store.watch((id) => {
       stopAll(chat);
       tell("This chat was deleted in another tab.");
       open();
-    } else if (!current()) {
-      const shown = store.path(chat);
-      if (shown.map((one) => one.id).join() === [...articles.keys()].join()) shown.forEach((one) => redraw(one));
-      else if (!document.querySelector(".editor")) drawChat();
-    }
+    } else if (!current() && !document.querySelector(".editor")) refresh();
   }
   drawList();
 });
