@@ -27,7 +27,6 @@ function drawChat() {
   const shown = store.path(chat);
   articles.clear();
   by("thread").replaceChildren(...shown.map(article));
-  if (chat.system && model.chat !== false) by("thread").prepend(systemNote());
   if (!shown.length) by("thread").append(welcome());
   markUnseen();
   drawComposer();
@@ -70,12 +69,6 @@ function redraw(message, element = articles.get(message.id)) {
   if (element) draw(element, chat, message, model, writing.has(message.id));
 }
 
-function systemNote() {
-  const details = make("details", "system");
-  details.append(make("summary", "", "System prompt"), make("p", "", chat.system));
-  return details;
-}
-
 function welcome() {
   const element = copied("welcome");
   const base = model.chat === false;
@@ -110,20 +103,20 @@ function drawList() {
 function listed(one) {
   const item = copied("chat");
   const [title, rename, bin] = item.children;
-  title.textContent = one.title;
+  const name = (title.textContent = one.title || "No title");
   title.setAttribute("aria-current", one.id === chat.id);
-  rename.setAttribute("aria-label", `Rename ${one.title}`);
-  bin.setAttribute("aria-label", `Delete ${one.title}`);
+  rename.setAttribute("aria-label", `Rename ${name}`);
+  bin.setAttribute("aria-label", `Delete ${name}`);
   title.addEventListener("click", () => open(one));
   rename.addEventListener("click", async () => {
-    const name = await ask("Rename this chat", { label: "Name", value: one.title, ok: "Rename" });
-    if (!name) return;
-    Object.assign(one, { title: name.slice(0, 80), changed: Date.now() });
+    const said = await ask("Rename this chat", { label: "Name", value: one.title, ok: "Rename" });
+    if (!said) return;
+    Object.assign(one, { title: said.slice(0, 80), changed: Date.now() });
     save(one);
     drawList();
   });
   bin.addEventListener("click", async () => {
-    if (!(await ask(`Delete "${one.title}"?`, { ok: "Delete" }))) return;
+    if (!(await ask(`Delete "${name}"?`, { ok: "Delete" }))) return;
     stopAll(one);
     store.remove(one.id);
     if (one.id === chat.id) open();
@@ -192,6 +185,8 @@ function edit(message, element) {
   field.focus();
 }
 
+const isEditing = () => Boolean(document.querySelector(".editor"));
+
 // --- Answers
 
 /** The answer that is being written in the open chat, if there is one. */
@@ -219,7 +214,8 @@ async function write(one, message) {
       redraw(message);
       markUnseen();
       if (message.waiting) say("The server's queue is full. Waiting.");
-      if (Date.now() - lastSave > SAVE_EVERY_MSECS) save(one);
+      const isDue = Date.now() - lastSave > SAVE_EVERY_MSECS;
+      if (isDue && store.chats.has(one.id)) save(one); // it may have been deleted meanwhile
     },
   });
   save(one);
@@ -229,7 +225,7 @@ async function write(one, message) {
   writing.delete(message.id);
   if (leaving) return; // with the page goes its connection: that is no news of the server
   if (message.finish === "cut") lost();
-  if (store.chats.has(one.id)) save(one); // it may have been deleted meanwhile
+  if (store.chats.has(one.id)) save(one);
   say(`The model says: ${store.plain(message)} ${endOf(message, model)}`);
   redraw(message);
   drawComposer();
@@ -254,7 +250,7 @@ async function meet() {
       + `tokens${card.chat && tool && tool !== "none" ? `, with a ${tool}` : ""}`;
     document.body.dataset.server = "here";
     tell("");
-    drawChat();
+    if (!isEditing()) drawChat();
   } catch (error) {
     if (error.status === 401 && (await askKey())) await meet();
     else if (error.status === 0 || error.status === 503) lost();
@@ -347,7 +343,7 @@ by("import").addEventListener("click", () => by("file").click());
 by("file").addEventListener("change", async ({ target }) => {
   try {
     const [taken, refused] = store.taken(await target.files[0].text());
-    tell(`${taken} chats taken in${refused ? `, ${refused} left out: they are damaged` : ""}.`);
+    tell(`Chats taken in: ${taken}. Left out because they are damaged: ${refused}.`);
   } catch (error) {
     tell(`This file could not be read as chats: ${error.message}`);
   }
@@ -367,7 +363,10 @@ addEventListener("pagehide", () => {
   if (current()) save(chat);
 });
 addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
-addEventListener("hashchange", () => open(store.chats.get(location.hash.slice(1))));
+addEventListener("hashchange", () => {
+  const asked = store.chats.get(location.hash.slice(1));
+  if (asked) open(asked);
+});
 
 const log = by("log");
 log.addEventListener("scroll", () => {
@@ -382,7 +381,7 @@ store.watch((id) => {
       stopAll(chat);
       tell("This chat was deleted in another tab.");
       open();
-    } else if (!current() && !document.querySelector(".editor")) refresh();
+    } else if (!current() && !isEditing()) refresh();
   }
   drawList();
 });

@@ -28,7 +28,7 @@ export function make(tag, className, text = "") {
 /** Text to the clipboard; where a browser gives none (plain http), by the old way. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const field = make("textarea", "unseen", text);
+  const field = make("textarea", "spoken", text);
   document.body.append(field);
   field.select();
   document.execCommand("copy");
@@ -39,6 +39,7 @@ export async function copy(text) {
 export function copies(button, text) {
   button.addEventListener("click", async () => {
     await copy(text());
+    document.getElementById("said").textContent = "Copied.";
     button.classList.add("done");
     setTimeout(() => button.classList.remove("done"), 1500);
   });

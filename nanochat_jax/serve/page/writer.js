@@ -105,7 +105,7 @@ export function endOf(message, model) {
     length: `Cut off after ${message.tokens} tokens, the most that Settings allow.`,
     context: `Cut off: the context of ${model.context} tokens is full.`,
     stopped: "Stopped.",
-    cut: "The server went away while it wrote this.",
+    cut: `The server ${message.parts.length ? "went away while it wrote this" : "is gone"}.`,
     error: message.error,
   };
   return ends[message.finish] ?? "Not finished.";
