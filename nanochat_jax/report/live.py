@@ -50,22 +50,20 @@ class Kept:
 
     def __init__(self):
         self._made: dict[Any, tuple[list, float, Any]] = {}
-        self._lock = (
-            threading.Lock()
-        )  # drawing is not thread-safe, and two readers want the same thing
+        self._lock = threading.Lock()  # drawing is not thread-safe; two readers want the same
 
     def get(self, key: Any, sources: Iterable[Path], make: Callable[[], Any]) -> Any:
         with self._lock:
             at = [path.stat() if path.exists() else None for path in sources]
-            stamp, began = [s and (s.st_mtime_ns, s.st_size) for s in at], time.monotonic()
-            if key not in self._made or (
-                self._made[key][0] != stamp and self._made[key][1] < began
-            ):
-                value, now = make(), time.monotonic()
-                self._made[key] = stamp, now + (now - began) / SHARE, value
+            stamp, began = [s and (s.st_mtime_ns, s.st_size) for s in at], time.thread_time()
+            old, until, value = self._made.get(key, (None, 0.0, None))
+            if old != stamp and until < time.monotonic():
+                value = make()
+                until = time.monotonic() + (time.thread_time() - began) / SHARE
+                self._made[key] = stamp, until, value
                 if len(self._made) > MOST_KEPT:
                     del self._made[next(iter(self._made))]
-            return self._made[key][2]
+            return value
 
 
 STAGES, CHARTS = Kept(), Kept()
@@ -140,6 +138,7 @@ def run_page(request: Request) -> Response:
         stages = {stage: kept_stage(name, stage) for stage in begun(run_dir(name))}
         charts = {stage: kept_charts(name, stages[stage]) for stage in reversed(stages)}
         facts = report_facts(name, stages, charts) | {"now": doing}
+        facts["problems"] = [text for stage in stages.values() for text in stage.problems]
         return page(200, doing["state"] == "training", facts)
     except Exception as error:  # files that hold something else than what we write
         return page(500, False, {"name": name, "problems": [unreadable(name, error)]})

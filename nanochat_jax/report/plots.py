@@ -62,8 +62,8 @@ def draw(title: str, curves: Mapping[Any, Points], legend: bool = True) -> str:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.add_subplot(xlabel="step")
+        figure = Figure(figsize=(4.6, 2.7))
+        axes = figure.add_axes((0.13, 0.165, 0.85, 0.735), xlabel="step")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_title(title, loc="left", fontsize=10)
