@@ -1,0 +1,242 @@
+"""The server: OpenAI's API, health and metrics, and the page, over a pool of engines.
+
+  POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize  /render
+  GET  /  /v1/models  /tokenizer_info  /health  /metrics  /openapi.json
+
+Before the routes stands guard.py. One process, one event loop; text is tokenized and rendered in
+threads, and each engine has its own.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from prometheus_client import generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from nanochat_jax.common import UserError
+from nanochat_jax.serve import schema
+from nanochat_jax.serve.api import Api, Meter, Served
+from nanochat_jax.serve.guard import Guard, error_response
+from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody
+from nanochat_jax.serve.worker import Pool
+from nanochat_jax.tokenizer.bpe import Tokenizer
+
+PAGE = Path(__file__).parent / "page"
+PAGE_SUFFIXES = (".html", ".css", ".js", ".svg")
+FLUSH_SECS = 10  # at the end, for clients to fetch what is written
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server. key: "" for everybody. hosts: names in Host, empty for any."""
+
+    key: str = ""
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()  # sites whose pages may use it (CORS)
+    max_body_bytes: int = 4 * 2**20
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+def make_app(
+    pool: Pool, tokenizer: Tokenizer, served: Served, access: Access, created: int = 0
+) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        pool.start()
+        yield
+        await pool.close()
+
+    app = FastAPI(
+        title="nanochat-jax",
+        lifespan=lifespan,
+        docs_url=None,  # their scripts come from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    meter = Meter(pool)
+    api = Api(pool, tokenizer, served, meter)
+    open_paths = {"/health"}
+    for file in sorted(file for file in PAGE.glob("*.*") if file.suffix in PAGE_SUFFIXES):
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        open_paths.add(path)
+        _serve_file(app, path, file)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, http: Request):
+        return await api.complete(body, http)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, http: Request):
+        return await api.complete(body, http)
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [served.card(created)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        schema.check_fields(schema.Sampling(model=name), served.id)
+        return served.card(created)
+
+    @app.post("/tokenize")
+    async def tokenize(body: schema.TokenizeBody):
+        schema.check_chars([body.prompt])
+        if body.prompt in tokenizer.special:  # alone: how clients ask for the id of a special token
+            ids = [tokenizer.special_id(body.prompt)]
+        else:
+            bos = bool(body.add_special_tokens)
+            ids = await asyncio.to_thread(tokenizer.encode, body.prompt, bos=bos)
+        return {"tokens": ids, "count": len(ids), "max_model_len": served.max_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: schema.DetokenizeBody):
+        return {"prompt": tokenizer.decode([id for id in body.tokens if id < tokenizer.vocab_size])}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info():
+        ends = "<|assistant_end|>" if served.chat else "<|bos|>"
+        names = {"bos_token": "<|bos|>", "eos_token": ends, "pad_token": "<|bos|>"}
+        return names | {"tokenizer_class": "nanochat-jax", "vocab_size": tokenizer.vocab_size}
+
+    @app.post("/render")
+    async def render(body: schema.RenderBody):
+        from nanochat_jax.serve import markdown  # pyright: ignore[reportAttributeAccessIssue]
+
+        schema.check_chars([body.text])
+        return {"html": await asyncio.to_thread(markdown.render, body.text)}
+
+    @app.get("/health")
+    async def health():
+        if (state := pool.health()) != "ok":
+            raise ApiError(503, f"the server is {state}", kind="server_error", code=state)
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(generate_latest(meter.registry), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(ApiError)
+    async def told(_, error: ApiError):
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(_, error: RequestValidationError):
+        return error_response(schema.first_mistake(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(http: Request, error: HTTPException):
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def ours(_, error: Exception):  # it is logged with its traceback
+        what = f"the server failed ({type(error).__name__}); its log says more"
+        return error_response(ApiError(500, what, kind="server_error"))
+
+    app.add_middleware(
+        Guard,
+        key=access.key,
+        hosts=access.hosts,
+        max_body_bytes=access.max_body_bytes,
+        open_paths=open_paths,
+        on_end=meter.on_end,
+    )
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+def _serve_file(app: FastAPI, path: str, file: Path) -> None:
+    @app.get(path, include_in_schema=False)
+    async def send():
+        return FileResponse(file, headers={"cache-control": "no-cache"})
+
+
+class Server(uvicorn.Server):
+    """uvicorn that finishes the answers when it is asked to end, and ends when asked again."""
+
+    def __init__(self, config: uvicorn.Config, pool: Pool):
+        super().__init__(config)
+        self.pool, self.asked = pool, 0
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.asked += 1
+        self.pool.draining = True
+        if self.asked > 1:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.asked == 1 and not self.pool.texts:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Bound, not listening yet: so that a port that is taken is told before the model is loaded."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"{host}:{port} cannot be listened at ({error}); try another --port"
+        ) from None
+    return sock
+
+
+def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str]) -> Access:
+    """Who may use a server that listens at `host`. UserError for a public one without a key."""
+    if host in LOOPBACK:
+        return Access(key, ("127.0.0.1", "localhost", "[::1]"), tuple(origins))
+    if not (key or allow_public):
+        raise UserError(
+            f"--host={host} can be reached from other machines, and everybody there could use it; "
+            "set a key with --api-key or $NANOCHAT_API_KEY, or say --allow-public"
+        )
+    return Access(key, (), tuple(origins))
+
+
+def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
+    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=FLUSH_SECS,
+    )
+    server = Server(config, pool)
+    server.run(sockets=[sock])
+    if server.force_exit:
+        os._exit(1)  # threads of engines may be in the middle of a step
