@@ -167,8 +167,11 @@ def test_signal_reaches_the_stage_and_its_status_is_kept(clone, sent):
 PAGE = """#!/bin/sh
 case "$1 $2" in *version_info*) echo 3.12.1; exit ;; esac
 case "$*" in
-  *--serve*) echo "$*" >>"$CALLS"; trap 'echo ended >>"$CALLS"; exit 9' TERM; sleep 9 >/dev/null 2>&1 & wait $! ;;
-  *data.py*) for i in 1 2 3 4 5 6 7 8 9; do grep -q serve "$CALLS" || sleep 0.2; done 2>/dev/null ;;
+  *--serve*)
+    echo "$*" >>"$CALLS"
+    trap 'echo ended >>"$CALLS"; exit 9' TERM
+    sleep 9 >/dev/null 2>&1 & wait $! ;;
+  *data.py*) for i in 1 2 3 4 5 6 7 8 9; do grep -qs serve "$CALLS" || sleep 0.2; done ;;
   *train.py*) exit 75 ;;
 esac
 """

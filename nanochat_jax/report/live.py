@@ -6,26 +6,18 @@ again only when its files have changed, and never so often that it would take mo
 of a core. ROUTES are mounted by scripts/report.py --serve and by the chat server.
 """
 
-import os
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import psutil
-import uvicorn
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from nanochat_jax.common import UserError, base_dir, log, run_dir
+from nanochat_jax.common import base_dir, run_dir
 from nanochat_jax.report import plots
 from nanochat_jax.report.page import TEMPLATES, render, report_facts, shown
 from nanochat_jax.report.read import TRAINED, Stage, begun, files, read_stage
@@ -41,8 +33,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; "
     "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-HEADERS |= {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
 
 
 class Kept:
@@ -200,32 +191,3 @@ ROUTES = [
     Route("/report/page/live.js", script),
     Route("/report/{run}", run_page),
 ]
-
-
-def serve(host: str, port: int, until: int | None, run: str | None) -> None:
-    """Serve these pages alone. port: 0 is any; until: the process with which this one ends."""
-    here = ["127.0.0.1", "localhost", "::1"]
-    # A page of another site whose name leads to this machine is not answered.
-    guard = [Middleware(TrustedHostMiddleware, allowed_hosts=here)] if host in here else []
-    start = Route("/", lambda _: RedirectResponse("/report"))
-    app = Starlette(routes=[start, *ROUTES], middleware=guard)
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        what = "expected a free port of this machine; --port=0 takes any"
-        raise UserError(f"--host={host} --port={port}: {error.strerror}, {what}") from None
-    os.nice(10)  # training goes first
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    if until:
-        threading.Thread(target=_end_with, args=(until, server), daemon=True).start()
-    name = f"[{host}]" if ":" in host else host
-    path = f"/{quote(run)}" if run else ""
-    log(f"watch it: http://{name}:{listener.getsockname()[1]}/report{path}")
-    server.run(sockets=[listener])
-
-
-def _end_with(process: int, server: uvicorn.Server) -> None:
-    while psutil.pid_exists(process):
-        time.sleep(1)
-    server.should_exit = True
