@@ -102,7 +102,7 @@ def now(run: str) -> tuple[dict[str, Any] | None, list[str]]:
         "tokens/s": facts.get("tokens_per_sec") and f"{facts['tokens_per_sec']:,.0f}",
         "MFU": facts.get("mfu") and f"{facts['mfu']:.1%}",
         "time left": left and format_secs(left),
-        "of the run": whole and f"about {format_secs(whole)}",
+        "of the run, about": whole and format_secs(whole),
     }
     figures = {name: value for name, value in figures.items() if value is not None}
     doing = {"stage": stage.name, "state": state, "steps": steps, "num_steps": num_steps}
@@ -120,7 +120,7 @@ def run_page(request: Request) -> Response:
     name = request.path_params["run"]
     if name not in run_names():
         problem = f"There is no run {name} in {base_dir() / 'runs'} yet."
-        return page(404, False, {"name": name, "problems": [problem]})
+        return page(404, True, {"name": name, "problems": [problem]})
     try:
         doing, _ = now(name)
         if doing is None:

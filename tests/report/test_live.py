@@ -72,7 +72,7 @@ def test_a_run_is_given_three_times_its_longest_evaluation(runs, site):
 
 def test_the_time_left_of_the_run_counts_the_stages_to_come(runs, site):
     write_stage(runs / "a", "base", steps(10), later_tokens=32_768 * 100.0)
-    assert "<dt>of the run</dt><dd>about 1m42s</dd>" in site.get("/report/a").text  # 2.5 s + 100 s
+    assert "<dt>of the run, about</dt><dd>1m42s</dd>" in site.get("/report/a").text  # 2.5 s + 100 s
 
 
 def test_a_page_follows_its_file_and_leaves_out_a_line_that_is_being_written(runs, site):
