@@ -198,16 +198,19 @@ def test_of_a_long_run_few_points_are_kept_and_every_spike(runs):
 
 @pytest.fixture
 def served(runs):
-    """(address, process) of the script, which ends with another process."""
+    """(address, process) of the script, and the process with which it ends."""
     write_stage(runs / "tiny", "base", steps(3))
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    command = [sys.executable, str(ROOT / "scripts" / "report.py"), "--serve", "--port=0"]
-    command += ["--config=configs/tiny.py", f"--until={other.pid}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        yield re.findall(r"http://\S+", process.stdout.readline())[0], process, other
-        other.kill()
-        other.wait()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleeps) as other:
+        command = [sys.executable, str(ROOT / "scripts" / "report.py"), "--serve", "--port=0"]
+        command += ["--config=configs/tiny.py", f"--until={other.pid}"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout
+                yield process.stdout.readline().split()[-1], process, other
+            finally:
+                other.kill()
+                other.wait()
 
 
 def test_the_script_serves_this_machine_until_another_process_ends(served):
