@@ -37,46 +37,24 @@ def get_config() -> ConfigDict:
     c = gpt2.modern(default.get_config())
     c.run.name = "demo"
     c.tokenizer.vocab_size = 4_096
-    c.data.name = "demo"
-    c.data.num_lanes = 4
+    c.data.update(name="demo", num_lanes=4)
     c.data.packing = "stream"  # best_fit would cut two fifths of so little text away
     c.model.update(depth=4, aspect_ratio=48, head_dim=64, seq_len=256)
     c.optim.scale_by_batch = False  # its reference, half a million tokens a step, is too far away
-    c.base.num_steps = 400
-    c.base.total_batch_tokens = 8_192
-    c.base.device_batch_size = 32
-    c.base.eval_every = c.base.save_every = 100
-    c.base.sample_every = 200
-    c.mid.mixture = MID_MIXTURE
-    c.mid.val_mixture = ("chitchat test", "arithmetic test", "spelling_bee test")
-    c.mid.packing = "best_fit"
-    c.mid.embed_lr = c.optim.embed_lr
-    c.mid.unembed_lr = c.rl.unembed_lr = c.optim.unembed_lr
-    c.mid.warm_start = True
-    c.mid.eval_every = c.mid.save_every = 50
-    c.sft.mixture = SFT_MIXTURE
-    c.sft.val_mixture = c.mid.val_mixture
-    c.sft.device_batch_size = 32
-    c.sft.lr_frac = 0.5
-    c.sft.eval_every = c.sft.save_every = 50
-    c.rl.task = "arithmetic train"
-    c.rl.val_task = "arithmetic test"
-    c.rl.num_steps = 20
-    c.rl.questions_per_step = 64
-    c.rl.samples = 8
-    c.rl.max_new_tokens = 80
-    c.rl.device_batch_size = 64
-    c.rl.lr_frac = 0.2
+    c.base.update(num_steps=400, total_batch_tokens=8_192, device_batch_size=32)
+    c.base.update(eval_every=100, sample_every=200, save_every=100)
+    c.mid.update(mixture=MID_MIXTURE, packing="best_fit", warm_start=True)
+    c.mid.update(embed_lr=c.optim.embed_lr, unembed_lr=c.optim.unembed_lr)
+    c.sft.update(mixture=SFT_MIXTURE, device_batch_size=32, lr_frac=0.5)
+    for stage in (c.mid, c.sft):
+        stage.val_mixture = ("chitchat test", "arithmetic test", "spelling_bee test")
+        stage.update(eval_every=50, save_every=50)
+    c.rl.update(task="arithmetic train", val_task="arithmetic test", num_steps=20)
+    c.rl.update(questions_per_step=64, samples=8, max_new_tokens=80, device_batch_size=64)
+    c.rl.update(lr_frac=0.2, scalar_frac=0.0, unembed_lr=c.optim.unembed_lr)
     c.rl.embed_lr = 0.02  # so few rewards move rare tokens at random
-    c.rl.scalar_frac = 0.0
-    c.rl.eval_every = c.rl.save_every = 10
-    c.rl.eval_questions = 256
-    c.rl.eval_samples = 4
-    c.eval.core = False
+    c.rl.update(eval_every=10, save_every=10, eval_questions=256, eval_samples=4)
+    c.eval.update(core=False, val_tokens=262_144, prompts=PROMPTS, sample_tokens=48)
     c.eval.chat_tasks = ("arithmetic test", "spelling_bee test", "simple_spelling test")
-    c.eval.chat_problems = 512
-    c.eval.chat_max_new_tokens = 96
-    c.eval.val_tokens = 262_144
-    c.eval.prompts = PROMPTS
-    c.eval.sample_tokens = 48
+    c.eval.update(chat_problems=512, chat_max_new_tokens=96)
     return c

@@ -13,26 +13,13 @@ from configs import default
 def modern(c: ConfigDict) -> ConfigDict:
     """Architecture, optimizer and schedule of the modern recipe, for any depth."""
     c.tokenizer.vocab_size = 32_768
-    c.model.rope_base = 100_000.0
-    c.model.window_pattern = "SSSL"
-    c.model.qk_scale = 1.2
-    c.model.round_width = True
-    c.model.extras = True
-    c.model.embed_init_std = 0.8
-    c.model.fc_init_scale = 0.4
-    c.optim.recipe = "modern"
-    c.optim.unembed_lr = 0.008
-    c.optim.weight_decay = 0.28
-    c.optim.momentum = 0.97
-    c.optim.momentum_end = 0.90
-    c.optim.momentum_warmup_steps = 400
-    c.optim.grad_clip = 0.0
+    c.model.update(rope_base=100_000.0, window_pattern="SSSL", qk_scale=1.2, round_width=True)
+    c.model.update(extras=True, embed_init_std=0.8, fc_init_scale=0.4)
+    c.optim.update(recipe="modern", unembed_lr=0.008, weight_decay=0.28, grad_clip=0.0)
+    c.optim.update(momentum=0.97, momentum_end=0.90, momentum_warmup_steps=400)
     c.optim.scale_by_batch = True
-    c.base.horizon_params = "matrices_and_head"
-    c.base.tokens_per_param = 12.0
-    c.base.warmup_steps = 40
-    c.base.warmdown_frac = 0.65
-    c.base.final_lr_frac = 0.05
+    c.base.update(horizon_params="matrices_and_head", tokens_per_param=12.0)
+    c.base.update(warmup_steps=40, warmdown_frac=0.65, final_lr_frac=0.05)
     c.mid.mixture = ()  # folded into SFT
     # Upstream's, and three that it dropped: who the assistant is (identity), and how words are
     # spelled and letters counted.
@@ -44,16 +31,10 @@ def modern(c: ConfigDict) -> ConfigDict:
         "simple_spelling train[:200000]",
         "spelling_bee train[:80000]",
     )
-    c.sft.val_mixture = c.mid.val_mixture
-    c.sft.packing = "best_fit"
-    c.sft.batch_rows = 0  # as many as in base
-    c.sft.device_batch_size = 16
-    c.sft.lr_frac = 0.8
-    c.sft.embed_lr = c.optim.embed_lr
-    c.sft.unembed_lr = c.optim.unembed_lr
-    c.sft.momentum_warmup_steps = 300
-    c.sft.warmdown_frac = 0.5
-    c.sft.warm_start = True
+    c.sft.update(val_mixture=c.mid.val_mixture, packing="best_fit", warm_start=True)
+    c.sft.update(batch_rows=0, device_batch_size=16)  # as many rows a step as in base
+    c.sft.update(lr_frac=0.8, embed_lr=c.optim.embed_lr, unembed_lr=c.optim.unembed_lr)
+    c.sft.update(momentum_warmup_steps=300, warmdown_frac=0.5)
     return c
 
 

@@ -32,11 +32,10 @@ class Accelerator:
     usd_per_hour: float  # one device, rented on demand
 
 
-# The first row wins whose words all occur in a name ("L4" does not in "L40S").
-# Sources: the makers' datasheets; for GeForce and RTX architecture papers; for TPUs (a chip)
-# cloud.google.com/tpu/docs and list prices. V100 and T4 have no bfloat16 units: float16 rates.
-# Prices: H100, A100 and V100 are upstream's ($24 an hour for 8xH100), to compare costs with it; the
-# others are typical on-demand rates of specialised GPU clouds, rounded, 2026-05.
+# The first row wins whose words all occur in a name. Sources: the makers' datasheets; for GeForce
+# and RTX architecture papers; for TPUs (a chip) cloud.google.com/tpu/docs and list prices. V100 and
+# T4 have no bfloat16 units: float16 rates. Prices: H100, A100 and V100 are upstream's ($24 an hour
+# for 8xH100); the others are typical on-demand rates of GPU clouds, rounded, 2026-05.
 ACCELERATORS = (
     Accelerator(("gb200",), 2.5e15, 186 * GB, 8.0e12, 6.00),
     Accelerator(("b200",), 2.25e15, 180 * GB, 7.7e12, 5.50),
@@ -108,33 +107,31 @@ def check_fp8(device: Any, compute_dtype: str) -> None:
     capability = str(getattr(device, "compute_capability", "none"))  # "9.0"; on AMD "gfx942"
     major = capability.partition(".")[0]
     if not (major.isdecimal() and int(major) >= 9 and compute_dtype == "bfloat16"):
+        got = f"{device.device_kind} (compute capability {capability}) and {compute_dtype}"
         raise UserError(
-            f"config.model.fp8_layers got {device.device_kind} (compute capability {capability}) "
-            f"and compute_dtype {compute_dtype}, expected an NVIDIA GPU of 9.0 (Hopper) or later "
+            f"config.model.fp8_layers got {got}, expected an NVIDIA GPU of 9.0 (Hopper) or later "
             "and bfloat16; train without: --config.model.fp8_layers='()'"
         )
 
 
 @functools.cache
-def measured_matmul_flops(budget_secs: float = 0.5) -> float:
-    """FLOP/s of the fastest float32 matrix product seen within `budget_secs` on JAX's first device.
+def measured_matmul_flops() -> float:
+    """FLOP/s of the fastest float32 matrix product seen within half a second on JAX's first device.
 
     The size grows until one product takes long enough to fill every core and be timed well.
     """
     import jax
     import jax.numpy as jnp
 
-    multiply = jax.jit(jnp.matmul)
-    best_flops, size, stop = 0.0, 512, time.perf_counter() + budget_secs
+    best_flops, size, stop = 0.0, 512, time.perf_counter() + 0.5
     while time.perf_counter() < stop:
         a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
-        multiply(a, a).block_until_ready()  # compiled, and pages touched
+        (a @ a).block_until_ready()  # compiled, and pages touched
         start = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        (a @ a).block_until_ready()
         secs = time.perf_counter() - start
         best_flops = max(best_flops, 2 * size**3 / secs)
-        if secs < 0.02 and size < 8192:
-            size *= 2
+        size *= 2 if secs < 0.02 and size < 8192 else 1
     return best_flops
 
 
@@ -176,9 +173,7 @@ def _version(package: str) -> str | None:
 
 def cpu_cores() -> int:
     """Cores this process may use, which a container or taskset makes fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usable_cpus(cgroups: Path = CGROUPS) -> int:
@@ -205,11 +200,9 @@ def _numbers(limit_file: Path) -> list[int]:
 
 def nvidia_driver_and_memory() -> tuple[str | None, int | None]:
     """Driver version and bytes of the first NVIDIA GPU; None where nvidia-smi does not tell."""
-    query = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
+    ask = "nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader,nounits".split()
     try:
-        said = subprocess.check_output(
-            ["nvidia-smi", *query], stderr=subprocess.DEVNULL, text=True, timeout=10
-        )
+        said = subprocess.check_output(ask, stderr=subprocess.DEVNULL, text=True, timeout=10)
         driver, mebibytes = said.splitlines()[0].split(",")
         return driver, int(mebibytes) * 2**20
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):

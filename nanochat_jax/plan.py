@@ -7,9 +7,7 @@ A training step is taken as four terms, one after the other:
   reduce   float32 gradients, summed and left divided (reduce-scatter)
   gather   bfloat16 working copies of the weights, from the divided masters (all-gather)
 
-A collective over B bytes moves B (G-1)/G bytes through each GPU's link in a node of G GPUs, then
-B/G (M-1)/M bytes over its share of the network between M nodes. Latencies are left out, and so is
-what kernels lose when a GPU has few rows. scripts/bench/memory.py asks the compiler about memory.
+Latencies are left out, and so is what kernels lose when a GPU has few rows.
 """
 
 import functools
@@ -39,11 +37,16 @@ MUON_ITERATIONS = 5
 MUON_UTILISATION = 0.6  # of the peak, by its square bfloat16 products
 GPUS_PER_NODE = 8
 SCALE = (1, 8, 64, 1024)  # GPUs in the table
-# Bytes/s per GPU and direction. In a node: bus bandwidth that NCCL reaches on NVLink 3, 4 and 5, or
-# over PCIe 4 x16. Between nodes: line rates, 400 Gbit/s of InfiniBand for each GPU, or 100 Gbit/s
-# of Ethernet for a node of eight.
-NVLINK = {"a100": 230e9, "h100": 370e9, "h200": 370e9, "gh200": 370e9, "b200": 700e9}
-NVLINK["gb200"] = NVLINK["b200"]
+# Bytes/s per GPU and direction. In a node: bus bandwidth that NCCL reaches on NVLink, or over PCIe
+# 4 x16. Between nodes: line rates, of Ethernet 100 Gbit/s for a node of eight.
+NVLINK = {
+    "a100": 230e9,
+    "h100": 370e9,
+    "h200": 370e9,
+    "gh200": 370e9,
+    "b200": 700e9,
+    "gb200": 700e9,
+}
 PCIE = 20e9
 NETWORKS = {"infiniband": 50e9, "ethernet": 12.5e9 / GPUS_PER_NODE}
 
@@ -76,7 +79,6 @@ class Step:
 
     @property
     def efficiency(self) -> float:
-        """Share of the time that goes into the model; more if communication overlaps with it."""
         return self.terms["model"] / self.secs
 
 
@@ -90,8 +92,9 @@ def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, net
     available = MEMORY_SHARE * card.memory_bytes
     fitting = [layout for layout in layouts if sum(sizes[layout].values()) <= available]
     layout = (fitting or layouts[-1:])[0]
-    tokens = share * shards * model.seq_len
-    params, (matrices, muon_flops) = param_counts(model)["total"], muon_work(model)
+    rows = share * shards
+    tokens, params = rows * model.seq_len, param_counts(model)["total"]
+    matrices, muon_flops = muon_work(model)
     most = -(-matrices // num_gpus) / matrices  # of the GPU that has most of Muon's matrices
     terms = {
         "model": tokens * train_flops_per_token(model) / (num_gpus * card.peak_flops * mfu),
@@ -99,8 +102,7 @@ def step_on(config: Recipe, card: Accelerator, num_gpus: int, *, mfu: float, net
         "reduce": collective_secs(4 * params, num_gpus, card, network),
         "gather": collective_secs(2 * params, num_gpus, card, network),
     }
-    rows, memory = share * shards, sizes[layout]
-    return Step(num_gpus, share, rows, tokens, layout, memory, bool(fitting), terms)
+    return Step(num_gpus, share, rows, tokens, layout, sizes[layout], bool(fitting), terms)
 
 
 def step_bytes(config: Recipe, layout: Layout, share: int, num_gpus: int) -> dict[str, float]:
@@ -122,7 +124,8 @@ def step_bytes(config: Recipe, layout: Layout, share: int, num_gpus: int) -> dic
 
 
 def collective_secs(size: float, num_gpus: int, card: Accelerator, network: str) -> float:
-    """Seconds to reduce-scatter or all-gather `size` bytes over all GPUs."""
+    """Seconds to reduce-scatter or all-gather `size` bytes over all GPUs: each moves its part over
+    the links of its node of G, then 1/G of it over its share of the network between nodes."""
     in_node = min(num_gpus, GPUS_PER_NODE)
     nodes = num_gpus / in_node
     link = PCIE if "pcie" in card.words else NVLINK.get(card.words[0], PCIE)
@@ -132,8 +135,8 @@ def collective_secs(size: float, num_gpus: int, card: Accelerator, network: str)
 
 @functools.cache
 def muon_work(model: GPTConfig) -> tuple[int, int]:
-    """(number of Muon's matrices, FLOPs to orthogonalise them once). An iteration on m x n, m <= n:
-    X X' and (...) X take 2 m m n each, the square of X X' 2 m^3."""
+    """(number of Muon's matrices, FLOPs to orthogonalise them): for m x n, m <= n, an iteration
+    takes 2 m m n for X X' and for (...) X, 2 m^3 for the square of X X'."""
     shapes = [leaf.shape for path, leaf in param_shapes(model).items() if label(path) == "muon"]
     flops = sum(4 * m * m * n + 2 * m**3 for m, n in map(sorted, shapes))
     return len(shapes), MUON_ITERATIONS * flops
@@ -143,9 +146,8 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     """What each part of a whole run takes, in their order, as tokens that base trains on in the
     same time. A recipe's own numbers of steps count; the rest is assumed (see the constants above).
     Compiling, starting and preparing data are left out."""
-    b, e, r = config.base, config.eval, config.rl
-    seq_len, read = config.model.seq_len, 1 / 3
-    write = WRITE_COST["cpu" if platform == "cpu" else "gpu"]
+    b, e, r, seq_len = config.base, config.eval, config.rl, config.model.seq_len
+    validation, write = e.val_tokens / 3, WRITE_COST[platform]  # reading: a third of training
 
     def checks(section, steps: float) -> float:  # validations, the one at the end included
         return 1 + (steps // section.eval_every if section.eval_every else 0)
@@ -153,12 +155,10 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
     def answers(count: float, max_new_tokens: int) -> float:
         return count * max_new_tokens * ANSWER_FRAC * write
 
-    core = CORE_TOKENS * CORE_TASKS * read if e.core else 0
-    costs = {"base": b.num_steps * b.total_batch_tokens}
-    costs["base"] += checks(b, b.num_steps) * e.val_tokens * read
-    if b.core_every:
-        costs["base"] += b.num_steps // b.core_every * core * e.core_loop_per_task
-    costs["base_eval"] = 2 * e.val_tokens * read + core * (e.core_per_task or CORE_ROWS)
+    core = CORE_TOKENS * CORE_TASKS / 3 if e.core else 0
+    in_base = b.num_steps // b.core_every * core * e.core_loop_per_task if b.core_every else 0
+    costs = {"base": _base_tokens(config) + checks(b, b.num_steps) * validation + in_base}
+    costs["base_eval"] = 2 * validation + core * (e.core_per_task or CORE_ROWS)
     problems = sum(min(_rows(spec), e.chat_problems or OTHER_ROWS) for spec in e.chat_tasks)
     chat_eval = answers(problems * e.chat_samples, e.chat_max_new_tokens)
     for name, section in (("mid", config.mid), ("sft", config.sft)):
@@ -167,8 +167,7 @@ def stage_costs(config: Recipe, platform: str) -> dict[str, float]:
             frac = CHAT_FRAC if section.packing == "rows" else 1.0  # of a row that is filled
             all_steps = sum(map(_rows, section.mixture)) * CHAT_FRAC / frac / rows
             steps = min(section.num_steps or all_steps, all_steps)
-            costs[name] = steps * rows * seq_len * frac
-            costs[name] += checks(section, steps) * e.val_tokens * read
+            costs[name] = steps * rows * seq_len * frac + checks(section, steps) * validation
             costs[f"{name}_eval"] = chat_eval
     if r.task:
         steps = r.num_steps or _rows(r.task) // r.questions_per_step
@@ -203,9 +202,8 @@ def plan(config: Recipe, *, gpu: str, num_gpus: int, mfu: float, network: str) -
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu got {mfu}, expected a fraction between 0 and 1")
     derived, m = recipe.resolve(config, platform="gpu", num_devices=num_gpus), config.mesh
-    if m.data * m.fsdp * m.tensor != num_gpus:
-        sizes = f"{m.data} x {m.fsdp} x {m.tensor}"
-        raise UserError(f"config.mesh got data, fsdp, tensor = {sizes}, expected {num_gpus} in all")
+    if (size := m.data * m.fsdp * m.tensor) != num_gpus:
+        raise UserError(f"config.mesh got data x fsdp x tensor = {size}, expected {num_gpus}")
     recipe.rows_per_step(config, m.data * m.fsdp)  # UserError unless the batch divides evenly
     on = functools.partial(step_on, config, card, mfu=mfu, network=network)
     step, price = on(num_gpus), f"${card.usd_per_hour:.2f} each and hour"
@@ -244,11 +242,9 @@ def _text(config: Recipe) -> dict[str, str]:
 
 def _memory(config: Recipe, card: Accelerator, step: Step) -> dict[str, str]:
     state, too_much = state_bytes(recipe.gpt_config(config)), "" if step.fits else ", too much"
-    sizes = step.memory | {
-        "whole step": sum(step.memory.values()),
-        "JAX takes of a device": MEMORY_SHARE * card.memory_bytes,
-        "a checkpoint (disk)": state["params"] + state["optimizer"],
-    }
+    sizes = step.memory | {"whole step": sum(step.memory.values())}
+    sizes["JAX takes of a device"] = MEMORY_SHARE * card.memory_bytes
+    sizes["a checkpoint (disk)"] = state["params"] + state["optimizer"]
     lines = {name: f"{size / GIB:6.1f} GiB" for name, size in sizes.items()}
     lines["whole step"] += f": {step.layout}{too_much}"
     lines["a checkpoint (disk)"] += f", kept: {config.base.keep_checkpoints} + 1"
@@ -269,8 +265,8 @@ def _time(config: Recipe, card: Accelerator, step: Step, mfu: float) -> dict[str
         return lines | {"time and cost": "none: a step does not fit into the memory"}
     lines["tokens per second"] = f"{step.tokens / step.secs:,.0f}, communication included"
     costs = stage_costs(config, "gpu")
+    costs["all of it"] = sum(costs.values())
     costs = {f"{name.replace('_', ' ')}, about": tokens for name, tokens in costs.items()}
-    costs |= {"all of it, about": sum(costs.values())}
     for name, tokens in ({"pretraining alone": _base_tokens(config)} | costs).items():
         lines[name] = "{:>7}  {}".format(*_time_and_cost(tokens, card, step))
     return lines
@@ -288,13 +284,11 @@ def _scale(config: Recipe, card: Accelerator, on: Callable[[int], Step]) -> dict
         cells += [f"  batch x {times:g}: learns less from a token"] * (times > 1)
         table[f"{step.num_gpus:,} GPUs"] = cells
     lines = {name: "".join(f"{cell:>10}" for cell in cells) for name, cells in table.items()}
+    lines["useful"] = "share of the time in the model; more if communication overlaps with it"
     best = most_gpus(config, on)
     efficient = f"{best.num_gpus:,} GPUs: {best.efficiency:.0%} useful"
-    return lines | {
-        "assumed": "float32 gradients reduce-scattered, bfloat16 weights gathered, Muon divided",
-        "useful": "share of the time in the model; more if communication overlaps with it",
-        "efficient up to": efficient if best.fits else "none: too much for the memory",
-    }
+    none = "none: too much for the memory"
+    return lines | {"efficient up to": efficient if best.fits else none}
 
 
 def most_gpus(config: Recipe, on: Callable[[int], Step]) -> Step:

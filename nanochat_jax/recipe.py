@@ -26,12 +26,10 @@ REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383
 
 # What keys of these names may be at least; a 0 that is allowed means "all" or "as in base".
-LEAST: dict[str, int] = dict.fromkeys(
-    ("num_steps", "batch_rows", "eval_questions", "chat_problems"), 0
-)
-LEAST |= dict.fromkeys(("base.num_steps", "total_batch_tokens", "device_batch_size"), 1)
-LEAST |= dict.fromkeys(("questions_per_step", "samples", "pass_rows", "slots", "eval_samples"), 1)
-LEAST |= dict.fromkeys(("max_new_tokens", "chat_slots", "chat_samples", "chat_max_new_tokens"), 1)
+LEAST: dict[str, int] = {"chat_problems": 0, "num_steps": 0, "batch_rows": 0, "eval_questions": 0}
+LEAST |= dict.fromkeys("base.num_steps total_batch_tokens device_batch_size".split(), 1)
+LEAST |= dict.fromkeys("questions_per_step samples pass_rows slots eval_samples".split(), 1)
+LEAST |= dict.fromkeys("max_new_tokens chat_slots chat_samples chat_max_new_tokens".split(), 1)
 
 
 class Derived(NamedTuple):
@@ -72,8 +70,7 @@ def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]
     steps = max(1, horizon_tokens(config, m.depth) // b.total_batch_tokens)
     formula = f"{b.tokens_per_param:g} tokens x parameters ({b.horizon_params})"
     fill("base", "num_steps", steps, f"{formula} / total_batch_tokens")
-    missing = [key for key, value in flatten(config).items() if value is None]
-    assert not missing, missing
+    assert None not in flatten(config).values()
     return derived
 
 
@@ -84,8 +81,7 @@ def _check_values(config: Recipe) -> None:
             raise UserError(f"config.{key} got {value}, expected {least} or more")
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             raise UserError(f"config.{key} got {value!r}, expected strings in it")
-    r = config.rl
-    if r.samples % r.pass_rows:
+    if (r := config.rl).samples % r.pass_rows:
         expected = f"a divisor of config.rl.samples ({r.samples})"
         raise UserError(f"config.rl.pass_rows got {r.pass_rows}, expected {expected}")
     if r.temperature <= 0:
@@ -130,12 +126,11 @@ def _expect(key: str, got, known: tuple[str, ...], parts: Sequence[str] | None =
 
 def horizon_tokens(config: Recipe, depth: int) -> int:
     """Tokens to train for at `depth`, everything else as in the recipe."""
+    counted = {"all": ("total",), "matrices_and_head": ("transformer_matrices", "lm_head")}
     kind = config.base.horizon_params
-    _expect("base.horizon_params", kind, ("all", "matrices_and_head"))
+    _expect("base.horizon_params", kind, tuple(counted))
     counts = param_counts(gpt_config(_at_depth(config, depth)))
-    matrices_and_head = counts["transformer_matrices"] + counts["lm_head"]
-    counted = counts["total"] if kind == "all" else matrices_and_head
-    return int(config.base.tokens_per_param * counted)
+    return int(config.base.tokens_per_param * sum(counts[name] for name in counted[kind]))
 
 
 def scaled_batch_tokens(config: Recipe) -> int:
@@ -156,50 +151,37 @@ def weight_decay(config: Recipe) -> float:
 
 
 def optim_config(
-    config: Recipe,
-    platform: str,
-    *,
-    embed_lr: float | None = None,
-    unembed_lr: float | None = None,
-    lr_frac: float = 1.0,
-    scalar_frac: float = 1.0,
+    config: Recipe, platform: str, *, lr_frac: float = 1.0, scalar_frac: float = 1.0, **own: float
 ) -> OptimConfig:
-    """Learning rates at the start. Stages after base give embed_lr and unembed_lr of their own and
+    """Learning rates at the start. Stages after base give their `own` embed_lr and unembed_lr and
     the fraction of the other rates that they take; they do not scale rates by the batch."""
     o = config.optim
     _expect("optim.recipe", o.recipe, ("classic", "modern"))
     if config.model.extras and o.recipe == "classic":
-        got = "config.optim.recipe got classic with model.extras, expected modern"
-        raise UserError(f"{got}: it alone has settings for the extra parameters")
+        what = "expected modern: it alone has settings for the extra parameters"
+        raise UserError(f"config.optim.recipe got classic with model.extras, {what}")
+    rates = {"embed_lr": o.embed_lr, "unembed_lr": o.unembed_lr} | own
     return OptimConfig(
         recipe=o.recipe,
-        embed_lr=lr_frac * (o.embed_lr if embed_lr is None else embed_lr),
-        unembed_lr=lr_frac * (o.unembed_lr if unembed_lr is None else unembed_lr),
+        embed_lr=lr_frac * rates["embed_lr"],
+        unembed_lr=lr_frac * rates["unembed_lr"],
         matrix_lr=lr_frac * o.matrix_lr,
         scalar_lr=lr_frac * scalar_frac * o.scalar_lr,
         smear_lr=lr_frac * scalar_frac * o.smear_lr,
-        lr_scale=lr_scale(config) if embed_lr is None else 1.0,
+        lr_scale=1.0 if own else lr_scale(config),
         ns_dtype="bfloat16" if platform == "gpu" else "float32",
     )
 
 
-def rows_per_step(config: Recipe, row_shards: int) -> tuple[int, int]:
-    """(rows of a step of base, the most a device works on at once)."""
+def rows_per_step(config: Recipe, row_shards: int) -> int:
+    """Rows of a step of base."""
     tokens, seq_len = config.base.total_batch_tokens, config.model.seq_len
-    rows, rest = divmod(tokens, seq_len)
-    if rest or rows % row_shards or not rows:
-        got = f"config.base.total_batch_tokens got {tokens}, expected a multiple of"
+    if tokens % (row_shards * seq_len):
         what = f"{row_shards} row shards x seq_len {seq_len} = {row_shards * seq_len}"
-        raise UserError(f"{got} {what}")
-    return rows, rows_at_once("base", rows, row_shards, config.base.device_batch_size)
-
-
-def rows_at_once(stage: str, rows: int, row_shards: int, limit: int) -> int:
-    """The most rows a device works on at once: a divisor of its share, at most `limit`."""
-    if rows % row_shards:
-        raise UserError(f"{stage}: got {rows} rows a step, expected a multiple of {row_shards}")
-    share = rows // row_shards
-    return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
+        raise UserError(
+            f"config.base.total_batch_tokens got {tokens}, expected a multiple of {what}"
+        )
+    return tokens // seq_len
 
 
 def _at_depth(config: Recipe, depth: int) -> Recipe:
@@ -220,18 +202,15 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
     may_change: keys, or prefixes of keys, that decide where and how often but never what.
     """
     refused = []
-    for key in before | now:
-        was, value = before.get(key), now.get(key)
+    for key in [key for key in before | now if key not in REMOVED]:
+        was, value = _plain(before.get(key)), _plain(now.get(key))
         line = f"config.{key} was {was!r}, now {value!r}"
-        if key in REMOVED or _plain(was) == _plain(value):
-            continue
-        if key.startswith(may_change):
+        if was != value and key.startswith(may_change):
             log(f"  {line} (allowed)")
-        else:
+        elif was != value:
             refused.append(line)
     if refused:
-        allowed = f" (these may change: {', '.join(may_change)})" if may_change else ""
-        how = f"take these back, or choose another --config.run.name{allowed}"
+        how = f"take back, or choose another --config.run.name; may change: {', '.join(may_change)}"
         raise UserError(f"{what} was made with another recipe: {'; '.join(refused)}; {how}")
 
 

@@ -55,10 +55,12 @@ def main() -> int:
     interactive = args.question is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         found, model, mesh, params, tokenizer = open_model(config, args.stage or None)
-        # One token a burst shows it at once; where nobody watches, many at a time are faster.
-        sizes = {"slots": 1, "max_len": model.seq_len, "burst": 1 if interactive else 16}
-        base, tool = found.stage == "base", args.tool or "calculator"
-        engine = make_engine(model, mesh, tokenizer, base=base, tool=tool, **sizes)
+        base, tools = (
+            found.stage == "base",
+            [] if args.tool == "none" else [args.tool or "calculator"],
+        )
+        sizes = {"slots": 1, "max_len": model.seq_len}
+        engine = make_engine(model, mesh, tokenizer, base=base, tools=tools, **sizes)
         engine.load(params)
         if base and args.tool not in ("", "none"):
             print(f"--tool={args.tool} has no effect: a base model uses no tool")

@@ -1,15 +1,13 @@
 """Look after the training text.
 
-  python scripts/data.py list
-  python scripts/data.py ensure   --config=configs/demo.py
+  python scripts/data.py list                               the datasets, what of them is here
+  python scripts/data.py ensure --config=configs/demo.py    have config.data.name, however it comes
   python scripts/data.py download --config=configs/d20.py --config.data.num_shards=8
-  python scripts/data.py pack     --config.data.local_dir=FOLDER
+  python scripts/data.py pack --config.data.local_dir=FOLDER
   python scripts/data.py demo
 
-list shows the datasets and what of them is on the disk. ensure makes config.data.name available,
-in whatever way it comes; nothing when it is there. download fetches config.data.num_shards training
-shards of config.data.name and its validation shard, and continues what was interrupted. pack makes
-shards of your own .parquet, .jsonl, .txt and .md files; demo builds the demo shards.
+download fetches training shards and the validation shard, and continues what was interrupted. pack
+makes shards of your own .parquet, .jsonl, .txt and .md files, demo the demo's: again if need be.
 """
 
 import sys
@@ -38,6 +36,8 @@ def main() -> None:
         name, num_shards=config.num_shards, local_dir=config.local_dir, again=again
     )
     log(f"{name}: {len(train)} training shards and {validation.name} in {validation.parent}")
+    if name == "local" and not again:
+        log("if your files have changed, `python scripts/data.py pack` packs them again")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@
 
 The most useful parts come first; when time is up, the table is printed as it stands. Training steps
 and the engine compile on other threads while the checks run. A part that fails prints its traceback
-and hides no other; the exit status is then 1. DIR gets results.json, after every part; the training
-steps as XLA compiled them, *.hlo.gz; and a trace of two steps, in profile/, for ui.perfetto.dev or
-xprof. The last line is JSON.
+and hides no other; the exit status is then 1. DIR gets results.json, after every part, and a trace
+of two steps, in profile/, for ui.perfetto.dev or xprof. The last line is JSON.
 
   of_peak    over the data sheet's rate; of a training step that is MFU
   of_target  over the number hoped for, in TARGETS
@@ -18,7 +17,6 @@ Needs JAX, flax and optax, nothing that reads data. Without a GPU a tiny shape g
 import argparse
 import functools
 import gc
-import gzip
 import json
 import os
 import sys
@@ -52,10 +50,6 @@ COMPILERS = 4  # programs at once; more would make the first ones wait
 DECODED = (1, 64)  # texts at once
 STEPS = 20  # of the comparison of losses
 MODERN = dict(extras=True, window_pattern="SL", qk_scale=1.2, rope_base=100_000.0)
-CALLS = {  # how XLA's text names what a library computes
-    "f8": '"__cublas$lt$matmul$f8"',
-    "cudnn": '"__cudnn$fmhaSoftmax',
-}
 # Row: of_peak, or the value. A step: products at 720 TFLOP/s, attention at 400, 285 GB of other
 # traffic at 4 TB/s make 58% on an H200; upstream reports 50%, and 59% in fp8 (dev/LEADERBOARD.md).
 # Attention: rows of 2,048, both ways; FlashAttention 3's best (2407.08608) needs longer ones. One
@@ -69,7 +63,6 @@ TARGETS = {
     "d20 attention cudnn full": ("value", 400),
     "d20 a token, 1 at once": ("value", 1_500),
     "d20 a token, 64 at once": ("value", 20_000),
-    "d20 prefill, 16 x 2,048": ("of_peak", 0.45),
     "d20 optimizer": ("of_peak", 0.26),
 }
 
@@ -80,7 +73,7 @@ class Part(NamedTuple):
     prepare: Callable[[], Any] = lambda: None  # compiles, on another thread
 
 
-class Found:
+class Results:
     """What is known so far, and where it is kept."""
 
     def __init__(self, out: Path | None):
@@ -92,48 +85,46 @@ class Found:
         flags = {k: v for k, v in os.environ.items() if k.startswith(("XLA_", "JAX_", "NCCL_"))}
         self.machine = hardware.describe() | {"libraries": libraries, "environment": flags}
 
-    def compared(self) -> list[dict]:
-        """The rows, with what they are of their target."""
-        rows = []
-        for row in self.rows:
+    def add(self, rows: list[dict]) -> None:
+        """Each row with what it is of its target."""
+        for row in rows:
             key, target = TARGETS.get(row["what"], ("", 1))
-            rows.append(row | {"of_target": row[key] / target if row.get(key) else None})
-        return rows
+            self.rows.append(row | {"of_target": row[key] / target if row.get(key) else None})
 
-    def save(self) -> None:
+    def end(self, part: str, how: str) -> None:
+        self.parts[part] = how
         if self.out:
-            found = {"parts": self.parts, "rows": self.compared(), "machine": self.machine}
+            found = {"parts": self.parts, "rows": self.rows, "machine": self.machine}
             write_json(self.out / "results.json", {"bench": "gpu_check", **found})
 
     def show(self) -> None:
-        log("\n" + common.table(self.compared()))
-        for name, end in self.parts.items():
-            log(f"{name}: {end}")
-        failed = [name for name, end in self.parts.items() if end == "FAILED"]
+        log("\n" + common.table(self.rows))
+        for name, how in self.parts.items():
+            log(f"{name}: {how}")
+        failed = [name for name, how in self.parts.items() if how == "FAILED"]
         log(json.dumps({"bench": "gpu_check", "failed": failed}))
 
 
-def run_parts(parts: list[Part], found: Found, budget: float) -> None:
+def run_parts(parts: list[Part], results: Results, budget: float) -> None:
     """Run all; what one raises is its end. Nothing is timed while others compile, unless that takes
     more than half of the budget."""
     pool, compiled_by = ThreadPoolExecutor(COMPILERS), time.monotonic() + budget / 2
     prepared = {part.name: pool.submit(part.prepare) for part in parts}
     for part in parts:
-        found.parts[part.name] = "the time was up in the middle of it"
-        found.save()
+        results.end(part.name, "the time was up in the middle of it")
         try:
             if not part.name.startswith("right"):
                 left = max(0.0, compiled_by - time.monotonic())
                 if wait(prepared.values(), left).not_done:
                     log(f"{part.name} is timed while others compile")
-            found.rows += part.run(prepared[part.name].result())
-            found.parts[part.name] = "ok"
+            results.add(part.run(prepared[part.name].result()))
+            how = "ok"
         except Exception:
             traceback.print_exc()
-            found.parts[part.name] = "FAILED"
-        log(f"{part.name}: {found.parts[part.name]}")
+            how = "FAILED"
+        log(f"{part.name}: {how}")
         gc.collect()  # what it held on the device
-        found.save()
+        results.end(part.name, how)
 
 
 @functools.cache
@@ -155,7 +146,7 @@ def make_parts(secs: float, out: Path | None) -> list[Part]:
 
     def step(label: str) -> Part:
         what = f"train step {label}"
-        return Part(what, lambda t: measure(what, t, secs, out), lambda: compiled_step(label))
+        return Part(what, lambda t: measure(what, t, secs), lambda: compiled_step(label))
 
     def kernel(kind: str) -> Part:
         return Part(kind, lambda _: kernels.run(checked_shape(name), kind, secs))
@@ -170,7 +161,7 @@ def make_parts(secs: float, out: Path | None) -> list[Part]:
         step(f"{name} {plain}"),
         kernel("attention"),
         step(f"{name} fp8"),
-        Part("decode and prefill", lambda _: decode(secs), lambda: decode(0.0)),
+        Part("decode", lambda _: decode(secs), lambda: decode(0.0)),
         step(f"gpt2 {plain}"),
         step("gpt2 fp8"),
         *map(kernel, ("optimizer", "matmul", "loss")),
@@ -192,22 +183,11 @@ def compiled_step(label: str) -> Training:
     return common.compile_fitting(shape, common.free_bytes())
 
 
-def measure(what: str, training: Training, secs: float, out: Path | None) -> list[dict]:
-    """The step's row; its kernels have to be those that the card is bought for."""
-    program, model = training.step.as_text(), training.shape.model
-    if out:
-        with gzip.open(out / f"{what.replace(' ', '_')}.hlo.gz", "wt") as file:
-            file.write(program)
+def measure(what: str, training: Training, secs: float) -> list[dict]:
     try:
-        (row,) = train.run(training.shape, {what: training.start()}, secs)
+        return train.run(training.shape, {what: training.start()}, secs)
     finally:
         training.stop()
-    calls = {name: program.count(words) for name, words in CALLS.items()}
-    row["note"] += f"; calls: {calls}, {model.attention_backend}"
-    missing = [name for name in ("cudnn", *(["f8"] if model.fp8_layers else [])) if not calls[name]]
-    if on_gpu() and missing:
-        raise RuntimeError(f"{what} runs at {row['value']:,.0f} tok/s, but without {missing}")
-    return [row]
 
 
 def profile(training: Training, out: Path) -> list[dict]:
@@ -275,12 +255,11 @@ def main(make_parts=make_parts) -> None:
     parser.add_argument("--parts", nargs="+", help="only those whose names contain one of these")
     args = parser.parse_args()
     log(start_runtime(compile_cache=True))
-    found = Found(args.out)
-    log(json.dumps(found.machine))
+    results = Results(args.out)
+    log(json.dumps(results.machine))
 
     def time_is_up() -> None:
-        found.save()
-        found.show()
+        results.show()
         os._exit(1)
 
     watch = threading.Timer(args.budget, time_is_up)
@@ -289,10 +268,10 @@ def main(make_parts=make_parts) -> None:
     secs = (6.0 if on_gpu() else 1.0) if args.secs is None else args.secs
     parts = make_parts(secs, args.out)
     chosen = [p for p in parts if not args.parts or any(word in p.name for word in args.parts)]
-    run_parts(chosen, found, args.budget)
+    run_parts(chosen, results, args.budget)
     watch.cancel()
-    found.show()
-    os._exit("FAILED" in found.parts.values())  # not to wait for what may still be compiling
+    results.show()
+    os._exit("FAILED" in results.parts.values())  # not to wait for what may still be compiling
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ def test_the_machine_decides_precision_and_mesh():
 
 def test_batches_come_out_even_or_not_at_all():
     config, _ = resolved("d20.py", base__total_batch_tokens=2048 * 96)
-    assert recipe.rows_per_step(config, 8) == (96, 12)  # 12 rows each, of 32 allowed
-    config.base.device_batch_size = 5
-    assert recipe.rows_per_step(config, 8) == (96, 4)  # accumulated in three parts
+    assert recipe.rows_per_step(config, 8) == 96
     config.base.total_batch_tokens = 2048 * 90
     with pytest.raises(UserError, match="config.base.total_batch_tokens got 184320"):
         recipe.rows_per_step(config, 8)

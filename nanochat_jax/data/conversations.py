@@ -2,22 +2,18 @@
 
     mixture --render, once--> one flat array of tokens --row_ranges--> rows --Grain--> batches
 
-Rendering writes every conversation's tokens one after another, each with a bit that says whether it
-is trained; conversations longer than a row are cut at a turn. The result is kept beside the stage's
-checkpoints. A row is a list of ranges of that array, a function of the conversations' lengths:
+The array, kept beside the stage's checkpoints, has a bit at each token that is trained. A row is a
+list of ranges of it:
   stream     rows cut from one endless flow, each token a target once (classic mid-training)
   best_fit   whole conversations: of `BUFFER` waiting ones the longest that fits, then padding
              (modern SFT)
   rows       one conversation a row (classic SFT); a batch is as wide as its longest row needs
-
-Batch n is a function of n alone, so the position in the data is one number.
 """
 
 import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,7 +51,7 @@ def render(
     workers: int = 1,
     worker_conversations: int = 10_000,
 ) -> Rendered:
-    """Tokens of all conversations of a tasks.registry.Mixture, each at most max_tokens long.
+    """Tokens of all conversations of a tasks.registry.Mixture, each cut at a turn to max_tokens.
 
     train_on: "all" tokens, or what the "assistant" says. Conversations of which nothing could be
     trained are dropped. `workers` processes share them, if each gets `worker_conversations`.
@@ -66,14 +62,13 @@ def render(
     if not count:
         raise UserError("got a mixture without conversations, expected at least one")
     job = partial(_render_some, mixture, tokenizer, max_tokens, train_on == "all")
-    workers = max(1, min(workers, count // worker_conversations))
-    shares = [range(count * i // workers, count * (i + 1) // workers) for i in range(workers)]
+    workers = min(workers, count // worker_conversations)
     if workers > 1:
-        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        with ProcessPoolExecutor(workers, context) as pool:
-            parts = list(pool.map(job, shares))
+        shares = [range(count * i // workers, count * (i + 1) // workers) for i in range(workers)]
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:  # a fork has JAX's threads
+            parts = pool.map(job, shares, chunksize=1)
     else:
-        parts = [job(shares[0])]
+        parts = [job(range(count))]
     tokens, lengths, num_cut = zip(*parts, strict=True)
     tokens, lengths = np.concatenate(tokens), np.concatenate(lengths)
     if not len(tokens):
@@ -99,7 +94,7 @@ def _render_some(
     end = tokenizer.special_id("<|assistant_end|>")
     tokens, lengths, num_cut = [], [], 0
     for index in ours:
-        whole, mask = chat.render_whole(tokenizer, mixture[index])
+        whole, mask = chat.render_conversation(tokenizer, mixture[index])
         ids, mask = chat.cut_at_turn(whole, mask, max_tokens, end)
         num_cut += len(ids) < len(whole)
         trained = np.ones(len(ids), np.int32) if train_all else np.asarray(mask, np.int32)
@@ -109,10 +104,7 @@ def _render_some(
 
 
 def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]) -> Rendered:
-    """`make()`, kept in `folder` for the next start with the same fingerprint.
-
-    Files that are missing or differ from their checksums are made again.
-    """
+    """`make()`, kept in `folder` for the next start with the same fingerprint, if still whole."""
     meta = folder / "conversations.json"
     files = {field: folder / f"{field}.npy" for field in ("tokens", "offsets", "names")}
     fingerprint = json.loads(json.dumps(fingerprint))
@@ -177,10 +169,9 @@ def _best_fit(lengths: list[int], row_tokens: int, buffer: int) -> Iterator[list
 
 
 class ChatBatches(Iterator[dict[str, Any]]):
-    """Batches of a Rendered by number, and an iterator over them whose place can be saved.
+    """Batches of a Rendered by number, like those of pipeline.py, and an iterator over them.
 
-    A batch has inputs and targets int32 [R, T] (this process's rows), doc_ids and epoch. The last
-    one is filled up with rows that train nothing.
+    The last one is filled up with rows that train nothing.
     """
 
     def __init__(
@@ -255,7 +246,7 @@ class ChatBatches(Iterator[dict[str, Any]]):
         self._iterator.start_prefetch()
 
     def counts(self) -> dict[str, int]:
-        return {}  # they are known before the first batch: Rendered.counts
+        return {}  # Rendered has them
 
     def close(self) -> None:
         self._iterator.close()

@@ -31,10 +31,6 @@ class Dataset:
         """Name of the validation shard of a downloaded dataset: the last of the whole dataset."""
         return shard_name(self.num_shards - 1)
 
-    @property
-    def directory(self) -> Path:
-        return data_dir() / self.name
-
     def train_names(self, num_shards: int) -> list[str]:
         """Names of the first `num_shards` training shards of a downloaded dataset."""
         if not 1 <= num_shards < self.num_shards:
@@ -86,54 +82,47 @@ def ensure(name: str, *, num_shards: int, local_dir: str = "", again: bool = Fal
     `num_shards` counts the training shards of a downloaded dataset; of `local` and `demo` all are
     used. Processes that ask at once wait for the one that works.
     """
-    dataset, directory = get(name), _directory(name, local_dir)
-    with locked(directory):
+    dataset, folder = get(name), directory(name, local_dir)
+    with locked(folder):
         ready = None if again else find(name, num_shards=num_shards, local_dir=local_dir)
         if ready is None:
             if name == "local":
-                local.prepare(local_dir)
+                local.pack(local_dir, folder)
             elif name == "demo":
-                demo.build(directory)
+                demo.build(folder)
             else:
                 names = [*dataset.train_names(num_shards), dataset.validation]
-                hub.download(dataset.repo_id, names, directory)
+                hub.download(dataset.repo_id, names, folder)
             ready = find(name, num_shards=num_shards, local_dir=local_dir)
-        elif name == "local":
-            local.tell_changes(local_dir)
     assert ready is not None
     return ready
 
 
 def find(name: str, *, num_shards: int = 0, local_dir: str = "") -> Shards | None:
     """The shards on disk; None when some are missing or have another size than recorded."""
-    dataset, directory = get(name), _directory(name, local_dir)
-    manifest = read_manifest(directory)
-    if manifest is None:
+    dataset, folder = get(name), directory(name, local_dir)
+    manifest = read_manifest(folder)
+    if manifest is None or "shards" not in manifest:  # earlier versions used some folders in place
         return None
-    if manifest.get("in_place"):
-        return local.shards_in_place(manifest)
     names = dataset.train_names(num_shards) if dataset.repo_id else manifest["train"]
     validation = dataset.validation if dataset.repo_id else manifest["validation"]
-    if not all(is_recorded(directory, manifest, name) for name in [*names, validation]):
+    if not all(is_recorded(folder, manifest, name) for name in [*names, validation]):
         return None
-    return [directory / name for name in names], directory / validation
+    return [folder / name for name in names], folder / validation
 
 
-def _directory(name: str, local_dir: str) -> Path:
-    return local.dataset_directory(local_dir) if name == "local" else get(name).directory
+def directory(name: str, local_dir: str = "") -> Path:
+    return local.dataset_directory(local_dir) if name == "local" else data_dir() / name
 
 
 def table(local_dir: str = "") -> str:
     """What there is and what of it is on the disk, for people."""
-    rows = [("name", "what", "size", "shards on disk", "validation", "licence")]
+    rows = [("name", "what", "size", "shards on disk", "licence")]
     for d in DATASETS.values():
-        size, shards, validation = "", "none yet", ""
-        if d.repo_id:
-            recorded = (read_manifest(d.directory) or {"shards": {}})["shards"]
-            there = sum((d.directory / name).exists() for name in recorded)
-            shards, validation = f"{there:,} of {d.num_shards:,}", d.validation
-            size = f"{d.num_shards * d.shard_bytes / 1e9:,.0f} GB"
-        elif (d.name != "local" or local_dir) and (found := find(d.name, local_dir=local_dir)):
-            shards, validation = f"{len(found[0]) + 1}", found[1].name
-        rows.append((d.name, d.description, size, shards, validation, d.licence))
-    return "\n".join(aligned(rows, left=range(6)))
+        folder = directory(d.name, local_dir) if d.name != "local" or local_dir else None
+        manifest = (folder and read_manifest(folder)) or {}
+        here = sum((folder / name).exists() for name in manifest.get("shards", ())) if folder else 0
+        shards = f"{here:,} of {d.num_shards:,}" if d.repo_id else f"{here:,}"
+        size = f"{d.num_shards * d.shard_bytes / 1e9:,.0f} GB" if d.repo_id else ""
+        rows.append((d.name, d.description, size, shards, d.licence))
+    return "\n".join(aligned(rows, left=range(5)))

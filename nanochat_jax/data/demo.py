@@ -20,6 +20,7 @@ import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -34,9 +35,7 @@ from nanochat_jax.data.shards import KeyedText, write_shards
 TABLES = Path(__file__).with_suffix(".toml")
 _LISTS = tomllib.loads(TABLES.read_text(encoding="utf-8"))
 PACKAGES = tuple(_LISTS["packages"])
-_SKIPPED_FOLDERS = frozenset(_LISTS["skipped_folders"])
 _FUNCTION_WORDS = frozenset(_LISTS["function_words"])
-_PROSE_SECTIONS = frozenset(_LISTS["prose_sections"])
 
 # Pieces near this length lose little when they are packed into short rows.
 MAX_DOCUMENT_CHARS = 1_600
@@ -57,23 +56,19 @@ _LICENCE = _any_of(_LISTS["licence"])
 _LIST_SECTION = _any_of(_LISTS["list_sections"], r"^{}[^\n]{{0,40}}:\s*$")
 _TYPING: dict[str, str] = _LISTS["typing"]
 _TYPING_RE = _any_of(_TYPING, r"\b{}\b(?!['-])")
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAUGHTER = re.compile(r"\b(?:[ah]*(?:ha){2,}h?|(?:he){3,}|lo+l)\b", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z]+(?:['-][A-Za-z]+)*[\"')]*[.,;:!?]?\)?")
 
 
 def build(directory: Path) -> None:
-    """Build the `demo` shards in `directory`."""
     dialogue = {text: key for key, text in conversations(read_dataset())}
     prose = {text: key for key, text in documentation() if text not in dialogue}
     documents = dialogue | prose  # each text once
     versions = {each.name: each.version for each in metadata.distributions()}
-    manifest = {
-        "sources": {n: versions[n] for n in ("chitchat-dataset", *PACKAGES) if n in versions},
-        "dialogue_chars": sum(map(len, dialogue)),
-        "documentation_chars": sum(map(len, prose)),
-    }
-    keyed = ((key, text) for text, key in documents.items())
-    write_shards(keyed, directory, about_chars=sum(map(len, documents)), manifest=manifest)
+    sources = {n: versions[n] for n in ("chitchat-dataset", *PACKAGES) if n in versions}
+    keyed, about_chars = ((key, text) for text, key in documents.items()), sum(map(len, documents))
+    write_shards(keyed, directory, about_chars=about_chars, manifest={"sources": sources})
     log(f"demo: {len(dialogue):,} pieces of talk and {len(prose):,} of prose in {directory}")
 
 
@@ -95,17 +90,29 @@ def read_dataset() -> dict[str, Any]:
 
 def conversations(raw: dict[str, Any]) -> Iterator[KeyedText]:
     """Pieces of the conversations of chitchat-dataset, as dashed or quoted lines of speech."""
-    kept = {}
-    for key in sorted(raw):
-        turns = [[message["text"] for message in turn] for turn in raw[key]["messages"]]
-        if is_decent(" \n ".join(text for turn in turns for text in turn)):
-            kept[key] = [tidy_turn(turn) for turn in turns]
-    known = common_words(kept.values())
+    kept, known = talks(raw)
     for key, turns in kept.items():
-        for piece in _pieces_of_conversation(turns):
-            text = _format_turns(piece) if len(piece) >= _MIN_TURNS else ""
-            if len(text) >= MIN_DOCUMENT_CHARS and reads_like_english(text, known):
+        for piece in _pieces_of_conversation([text for _, text in turns]):
+            # Speech after dashes or in quotation marks; which one depends on the text alone.
+            dashed = piece and (len(piece[0]) % 2 or any('"' in turn for turn in piece))
+            text = "\n".join(f"- {turn}" if dashed else f'"{turn}"' for turn in piece)
+            enough = len(piece) >= _MIN_TURNS and len(text) >= MIN_DOCUMENT_CHARS
+            if enough and reads_like_english(text, known):
                 yield key, text
+
+
+def talks(raw: dict[str, Any]) -> tuple[dict[str, list[tuple[str, str]]], frozenset[str]]:
+    """(speaker, tidy text) turns of the decent conversations by key, and the words that at least
+    three of them use: few misspellings are among those."""
+    kept, counts = {}, Counter()
+    for key in sorted(raw):
+        turns = [turn for turn in raw[key]["messages"] if turn]
+        texts = [[message["text"] for message in turn] for turn in turns]
+        if is_decent(" \n ".join(chain(*texts))):
+            speakers = [turn[0]["sender"] for turn in turns]
+            kept[key] = list(zip(speakers, map(tidy_turn, texts), strict=True))
+            counts.update(set(_words(" ".join(text for _, text in kept[key]))))
+    return kept, frozenset(word for word, count in counts.items() if count >= 3)
 
 
 def is_decent(text: str) -> bool:
@@ -149,20 +156,8 @@ def _pieces_of_conversation(turns: list[str]) -> Iterator[list[str]]:
     yield piece
 
 
-def _format_turns(turns: list[str]) -> str:
-    """Speech after dashes or in quotation marks; which one depends on the text alone."""
-    dashed = len(turns[0]) % 2 or any('"' in turn for turn in turns)
-    return "\n".join(f"- {turn}" if dashed else f'"{turn}"' for turn in turns)
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
-
-
-def common_words(conversations: Iterable[list[str]]) -> frozenset[str]:
-    """Words that at least three conversations use: few misspellings are among them."""
-    counts = Counter(word for turns in conversations for word in set(_words(" ".join(turns))))
-    return frozenset(word for word, count in counts.items() if count >= 3)
 
 
 def reads_like_english(text: str, known: frozenset[str]) -> bool:
@@ -178,42 +173,39 @@ def documentation(
     packages: Iterable[str] = PACKAGES, stdlib: str = sysconfig.get_path("stdlib")
 ) -> Iterator[KeyedText]:
     """Prose of the language reference and of docstrings, in pieces of whole paragraphs."""
-    folders = [stdlib]
+    folders, files = [stdlib], []
     for spec in map(importlib.util.find_spec, packages):
         folders += (spec and spec.submodule_search_locations) or ()
-    files = []
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.py")):
-            skipped = _SKIPPED_FOLDERS.intersection(path.relative_to(folder).parts[:-1])
-            if not skipped and "test" not in path.name:
+            inner = path.relative_to(folder).parts[:-1]
+            if "test" not in path.name and not set(inner) & set(_LISTS["skipped_folders"]):
                 files.append(path)
     topics = ((Path(stdlib, "pydoc_data", "topics.py"), text) for text in TOPICS.values())
     bar = tqdm(files, desc="documentation", unit="file", disable=None)
-    docstrings = ((source, text) for source in bar for text in _docstrings(source))
+    docstrings = ((source, text) for source in bar for text in _docstrings(_parsed(source)))
     for path, text in chain(topics, docstrings):
         for piece in _pieces_of_paragraphs(prose_paragraphs(text)):
             yield "/".join(path.parts[-3:]), piece
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """Docstrings of a source file in order."""
+def _parsed(path: Path) -> ast.AST:
     source = path.read_bytes()
-    if b'"""' not in source and b"'''" not in source:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's files
-        try:
-            pending: list[ast.AST] = [ast.parse(source)]
-        except (SyntaxError, ValueError):
-            return  # templates and files of another Python are no source of prose
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if docstring := ast.get_docstring(node):
-                yield docstring
-            pending += reversed(node.body)
-        elif isinstance(node, ast.If | ast.Try):
-            pending += reversed(node.body)
+    if b'"""' in source or b"'''" in source:
+        with warnings.catch_warnings(), suppress(SyntaxError, ValueError):
+            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            return ast.parse(source)
+    return ast.Pass()  # templates and files of another Python are no source of prose
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Docstrings of a syntax tree in the order of the source."""
+    documented = isinstance(node, _DOCUMENTED)
+    if documented and (docstring := ast.get_docstring(node)):
+        yield docstring
+    if documented or isinstance(node, ast.If | ast.Try):
+        for child in node.body:
+            yield from _docstrings(child)
 
 
 def prose_paragraphs(docstring: str) -> list[str]:
@@ -224,8 +216,8 @@ def prose_paragraphs(docstring: str) -> list[str]:
         lines = block.strip("\n").splitlines()
         if len(lines) > 1 and re.fullmatch(r"\s*([-=~*^#])\1{2,}\s*", lines[1]):
             # Headings of numpy's style name lists unless they are known to hold prose.
-            in_prose = lines[0].strip().lower() in _PROSE_SECTIONS or lines[1].strip()[0] != "-"
-            lines = lines[2:]
+            heading, mark = lines[0].strip().lower(), lines[1].strip()[0]
+            in_prose, lines = heading in _LISTS["prose_sections"] or mark != "-", lines[2:]
         listed = lines and _LIST_SECTION.match(lines[0].strip())
         indented = any(line[:1].isspace() for line in lines)
         text = _without_markup(" ".join(line.strip() for line in lines))

@@ -3,9 +3,8 @@
     size, SHA-256, commit --> file --> size and SHA-256 checked --> recorded in dataset.json
 
 The hub's own client makes the requests: HF_ENDPOINT, proxies, HF_HUB_OFFLINE and the stored token
-hold, and it waits as long as a server asks for (429, Retry-After). Only a recorded shard counts: it
-is whole and verified. All shards come from one commit of the dataset, the one that was current at
-the first download.
+hold, and it waits as long as a server asks for. Only a recorded shard counts. All shards come from
+the commit of the dataset that was current at the first download.
 """
 
 import errno
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -34,7 +33,6 @@ BUNDLE = "eval_bundle"  # the folder inside the zip, and its name on our disk
 _NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 WAITS_SECS = (5, 15, 30, 60)  # between our attempts, each of which is several of the client
-_SPARE_BYTES = 1 << 28  # left free on the disk
 
 # Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
 constants.HF_HUB_DISABLE_XET = True
@@ -81,7 +79,6 @@ def download(
 
     manifest["revision"], first = patiently(ask, missing[0])
     directory.mkdir(parents=True, exist_ok=True)
-    _check_space(directory, len(missing) * first["bytes"])
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
     with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
         jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
@@ -92,15 +89,6 @@ def download(
             write_json(directory / MANIFEST, manifest)
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's notes on files
     log(f"{repo_id}: {len(missing)} shards verified in {directory}")
-
-
-def _check_space(directory: Path, num_bytes: int) -> None:
-    free, needed = shutil.disk_usage(directory).free, num_bytes + _SPARE_BYTES
-    if needed > free:
-        raise UserError(
-            f"got {free / 1e9:.1f} GB free for {directory}, expected at least {needed / 1e9:.1f} "
-            "GB; free space, set NANOCHAT_BASE_DIR to another disk, or lower config.data.num_shards"
-        )
 
 
 def eval_bundle(core_dir: str = "", url: str = BUNDLE_URL) -> Path:
@@ -128,18 +116,13 @@ def _fetch_bundle(url: str, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        with (work / "bundle.zip").open("w+b") as archive:
+        with (work / "bundle.zip").open("wb") as archive:
             http_get(url, archive, displayed_filename=BUNDLE)
-            with zipfile.ZipFile(archive) as zipped:
-                names = [name for name in zipped.namelist() if name.startswith(f"{BUNDLE}/")]
-                outside = any(".." in PurePosixPath(name).parts for name in names)
-                if outside or f"{BUNDLE}/core.yaml" not in names:
-                    raise UserError(
-                        f"{url}: got a zip that is not one folder {BUNDLE} with core.yaml"
-                    )
-                zipped.extractall(work, names)  # checks the CRC of each
+        shutil.unpack_archive(work / "bundle.zip", work)  # checks the CRC of each file
     except (zipfile.BadZipFile, zlib.error) as error:
         raise OSError(f"got a damaged zip ({error})") from None
+    if not (work / BUNDLE / "core.yaml").exists():
+        raise UserError(f"{url}: got a zip without {BUNDLE}/core.yaml, expected the evaluations")
     os.replace(work / BUNDLE, folder)
     shutil.rmtree(work)
 
@@ -151,11 +134,11 @@ def _patiently(what: str, action: Callable[[], Any], otherwise: str = "") -> Any
             return action()
         except _NETWORK_ERRORS as error:
             cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
-            reason = str(cause).partition("\n")[0] or type(cause).__name__
-        if isinstance(cause, OfflineModeIsEnabled):
-            advice = "unset HF_HUB_OFFLINE"
-        elif isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
             advice = "check that it exists there and that HF_TOKEN may read it"
+        elif isinstance(cause, OfflineModeIsEnabled):
+            advice = "unset HF_HUB_OFFLINE"
         elif isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             advice = "free space or permissions on the disk, or set NANOCHAT_BASE_DIR to another"
         elif wait_secs is None:

@@ -4,8 +4,7 @@
 
 A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
 few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
-the documents its packer holds. Restoring tokenises those again, so the next row is the one that
-would have come. Documents wait long in a best-fit buffer, so their ids point to many row groups.
+the documents its packer holds; restoring tokenises those again.
 """
 
 from collections.abc import Iterator
@@ -27,9 +26,8 @@ _MIN_ROW_GROUPS_PER_LANE = 8
 _RESTORE_THREADS = 8
 
 State = dict[str, Any]
-# What a lane has met so far, part of its state: documents, those skipped as empty, those that had
-# bytes that are not UTF-8, and the tokens that the packer dropped.
-COUNTS = ("documents", "empty_documents", "repaired_documents", "cropped_tokens")
+# What a lane has met so far, part of its state; cropped are the tokens that the packer dropped.
+COUNTS = ("documents", "empty_documents", "cropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class DataOrder:
 
 
 class Lane(Iterator[PackedRow]):
-    """A cursor, the documents from there on and a packer; see the head of this file."""
+    """The rows of one lane."""
 
     def __init__(self, order: DataOrder, lane: int, endless: bool = True):
         self._order, self._lane, self._endless = order, lane, endless
@@ -105,7 +103,7 @@ class Lane(Iterator[PackedRow]):
         while True:
             for group in range(first_group, len(corpus.row_groups), self._group_step):
                 rows, first_row = self._rows(group, first_row), 0
-                texts, repaired = corpus.read(group) if rows else ([], ())
+                texts = corpus.read(group) if rows else []
                 for start in range(0, len(rows), _TOKENIZE_DOCS):
                     ahead = rows[start : start + _TOKENIZE_DOCS]
                     filled = [row for row in ahead if texts[row].strip()]
@@ -114,7 +112,6 @@ class Lane(Iterator[PackedRow]):
                     for row, following in zip(ahead, [*ahead[1:], ahead[-1] + 1], strict=True):
                         self._cursor = [epoch, group, following]
                         counts["documents"] += 1
-                        counts["repaired_documents"] += row in repaired
                         counts["empty_documents"] += row not in tokens_of
                         if row in tokens_of:
                             yield Document((group, row), tokens_of[row])
@@ -140,10 +137,10 @@ class Lane(Iterator[PackedRow]):
         return [np.array(ids, np.int32) for ids in encoded]
 
     def _tokenize_again(self, ids: list[DocumentId]) -> list[Document]:
-        """Documents by id: those that a saved packer held. Long ones come from many row groups."""
+        """Documents by id: those that a saved packer held, which are from many row groups."""
 
         def read(group: int) -> dict[DocumentId, str]:
-            texts = self._order.corpus.read(group).texts
+            texts = self._order.corpus.read(group)
             return {id: texts[id[1]] for id in ids if id[0] == group}
 
         with ThreadPoolExecutor(_RESTORE_THREADS) as pool:

@@ -1,164 +1,120 @@
-"""Bring your own text: the documents of a folder, and how the `local` dataset is made of them.
+"""Bring your own text: the documents of a folder, packed into the shards of the dataset `local`.
 
     .parquet  each row of the column `text`        .jsonl  the string `text` of each line's object
     .txt .md  the file, cut at blank lines into pieces of at most MAX_FILE_CHARS (of a document that
               is longer than a row, best-fit packing uses only the beginning)
 
-Subfolders are searched, hidden files left out; empty documents are skipped, bytes that are not
-UTF-8 become U+FFFD, and both are counted. A folder that already holds shards (two or more files,
-all named shard_NNNNN.parquet) is used in place; its validation shard, the one with the highest
-number, is recorded at first use and stays the same when shards are added.
-
-The package `datasets` would refuse bad UTF-8 and lines of different columns.
+Subfolders are searched, hidden files left out. Empty documents are skipped, and what is no UTF-8 in
+.txt and .md becomes U+FFFD; both are counted.
 """
 
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nanochat_jax.common import UserError, data_dir, log, write_json
-from nanochat_jax.data.shards import MANIFEST, Shards, read_manifest, write_shards
-from nanochat_jax.data.sources import TEXT_COLUMN, Corpus, decode
+from nanochat_jax.common import UserError, data_dir, log
+from nanochat_jax.data.shards import write_shards
+from nanochat_jax.data.sources import TEXT_COLUMN, Corpus
+from nanochat_jax.tokenizer.bpe import well_formed
 
 MAX_FILE_CHARS = 8_000  # about 2,000 tokens, a row of the large recipes
 
-MarkedTexts = Iterable[tuple[str, bool]]  # document, whether it had bytes that are not UTF-8
 
-
-def source_folder(local_dir: str) -> Path:
-    if not local_dir:
+def _source(local_dir: str) -> Path:
+    source = Path(local_dir).expanduser().resolve()
+    if not local_dir or not source.is_dir():
         raise UserError(
-            "got config.data.name = 'local' without config.data.local_dir, expected a folder; "
+            f"got config.data.local_dir = {local_dir!r}, expected an existing folder; "
             "add --config.data.local_dir=FOLDER"
         )
-    source = Path(local_dir).expanduser().resolve()
-    if not source.is_dir():
-        raise UserError(f"got config.data.local_dir = {local_dir}, expected an existing folder")
     return source
 
 
 def dataset_directory(local_dir: str) -> Path:
-    """Our own folder for what is made of, or known about, the text in `local_dir`."""
-    source = source_folder(local_dir)
+    """The folder for the shards of the text in `local_dir`."""
+    source = _source(local_dir)
     digest = hashlib.sha256(str(source).encode()).hexdigest()[:8]
     return data_dir() / f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', source.name)}_{digest}"
 
 
-def shards_in_place(manifest: dict[str, Any]) -> Shards:
-    """The shards of a folder that is used in place, also those added since it was recorded."""
-    source = Path(manifest["source"])
-    validation = source / manifest["validation"]
-    return [path for path in sorted(source.glob("*.parquet")) if path != validation], validation
-
-
-def prepare(local_dir: str) -> None:
-    """Pack the folder's text into shards, or record that its own shards are used in place."""
-    directory, source = dataset_directory(local_dir), source_folder(local_dir)
-    files = _find_files(source)
-    names_fit = all(re.fullmatch(r"shard_\d+\.parquet", path.name) for path in files)
-    if len(files) > 1 and names_fit and all(path.parent == source for path in files):
-        old = read_manifest(directory) or {}
-        highest = max(files, key=lambda path: int(path.stem.removeprefix("shard_"))).name
-        validation = old["validation"] if old.get("in_place") else highest
-        manifest = {"source": str(source), "in_place": True, "validation": validation}
-        write_json(directory / MANIFEST, manifest)
-        log(f"local: the shards in {source} are used in place, {validation} is validation")
-        return
-    counts = Counter(files=len(files), documents=0, empty_documents=0, repaired_documents=0)
-    manifest = {"source": str(source), "in_place": False, "files": _fingerprint(source)}
-    num_bytes = sum(path.stat().st_size for path in files)
-    texts = ((text, text) for text in _read_documents(files, num_bytes, counts))
-    write_shards(texts, directory, about_chars=num_bytes, manifest=manifest)
-    told = ", ".join(f"{name} {value:,}" for name, value in counts.items())
-    log(f"local: packed {source} into {directory}: {told.replace('_', ' ')}")
-
-
-def tell_changes(local_dir: str) -> None:
-    """Say so when files have changed since they were packed."""
-    manifest, source = read_manifest(dataset_directory(local_dir)), source_folder(local_dir)
-    if manifest and not manifest["in_place"] and manifest["files"] != _fingerprint(source):
-        log(
-            f"local: files in {source} changed since they were packed; the packed text is used. "
-            "`python scripts/data.py pack` with the same --config packs them again"
-        )
-
-
-def _find_files(source: Path) -> list[Path]:
-    paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    visible = (p for p in paths if not any(part.startswith(".") for part in p.parts))
-    files = sorted(source / path for path in visible if path.suffix.lower() in _READERS)
+def pack(local_dir: str, directory: Path) -> None:
+    """Make shards in `directory` of the text in `local_dir`."""
+    source = _source(local_dir)
+    paths = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
+    visible = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    files = [source / path for path in visible if path.suffix.lower() in _READERS]
     if not files:
         raise UserError(
             f"got no {', '.join(_READERS)} files in {source}, expected at least one; "
             "put text there or change config.data.local_dir"
         )
-    return files
-
-
-def _fingerprint(source: Path) -> str:
-    """Changes when a file is added, removed, renamed or written again."""
-    stats = [(str(path.relative_to(source)), path.stat()) for path in _find_files(source)]
-    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    counts = Counter(files=len(files), documents=0, empty_documents=0, repaired_documents=0)
+    num_bytes = sum(path.stat().st_size for path in files)
+    texts = ((text, text) for text in _read_documents(files, num_bytes, counts))
+    write_shards(texts, directory, about_chars=num_bytes, manifest={"source": str(source)})
+    told = ", ".join(f"{name} {value:,}" for name, value in counts.items())
+    log(f"local: packed {source} into {directory}: {told.replace('_', ' ')}")
 
 
 def _read_documents(files: list[Path], num_bytes: int, counts: Counter[str]) -> Iterator[str]:
-    """Non-empty documents of all files, in order; what was skipped is counted."""
+    """Non-empty documents of all files, in order; what was skipped or repaired is counted."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="packing", disable=None) as bar:
         for path in files:
             try:
-                for text, repaired in _READERS[path.suffix.lower()](path):
-                    empty = not text.strip()
-                    counts.update(documents=1, empty_documents=empty, repaired_documents=repaired)
-                    if not empty:
-                        yield text
+                for text in _READERS[path.suffix.lower()](path):
+                    filled, whole = bool(text.strip()), well_formed(text)
+                    counts.update(documents=1, empty_documents=not filled)
+                    counts["repaired_documents"] += whole != text
+                    if filled:
+                        yield whole
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}; correct or remove it") from None
             bar.update(path.stat().st_size)
 
 
-def _read_parquet(path: Path) -> MarkedTexts:
-    corpus = Corpus([path])
-    for group in range(len(corpus.row_groups)):
-        texts, repaired = corpus.read(group)
-        yield from ((text, row in repaired) for row, text in enumerate(texts))
+def _read_texts(path: Path) -> Iterator[str]:
+    for where, value in read_jsonl(path):
+        text = value.get(TEXT_COLUMN) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}: got {repr(value)[:60]}, expected an object with a string, "
+                f'{{"{TEXT_COLUMN}": "..."}}; correct or remove the line'
+            )
+        yield text
 
 
-def _read_jsonl(path: Path) -> MarkedTexts:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line, bad_bytes = decode(raw)
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            text = value.get(TEXT_COLUMN) if isinstance(value, dict) else None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{path}, line {number}: got {line[:60]!r}, expected a JSON object with a "
-                    f'string, {{"{TEXT_COLUMN}": "..."}}; correct or remove the line'
-                )
-            # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            yield whole, bad_bytes or whole != text
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path:line", value) of each line that is not blank."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+    except OSError as error:
+        raise UserError(
+            f"got {path} ({error.strerror}), expected a .jsonl file; correct the path"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}:{number}: not JSON ({error}), expected one JSON value a line; correct the line"
+        ) from None
 
 
-def _read_text(path: Path) -> MarkedTexts:
-    text, repaired = decode(path.read_bytes())
-    for piece in split_text(text.removeprefix("\ufeff").replace("\r\n", "\n"), MAX_FILE_CHARS):
-        yield piece, repaired
-        repaired = False  # once a file
+def _read_pieces(path: Path) -> list[str]:
+    # Bytes that are no UTF-8 become lone surrogates, which are repaired and counted later.
+    text = path.read_text("utf-8-sig", "surrogateescape")
+    return split_text(text, MAX_FILE_CHARS)
 
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text}
+_READERS = {".jsonl": _read_texts, ".txt": _read_pieces, ".md": _read_pieces}
+_READERS |= {".parquet": lambda path: Corpus([path]).texts()}
 
 
 def split_text(text: str, max_chars: int) -> list[str]:

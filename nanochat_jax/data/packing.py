@@ -4,16 +4,12 @@
 
 BestFit, modern nanochat's packing: every row starts with a document, so with BOS. Of `buffer_docs`
 documents the longest that fits comes next (of equals, the oldest); when none fits, the shortest is
-cut to fill the row and its rest dropped. So a document longer than a row is only ever used cut, and
-waits until nothing else fits. Upstream scans its buffer for each choice; here the lengths are kept
-sorted and a choice is one bisection.
+cut to fill the row and its rest dropped. Upstream scans its buffer for each choice; here it is kept
+sorted.
 
 Stream, classic nanochat's packing: documents are laid end to end and cut every seq_len tokens. A
 row takes seq_len + 1 tokens and gives the last one back, so every token is a target exactly once.
-Upstream does so inside a batch but not at its end: one token in batch_rows * seq_len.
-
-`held()` names the documents inside a packer, and `restore()` puts the same ones back, which is all
-that an exact resume needs.
+Upstream loses one at the end of each batch.
 """
 
 from bisect import bisect_right, insort
@@ -60,8 +56,6 @@ class Waiting:
 
 
 class BestFit:
-    """Best-fit packing with cropping; see the head of this file."""
-
     def __init__(self, row_tokens: int, buffer_docs: int):
         self._row_tokens, self._buffer_docs = row_tokens, buffer_docs
         self.restore((), 0)
@@ -83,7 +77,7 @@ class BestFit:
         return PackedRow(np.concatenate(parts), ids, cropped)
 
     def held(self) -> tuple[list[DocumentId], int]:
-        """Ids of the buffered documents in order of arrival, and 0: none is partly used."""
+        """What restore() takes: ids of the buffered documents in order of arrival; none is cut."""
         return [document.id for document in self._documents.values()], 0
 
     def restore(self, documents: Sequence[Document], offset: int) -> None:
@@ -100,8 +94,6 @@ class BestFit:
 
 
 class Stream:
-    """Classic streaming; see the head of this file. Drops nothing, holds one document at most."""
-
     def __init__(self, row_tokens: int, buffer_docs: int = 0):
         self._row_tokens = row_tokens
         self.restore((), 0)

@@ -5,9 +5,8 @@
            --> lane L-1 --> rows --+
 
 The order of the data depends on the shards, `num_lanes` and the packing; never on the number of
-processes. A batch holds batch_rows / num_lanes rows of each lane, and process p of P owns the lanes
-p*L/P to (p+1)*L/P - 1. The states of P processes merge into one, which any number of processes can
-start from. Grain makes batches ahead in a thread and keeps with each the state that belongs to it.
+processes: process p of P owns the lanes p*L/P to (p+1)*L/P - 1. The states of P processes merge
+into one, which any number of processes can start from. Grain makes batches ahead in a thread.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class _LaneBatches(Iterator[Batch]):
-    """Endless batches of some lanes, `rows_per_lane` rows of each; the state is by lane."""
+    """Endless batches of some lanes, `rows_per_lane` rows of each."""
 
     def __init__(self, order: DataOrder, lanes: range, rows_per_lane: int):
         self._corpus, self._rows_per_lane = order.corpus, rows_per_lane
@@ -60,11 +59,30 @@ def _make_batch(corpus: Corpus, rows: Sequence[PackedRow]) -> Batch:
 
 
 class TrainBatches(grain.experimental.ThreadPrefetchDatasetIterator):
-    """This process's part of the training batches, made ahead of time; see `train_batches`."""
+    """Endless training batches of this process, `prefetch` of them made ahead in a thread.
 
-    def __init__(self, order: DataOrder, lanes: range, rows_per_lane: int, prefetch: int):
-        super().__init__(_LaneBatches(order, lanes, rows_per_lane), prefetch)
+    A batch: `inputs` and `targets` int32 [R, T] with R = batch_rows / process_count; `doc_ids`, for
+    each row the names of its documents (Corpus.name); `epoch`, the passes over the data completed.
+    """
+
+    def __init__(
+        self,
+        order: DataOrder,
+        *,
+        batch_rows: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ):
+        count = order.num_lanes // process_count
+        lanes = range(process_index * count, (process_index + 1) * count)
+        super().__init__(_LaneBatches(order, lanes, batch_rows // order.num_lanes), prefetch)
         self._order = order
+        if batch_rows % order.num_lanes or order.num_lanes % process_count:
+            raise UserError(
+                f"got config.data.num_lanes = {order.num_lanes}, expected a divisor of the "
+                f"{batch_rows} rows of a batch and a multiple of the {process_count} processes"
+            )
 
     def get_state(self) -> State:
         """State after the last batch handed out: small, JSON, one entry for each of our lanes."""
@@ -94,37 +112,11 @@ class TrainBatches(grain.experimental.ThreadPrefetchDatasetIterator):
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """One state of the states of all processes, which any number of processes can continue.
-
-    A state without lanes is a place that all processes share.
-    """
-    if "lanes" not in states[0]:
+    """One state of the states of all processes, which any number of processes can continue."""
+    if "lanes" not in states[0]:  # a place in conversations, which all processes share
         return states[0]
     lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
     return {"plan": states[0]["plan"], "lanes": lanes}
-
-
-def train_batches(
-    order: DataOrder,
-    *,
-    batch_rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 2,
-) -> TrainBatches:
-    """Endless training batches of this process, `prefetch` of them made ahead in a thread.
-
-    A batch: `inputs` and `targets` int32 [R, T] with R = batch_rows / process_count; `doc_ids`, for
-    each row the names of its documents (Corpus.name); `epoch`, the passes over the data completed.
-    """
-    if batch_rows % order.num_lanes or order.num_lanes % process_count:
-        raise UserError(
-            f"got config.data.num_lanes = {order.num_lanes}, expected a divisor of the "
-            f"{batch_rows} rows of a batch and a multiple of the {process_count} processes"
-        )
-    per_process = order.num_lanes // process_count
-    lanes = range(process_index * per_process, (process_index + 1) * per_process)
-    return TrainBatches(order, lanes, batch_rows // order.num_lanes, prefetch)
 
 
 def eval_batches(
@@ -138,13 +130,9 @@ def eval_batches(
     """The first `num_batches` batches of one pass over the corpus: the same ones at every call.
 
     Packed as for training, in one lane. When the text ends there are fewer, the last filled up with
-    rows whose targets are all -1; an error when there is not one row. Every process packs all rows
-    and keeps its own, R = batch_rows / process_count.
+    rows whose targets are all -1. Every process packs all rows and keeps its own.
     """
-    if batch_rows % process_count:
-        raise UserError(
-            f"got {batch_rows} rows a batch for {process_count} processes, expected a multiple"
-        )
+    assert batch_rows % process_count == 0
     rows_here, lane, batches = batch_rows // process_count, Lane(order, 0, endless=False), []
     ours = slice(process_index * rows_here, (process_index + 1) * rows_here)
     while len(batches) < num_batches and (rows := list(islice(lane, batch_rows))):
@@ -154,8 +142,7 @@ def eval_batches(
     if not batches:
         corpus = order.corpus
         raise UserError(
-            f"got {corpus.num_documents} documents in {', '.join(map(str, corpus.paths))}, "
-            f"expected enough for a row of {order.seq_len + 1} tokens; use more text or shorter "
-            "rows"
+            f"got {corpus.num_documents} documents in {', '.join(map(str, corpus.paths))}, expected"
+            f" enough for a row of {order.seq_len + 1} tokens; use more text or shorter rows"
         )
     return batches

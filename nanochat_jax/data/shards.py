@@ -3,9 +3,8 @@
     documents --> by hash of the key --> validation ----> shard_00000
                                      +-> training 1 ----> shard_00001   (each shuffled) ...
 
-The key (the text itself, or what it was cut from) alone decides the side of a document, so
-documents of one key never stand on both sides. The same documents in the same order give the same
-shards. One shard of text at a time is in memory.
+Documents of one key (the text itself, or what it was cut from) never stand on both sides. The same
+documents in the same order give the same shards. One shard of text at a time is in memory.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ _ROW_GROUP_DOCS = 1_024
 _MIN_ROW_GROUPS = 64
 _MIN_ROW_GROUP_DOCS = 16
 _SHUFFLE_SEED = 1337
-_HASH_RANGE = 1 << 64
+HASH_RANGE = 1 << 64  # of text_hash
 
 Shards = tuple[list[Path], Path]  # training shards in order, validation shard
 KeyedText = tuple[str, str]  # (key, text): documents of one key stay on one side
@@ -66,10 +65,10 @@ def write_shards(
     manifest: dict[str, Any],
     shard_chars: int = SHARD_CHARS,
 ) -> None:
-    """Write `documents` as shards into `directory`, and `manifest` and their names as dataset.json.
+    """Write `documents`, none empty, as shards into `directory`, with `manifest` in dataset.json.
 
     Shards of an earlier call are replaced once the new ones are complete. `about_chars`, the size
-    of the text, sets the number of shards. Empty documents must be left out by the caller.
+    of the text, sets the number of shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     wanted = min(max(about_chars / 100, _MIN_VALIDATION_CHARS), _MAX_VALIDATION_CHARS)
@@ -82,8 +81,7 @@ def write_shards(
         for i, (name, texts) in enumerate(zip(names, dealt, strict=True)):
             random.Random(_SHUFFLE_SEED + i).shuffle(texts)
             write_shard(work / name, texts)
-            facts = {"documents": len(texts), "chars": sum(map(len, texts))}
-            shards[name] = {"bytes": (work / name).stat().st_size, **facts}
+            shards[name] = {"bytes": (work / name).stat().st_size, "documents": len(texts)}
         (directory / MANIFEST).unlink(missing_ok=True)  # without it the folder is unfinished
         for old in directory.glob("shard_*.parquet"):
             old.unlink()
@@ -105,19 +103,21 @@ def write_shard(path: Path, texts: list[str]) -> None:
     pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="zstd")
 
 
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def _deal(
     documents: Iterable[KeyedText], files: list[Path], validation_frac: float
 ) -> Iterator[list[str]]:
     """The texts of each shard, validation first, dealt out by way of `files`, one a shard."""
-    limit = int(validation_frac * _HASH_RANGE)
+    limit = int(validation_frac * HASH_RANGE)
     with ExitStack() as stack:
         opened = [stack.enter_context(file.open("w")) for file in files]
         for key, text in documents:
-            number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-            shard = 0
-            if number >= limit:
-                shard = 1 + (number - limit) * (len(files) - 1) // (_HASH_RANGE - limit)
-            opened[shard].write(json.dumps([number, text]) + "\n")
+            number = text_hash(key)
+            shard = 1 + (number - limit) * (len(files) - 1) // (HASH_RANGE - limit)
+            opened[shard if number >= limit else 0].write(json.dumps([number, text]) + "\n")
     if len(files) > 2 or all(file.stat().st_size for file in files):
         for file in files:
             yield [text for _, text in _read_lines(file)]

@@ -1,8 +1,7 @@
 """Read documents from parquet shards: the row groups of all shards are one numbered list.
 
 A shard is a parquet file with a string column `text`, one row a document; other columns are
-ignored. A null is an empty document. Bytes that are not UTF-8 become U+FFFD, and the documents they
-stood in are counted. A shard that cannot be read is an error that names it.
+ignored. A null is an empty document. A shard that cannot be read is an error that names it.
 """
 
 import hashlib
@@ -22,13 +21,6 @@ _TEXT_TYPES = (pa.string(), pa.large_string())
 _MAKE_AGAIN = "run `python scripts/data.py download` (or `pack`, `demo`) with the same --config"
 # Lanes that share row groups need the same one at about the same time; two cover a boundary.
 _KEPT_ROW_GROUPS = 2
-
-
-class Texts(NamedTuple):
-    """The documents of one row group, and the indices of those that were not valid UTF-8."""
-
-    texts: list[str]
-    repaired: frozenset[int]
 
 
 class RowGroup(NamedTuple):
@@ -63,35 +55,21 @@ class Corpus:
     def texts(self) -> Iterator[str]:
         """All documents in order."""
         for group in range(len(self.row_groups)):
-            yield from self.read(group).texts
+            yield from self.read(group)
 
     def name(self, group: int, row: int) -> str:
         """A document's name for people: shard_00003:12:417 is row 417 of its row group 12."""
         path, index, *_ = self.row_groups[group]
         return f"{path.stem}:{index}:{row}"
 
-    def _read(self, group: int) -> Texts:
+    def _read(self, group: int) -> list[str]:
         path, index, *_ = self.row_groups[group]
         try:
             with pq.ParquetFile(path) as file:
                 table = file.read_row_group(index, columns=[TEXT_COLUMN], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+            return [text or "" for text in table.column(TEXT_COLUMN).to_pylist()]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _corrupt_shard(path, error) from None
-        # Viewed as binary: to read it as strings would end at bytes that are not UTF-8.
-        column = table.column(TEXT_COLUMN)
-        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        raws = [raw or b"" for chunk in column.chunks for raw in chunk.view(binary).to_pylist()]
-        decoded = [decode(raw) for raw in raws]
-        repaired = frozenset(row for row, (_, bad_bytes) in enumerate(decoded) if bad_bytes)
-        return Texts([text for text, _ in decoded], repaired)
-
-
-def decode(raw: bytes) -> tuple[str, bool]:
-    """Text of some bytes, and whether any had to be replaced by U+FFFD."""
-    try:
-        return raw.decode(), False
-    except UnicodeDecodeError:
-        return raw.decode(errors="replace"), True
 
 
 def _row_group_sizes(path: Path) -> list[int]:

@@ -10,7 +10,7 @@ every sampled answer has a seed of its own.
 
 import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -98,33 +98,31 @@ def categorical(
     ids_of = {letter: tokenizer.encode(letter) for row in letters for letter in row}
     if wrong := {letter: ids for letter, ids in ids_of.items() if len(ids) != 1}:
         raise UserError(f"letters got the ids {wrong}, expected one each; grade what is written")
-    # Rows of unequal length repeat their first letter, which then wins no more often than before.
-    most = max(map(len, letters))
-    padded = [[*row, *[row[0]] * (most - len(row))] for row in letters]
-    offered = np.array([[ids_of[letter][0] for letter in row] for row in padded], np.int32)
-    by_width: dict[int, list[int]] = {}
+    most, by_width = max(map(len, letters)), defaultdict(list)
     for number, prompt in enumerate(prompts):
-        width = max(MIN_WIDTH, 1 << (len(prompt) - 1).bit_length())
-        by_width.setdefault(width, []).append(number)
+        by_width[max(MIN_WIDTH, 1 << (len(prompt) - 1).bit_length())].append(number)
+    batches = [
+        (width, numbers[first : first + batch_rows])
+        for width, numbers in sorted(by_width.items())  # short ones first
+        for first in range(0, len(numbers), batch_rows)
+    ]
     answers, done, sharding = [""] * len(problems), 0, NamedSharding(mesh, ROWS)
-    for width, numbers in sorted(by_width.items()):  # short ones first
-        for first in range(0, len(numbers), batch_rows):
-            rows = numbers[first : first + batch_rows]
-            ids = np.full((batch_rows, width), tokenizer.bos_id, np.int32)
-            last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
-            for row, number in enumerate(rows):
-                ids[row, : len(prompts[number])] = prompts[number]
-                last[row], among[row] = len(prompts[number]) - 1, offered[number]
-            batch = [
-                jax.make_array_from_callback(a.shape, sharding, a.__getitem__)
-                for a in (ids, last, among)
-            ]
-            with jax.set_mesh(mesh):
-                best = np.asarray(_best(config, params, *batch))
-            for row, number in enumerate(rows):
-                answers[number] = letters[number][best[row]]
-            done += len(rows)
-            progress(done, len(problems))
+    for width, numbers in batches:
+        ids = np.full((batch_rows, width), tokenizer.bos_id, np.int32)
+        last, among = np.zeros(batch_rows, np.int32), np.zeros((batch_rows, most), np.int32)
+        for row, number in enumerate(numbers):
+            prompt, offered = prompts[number], [ids_of[letter][0] for letter in letters[number]]
+            ids[row, : len(prompt)], last[row] = prompt, len(prompt) - 1
+            # What is missing repeats the first letter, which wins no more often for that.
+            among[row] = offered + offered[:1] * (most - len(offered))
+        arrays = (ids, last, among)
+        batch = [jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays]
+        with jax.set_mesh(mesh):
+            best = np.asarray(_best(config, params, *batch))
+        for row, number in enumerate(numbers):
+            answers[number] = letters[number][best[row]]
+        done += len(numbers)
+        progress(done, len(problems))
     correct = [_expected(p) == answer for p, answer in zip(problems, answers, strict=True)]
     return _score(problems, answers, np.array(correct)[:, None], began)
 
@@ -208,13 +206,11 @@ def table(scores: Mapping[str, Score]) -> str:
         ended = ", ".join(f"{end} {n:,}" for end, n in sorted(score.ended.items()))
         correct = [f"{score.accuracy:.2%}", f"{score.num_correct:,}", f"{score.num_problems:,}"]
         rows.append([name, *correct, f"{score.seconds:,.1f}", ended])
-    lines = aligned(rows, left=(0, 5))
     means = chatcore({name: score.accuracy for name, score in scores.items()})
     missing = means.pop("missing")
-    lines += [f"{name} {value:.4f}" for name, value in means.items()]
-    if missing:
-        lines.append(f"for chatcore, missing: {', '.join(missing)}")
-    return "\n".join(lines)
+    lines = [f"{name} {value:.4f}" for name, value in means.items()]
+    lines += [f"for chatcore, missing: {', '.join(missing)}"] if missing else []
+    return "\n".join([*aligned(rows, left=(0, 5)), *lines])
 
 
 def seed_of(*numbers: int) -> int:
@@ -245,8 +241,8 @@ def _score(
     problems: list[Conversation], answers: list[str], correct: np.ndarray, began: float, **more
 ) -> Score:
     """answers: the first to each problem; correct [problems, answers to each]."""
-    examples, first = [], problems[:NUM_EXAMPLES]
-    for problem, answer, verdict in zip(first, answers, correct[:, 0], strict=False):
+    examples, first = [], zip(problems[:NUM_EXAMPLES], answers, correct[:, 0], strict=False)
+    for problem, answer, verdict in first:
         asked = [m["content"] for m in problem["messages"] if m["role"] == "user"][-1]
         shown = {"prompt": asked, "answer": answer, "expected": _expected(problem)}
         examples.append(shown | {"correct": bool(verdict)})

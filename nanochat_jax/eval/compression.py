@@ -6,7 +6,6 @@ short samples lie in samples.toml; slices of training and validation text are th
 """
 
 import threading
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,24 +28,20 @@ def load_baselines(
     """The encodings that could be loaded by name, and for each of the others the reason why not."""
     loaded, reasons = {}, {}
 
-    def load(name: str) -> None:
-        try:
-            loaded[name] = get_encoding(BASELINES[name])
-        except Exception as error:  # whatever a network can do; told below
-            said = (
-                "no network" if isinstance(error, OSError) else str(error).partition("\n")[0][:120]
-            )
-            reasons[name] = f"{type(error).__name__}: {said}"
+    def load() -> None:
+        for name, encoding in BASELINES.items():
+            try:
+                loaded[name] = get_encoding(encoding)
+            except Exception as error:  # whatever a network can do; told below
+                said = str(error).partition("\n")[0][:120]
+                said = "no network" if isinstance(error, OSError) else said
+                reasons[name] = f"{type(error).__name__}: {said}"
 
-    # Daemon threads: a download that hangs must hold up neither this call nor the exit.
-    threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in BASELINES]
-    deadline = time.monotonic() + timeout_secs
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    available = {name: loaded[name] for name in BASELINES if name in loaded}
-    late = f"no answer within {timeout_secs:g} s"
+    # A daemon thread: a download that hangs must hold up neither this call nor the exit.
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(timeout_secs)
+    available, late = dict(loaded), f"no answer within {timeout_secs:g} s"
     missing = {name: reasons.get(name, late) for name in BASELINES if name not in available}
     for name, reason in missing.items():
         log(f"tok_eval: {name}'s encoding is left out, it could not be loaded ({reason})")
@@ -82,15 +77,13 @@ def table(result: Mapping[str, Any]) -> str:
     """The result of `compare` for people: bytes per token, and how much more or less ours holds."""
     sizes = result["vocab_size"]
     others = [name for name in sizes if name != OURS]
-    rows = [
-        ["kind", "bytes", OURS] + [cell for name in others for cell in (name, "ours vs it")],
-        ["vocabulary", "", f"{sizes[OURS]:,}"]
-        + [cell for name in others for cell in (f"{sizes[name]:,}", "")],
-    ]
+    rows = [["kind", "bytes", OURS], ["vocabulary", "", f"{sizes[OURS]:,}"]]
+    for name in others:
+        rows[0] += [name, "ours vs it"]
+        rows[1] += [f"{sizes[name]:,}", ""]
     for kind, row in result["kinds"].items():
         ratios = row["bytes_per_token"]
-        cells = [kind, f"{row['bytes']:,}", f"{ratios[OURS]:.3f}"]
+        rows.append([kind, f"{row['bytes']:,}", f"{ratios[OURS]:.3f}"])
         for name in others:
-            cells += [f"{ratios[name]:.3f}", f"{ratios[OURS] / ratios[name] - 1:+.1%}"]
-        rows.append(cells)
+            rows[-1] += [f"{ratios[name]:.3f}", f"{ratios[OURS] / ratios[name] - 1:+.1%}"]
     return "\n".join(aligned(rows))

@@ -5,6 +5,7 @@ open_stage    its parameters on a mesh, and the tokenizer they were trained with
 open_model    both, for chat and server, which start from a recipe alone
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from nanochat_jax import recipe
 from nanochat_jax.common import UserError, log, run_dir, sha256_file
 from nanochat_jax.config import Recipe
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.tools import make_tool
+from nanochat_jax.inference.tools import make_tools, output_ids
 from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model.attention_check import check_attention
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
@@ -114,13 +115,27 @@ def open_model(config: Recipe, stage: str | None = None) -> Opened:
 
 
 def make_engine(
-    model: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, *, base=False, tool="calculator", **sizes
+    model: GPTConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    *,
+    base: bool = False,
+    tools: Sequence[str] = ("calculator",),
+    **sizes: Any,
 ) -> Engine:
     """An engine without parameters; one of a base model continues text and calls no tool.
 
-    sizes: slots, max_len and burst as in Engine.
+    tools: the first is that of requests that name none. sizes: slots, max_len and burst as in
+    Engine.
     """
     if base:
         return Engine(model, mesh, stop_ids=[tokenizer.bos_id], **sizes)
-    stop_ids = [tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id]
-    return Engine(model, mesh, stop_ids=stop_ids, tool=make_tool(tool, tokenizer), **sizes)
+    return Engine(
+        model,
+        mesh,
+        stop_ids=[tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id],
+        never_ids=output_ids(tokenizer),
+        tools=make_tools(tools, tokenizer),
+        tool=next(iter(tools), "none"),
+        **sizes,
+    )

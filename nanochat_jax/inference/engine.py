@@ -1,14 +1,18 @@
 """The engine: writes many texts at once, each as if it were alone.
 
-The scheduler says which texts write; the engine computes the prompts of the new ones and decodes
-all in bursts of several tokens (decode.py). All about a text but its cache lives on the host.
+The scheduler says which texts write; the engine computes the prompts of the new ones, a piece at a
+time, and decodes all in bursts of several tokens (decode.py). All about a text but its cache lives
+on the host.
 
 Invariants: an answer depends, up to rounding, on params, prompt, seed and settings alone, not on
 slots, burst, order or company. Equal prompts admitted together are computed once. Few programs are
-compiled: lengths are powers of two, numbers of prompts a few sizes.
+compiled (`programs`), whatever is asked.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,21 +20,27 @@ from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
-from nanochat_jax.inference.sampling import Needs, Settings
-from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Text, Tool
+from nanochat_jax.inference.decode import Extras, Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.sampling import Settings
+from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Text, Tool, Top
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.model.kv_cache import capacity, empty_cache, insert, resize
+from nanochat_jax.model.kv_cache import capacity, copy, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
 
-PREFILL_ROWS = (16, 4, 1)  # prompts computed at once
-MIN_PREFILL, MIN_CACHE = 32, 128  # lengths are powers of two from these up
-MIN_CANDIDATES = 64  # of top-k
+PIECE_ROWS = (1, 16)  # prompts computed at once
+PIECE_TOKENS = (32, 128)  # of each
+SHORTEST_CACHE = 256  # and four times, sixteen times ... as long
+BURST_SECS = 0.05  # in traffic: how long a reader waits for the next words
+PREFILL_TOKENS = 512  # in traffic: of new prompts between two bursts
+NOT_FINITE = "logits are not finite: the parameters are broken; use an earlier checkpoint"
 
 
 class Engine:
     """Texts of at most `max_len` tokens, `slots` of them at once (rounded up to the mesh's rows).
 
-    stop_ids end a text. burst: tokens between two looks of the host. Not thread-safe.
+    stop_ids end a text; never_ids are never sampled. tools: by name, and which of them a request
+    may call that says nothing about it. burst: tokens between two looks of the host, at most. Not
+    thread-safe.
     """
 
     def __init__(
@@ -41,21 +51,32 @@ class Engine:
         slots: int,
         max_len: int,
         stop_ids: Collection[int],
-        tool: Tool | None = None,
+        never_ids: Collection[int] = (),
+        tools: Mapping[str, Tool] | None = None,
+        tool: str = "none",
         burst: int = 16,
     ):
         assert slots > 0 and max_len > 1 and burst > 0, (slots, max_len, burst)
         self.config, self.mesh, self.max_len = config, mesh, max_len
-        kept = (capacity(config, layer, max_len) for layer in range(config.num_layers))
-        self.burst = min(burst, *kept)  # a ring must not lap itself
+        lengths = [SHORTEST_CACHE * 4**i for i in range(12)]
+        longest = max_len if max_len < 128 else _round_up(max_len, 128)
+        self.lengths = [*(n for n in lengths if n < longest), longest]  # of the cache
+        window = min(capacity(config, layer, longest) for layer in range(config.num_layers))
+        self.burst = min(burst, window)  # a ring must not lap itself
+        self.piece_tokens = sorted({min(n, window) for n in PIECE_TOKENS})
         shards = num_row_shards(mesh)
         self.slots = _round_up(slots, shards)
-        self.scheduler = Scheduler(self.slots, max_len, config.vocab_size, stop_ids, tool)
-        self._pause_ids = tuple(sorted({*stop_ids, *([tool.end_id] if tool else [])}))
-        self._prefill_rows = sorted({_round_up(n, shards) for n in PREFILL_ROWS}, reverse=True)
+        most = min(PIECE_ROWS[-1], self.slots)
+        self.piece_rows = sorted({_round_up(min(n, most), shards) for n in PIECE_ROWS})
+        self.scheduler = Scheduler(
+            self.slots, max_len, config.vocab_size, stop_ids, tools, tool, window
+        )
+        ends = {tool.end_id for tool in self.scheduler.tools.values()}
+        self._static = config, tuple(sorted({*stop_ids, *ends})), tuple(sorted(never_ids))
         self._params: dict[str, jax.Array] | None = None
         self._shardings = param_shardings(mesh, param_shapes(config))
-        self.length = min(MIN_CACHE, max_len)  # of the cache
+        self._token_secs = math.inf  # of a burst, lately
+        self.length = self.lengths[0]
         with jax.set_mesh(mesh):
             self._cache = empty_cache(config, self.slots, self.length)
 
@@ -64,6 +85,7 @@ class Engine:
         step that donates them, load again."""
         placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
+        self.scheduler.left_behind.clear()  # what is cached is of other parameters
 
     def unload(self) -> None:
         """Let go of the parameters, whose memory a training step may need."""
@@ -75,17 +97,20 @@ class Engine:
         on_finish: Callable[[int, Completion], object] = lambda *_: None,
     ) -> list[Completion]:
         """Answers to any number of requests, in their order. on_finish gets each as it ends."""
-        assert not self.scheduler.busy(), "generate needs the engine for itself"
+        assert not self.busy(), "generate needs the engine for itself"
         answers, numbers = [Completion() for _ in requests], {}
         try:
             for number, request in enumerate(requests):
                 numbers[self.scheduler.submit(request)] = number
             # Start as a new engine would: what it did before leaves no trace.
-            self._resize(min(MIN_CACHE, self.max_len))
-            while self.scheduler.busy():
-                for piece in self.step(self.burst):
+            self.scheduler.left_behind.clear()
+            self._resize(self.lengths[0])
+            while self.busy():
+                for piece in self.step(in_traffic=False):
                     number = numbers[piece.id]
                     answers[number].add(piece)
+                    if piece.finish == "error":
+                        raise UserError(f"request {number}: {piece.reason}")
                     if piece.finish:
                         on_finish(number, answers[number])
         finally:
@@ -93,107 +118,237 @@ class Engine:
         return answers
 
     def stream(self, request: Request) -> Iterator[Completion]:
-        """One request, a piece for each burst; whoever stops reading cancels it."""
-        assert not self.scheduler.busy(), "stream needs the engine for itself"
-        id = self.scheduler.submit(request)
+        """One request, piece by piece; whoever stops reading cancels it."""
+        assert not self.busy(), "stream needs the engine for itself"
+        id = self.submit(request)
         try:
-            while self.scheduler.busy():
+            while self.busy():
                 yield from self.step()
         finally:
             self.scheduler.drop([id])
 
-    def step(self, first_tokens: int = 1) -> list[Completion]:
-        """Fill free slots and decode a burst; of first_tokens only after an admission."""
+    def submit(self, request: Request) -> int:
+        """Queue a request; the id of its pieces."""
+        return self.scheduler.submit(request)
+
+    def cancel(self, id: int) -> None:
+        """End a request; the next step says so."""
+        self.scheduler.cancel(id)
+
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return self.scheduler.busy()
+
+    def step(self, in_traffic: bool = True) -> list[Completion]:
+        """Fill free slots, compute a piece of the new prompts and decode a burst.
+
+        in_traffic: steps are short, so that first tokens come soon and others are not held up, and
+        tools are not waited for. Else they are as long as it pays, and the same every time.
+        """
         assert self._params is not None, "load parameters first"
         scheduler = self.scheduler
-        cancelled, scheduler.cancelled = scheduler.cancelled, []
-        admitted = scheduler.admit()
-        if not (texts := scheduler.texts):
-            return cancelled
-        steps = first_tokens if admitted else self.burst
-        budgets = {slot: min(steps, scheduler.left(text)) for slot, text in texts.items()}
-        longest = max(len(text.ids) + budgets[slot] for slot, text in texts.items())
-        length = min(_power_of_two(longest, MIN_CACHE), self.max_len)
-        if length > self.length or length <= self.length // 4:  # down only to a quarter
-            self._resize(length)
+        scheduler.hear(waited=not in_traffic)
+        scheduler.admit()
         with jax.set_mesh(self.mesh):
-            new_prompts = prompt_batches(admitted, self._prefill_rows, self.slots, self.max_len)
-            for ids, *where in new_prompts:
-                fresh = decode.prefill(self.config, self._params, ids)
-                self._cache = insert(self._cache, fresh, *where)
-            static = self.config, self._pause_ids, self._needs(texts)
-            table = self._table(texts, budgets)
-            self._cache, written = decode.burst(*static, self._params, self._cache, table)
-        written = jax.device_get(written)
-        if not np.isfinite(written.logprobs).all():
-            raise UserError(
-                "logits are not finite: the parameters are broken; use an earlier checkpoint"
-            )
-        return cancelled + scheduler.advance(*written)
+            self._prefill(PREFILL_TOKENS if in_traffic else math.inf)
+            scheduler.finish_scored()
+            pieces = self._decode(in_traffic)
+        ended, scheduler.ended = scheduler.ended, []
+        return ended + pieces
+
+    def programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Everything the engine may have to compile, by name; a call compiles it and writes
+        nothing. The engine must be idle."""
+        assert not self.busy() and self._params is not None
+        for old, length in itertools.permutations(self.lengths, 2):
+            name = f"cache of {old:,} to {length:,}"
+            yield name, lambda old=old, length=length: (self._resize(old), self._resize(length))
+        for length in self.lengths:
+            yield f"cache of {length:,}", lambda length=length: self._resize(length)
+            for rows, tokens in itertools.product(self.piece_rows, self.piece_tokens):
+                ids, zero = np.zeros((rows, tokens + 2), np.int32), np.zeros(rows, np.int32)
+                piece = Piece(ids, zero, zero, np.full(rows, self.slots, np.int32))
+                for scored in (False, True)[: 1 + (tokens == self.piece_tokens[-1])]:
+                    name = f"{rows} x {tokens} tokens of prompts" + ", scored" * scored
+                    yield name, lambda piece=piece, scored=scored: self._extend(piece, scored, 0)
+            yield "equal prompts", lambda: self._copy([self.slots], [self.slots])
+            for greedy in (True, False):
+                name = "the most likely tokens" if greedy else "sampled tokens"
+                yield name, lambda greedy=greedy: self._burst({}, {}, greedy)
+
+    def warm_up(self, progress: Callable[[int, int], object] = lambda *_: None) -> None:
+        """Compile all programs; progress gets how many are done, of how many."""
+        programs = list(self.programs())
+        for done, (_, run) in enumerate(programs, 1):
+            with jax.set_mesh(self.mesh):
+                run()
+            progress(done, len(programs))
+        jax.block_until_ready(self._cache)
+
+    def _prefill(self, budget: float) -> None:
+        """Compute prompts, about `budget` tokens of them, those of the oldest requests first."""
+        texts = self.scheduler.texts
+        while budget > 0:
+            # Of equal prompts only the one that is furthest is computed; the others copy it.
+            leaders: dict[Hashable, int] = {}
+            for slot, text in sorted(texts.items(), key=lambda item: item[1].id):
+                if text.cached < len(text.ids) - 1:
+                    leader = leaders.setdefault(text.prompt_key, slot)
+                    if text.cached > texts[leader].cached:
+                        leaders[text.prompt_key] = slot
+            if not leaders:
+                return
+            pieces: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+            for slot in leaders.values():
+                text, widest = texts[slot], self.piece_tokens[-1]
+                count, scored = min(len(text.ids) - 1 - text.cached, widest), text.scored
+                tokens = widest if scored else next(n for n in self.piece_tokens if n >= count)
+                if budget > 0:
+                    pieces.setdefault((tokens, scored), []).append((slot, count))
+                    budget -= count
+            for (tokens, scored), group in pieces.items():
+                most = self.piece_rows[-1]
+                for first in range(0, len(group), most):
+                    self._compute(group[first : first + most], tokens, scored)
+            self._share(leaders)
+
+    def _compute(self, parts: Sequence[tuple[int, int]], tokens: int, scored: bool) -> None:
+        """The next `count` tokens of the prompts in some slots, (slot, count) each."""
+        rows = next(n for n in self.piece_rows if n >= len(parts))
+        ids, (start, count) = np.zeros((rows, tokens + 2), np.int32), np.zeros((2, rows), np.int32)
+        slots = np.full(rows, self.slots, np.int32)  # a row that is not needed goes nowhere
+        texts = [self.scheduler.texts[slot] for slot, _ in parts]
+        for row, (text, (slot, n)) in enumerate(zip(texts, parts, strict=True)):
+            begin = text.cached
+            start[row], count[row], slots[row] = begin, n, slot
+            ids[row, 0] = text.ids[begin - 1] if begin else -1
+            ids[row, 1 : n + 2] = text.ids[begin : begin + n + 1]
+        self._make_room(int(np.max(start + count)))
+        num_top = max(text.request.top_logprobs for text in texts)
+        scores = self._extend(Piece(ids, start, count, slots), scored, num_top)
+        for row, (text, (slot, n)) in enumerate(zip(texts, parts, strict=True)):
+            text.cached += n
+            if scores:
+                logprobs = scores.logprobs[row, :n].tolist()
+                text.scores += zip(logprobs, _alternatives(scores, row, n, text), strict=True)
+                if not np.isfinite(logprobs).all():
+                    self.scheduler.fail(slot, NOT_FINITE)
+
+    def _share(self, leaders: dict[Hashable, int]) -> None:
+        """Give what was computed of a prompt to the slots that wait for the same."""
+        texts, source, target = self.scheduler.texts, [], []
+        for slot, text in texts.items():
+            leader = texts.get(leaders.get(text.prompt_key, -1))
+            if leader and leader.cached == len(leader.ids) - 1 and text.cached < leader.cached:
+                text.cached, text.scores = leader.cached, leader.scores
+                source.append(leaders[text.prompt_key])
+                target.append(slot)
+        if target:
+            self._copy(source, target)
+
+    def _decode(self, in_traffic: bool) -> list[Completion]:
+        """A burst for all texts that can write."""
+        scheduler = self.scheduler
+        texts = {slot: text for slot, text in sorted(scheduler.texts.items()) if text.ready}
+        if not texts:
+            return []
+        steps = self.burst
+        if in_traffic:
+            steps = max(1, min(steps, int(BURST_SECS / self._token_secs)))
+        budgets = {slot: min(steps, scheduler.left(text)) for slot, text in texts.items()}
+        self._make_room(max(len(text.ids) + budgets[slot] for slot, text in texts.items()))
+        began = time.perf_counter()
+        greedy = all(text.request.greedy for text in texts.values())
+        tokens, scores, count = self._burst(texts, budgets, greedy)
+        secs = (time.perf_counter() - began) / max(1, count.max())
+        self._token_secs = min(secs, 1.1 * self._token_secs)  # a pause is soon forgotten
+        pieces = []
+        for slot, text in texts.items():
+            n, forced = int(count[slot]), len(text.forced)
+            logprobs = scores.logprobs[slot, :n]
+            if np.isfinite(logprobs[forced:]).all():
+                top = _alternatives(scores, slot, n, text) if text.request.top_logprobs else None
+                new = tokens[slot, :n].tolist(), logprobs.tolist(), top
+                pieces.append(scheduler.advance(slot, *new))
+            else:
+                scheduler.fail(slot, NOT_FINITE)
+        return pieces
+
+    def _extend(self, piece: Piece, scored: bool, num_top: int) -> Scores | None:
+        static = self.config, scored, self._params
+        self._cache, scores = decode.extend(
+            *static, self._cache, piece, np.array(num_top, np.int32)
+        )
+        return jax.device_get(scores)
+
+    def _copy(self, source: list[int], target: list[int]) -> None:
+        rest = [self.slots] * (self.slots - len(target))
+        self._cache = copy(self._cache, *np.array([source + rest, target + rest], np.int32))
+
+    def _burst(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> Written:
+        table = self._table(texts, budgets, greedy)
+        self._cache, written = decode.burst(*self._static, self._params, self._cache, table)
+        return jax.device_get(written)
+
+    def _make_room(self, longest: int) -> None:
+        """Resize the cache for texts of this length, and for those that lie in it."""
+        longest = max([longest, *(text.cached for text in self.scheduler.texts.values())])
+        least = next(n for n in self.lengths if n >= longest)
+        # Smaller only by much, so that it does not go up and down.
+        if least > self.length or 2 * longest <= least < self.length:
+            self._resize(least)
 
     def _resize(self, length: int) -> None:
         if length != self.length:
             with jax.set_mesh(self.mesh):
                 self._cache, self.length = resize(self.config, length, self._cache), length
+            held = self.scheduler.left_behind
+            for slot in [slot for slot, ids in held.items() if len(ids) > length]:
+                held[slot] = []
 
-    def _table(self, texts: dict[int, Text], budgets: dict[int, int]) -> decode.SlotTable:
+    def _table(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> SlotTable:
         """What the device is told of the slots."""
-        numbers = np.zeros((6, self.slots), np.int32)
+        token, previous, position, budget, num_forced = np.zeros((5, self.slots), np.int32)
         forced = np.zeros((self.slots, self.burst), np.int32)
-        seed = np.zeros((self.slots, 2), np.uint32)
-        temperature, top_p = np.zeros(self.slots, np.float32), np.ones(self.slots, np.float32)
         for slot, text in texts.items():
-            r, ids, ahead = text.request, text.ids, text.forced[: self.burst]
-            previous = ids[-2] if len(ids) > 1 else -1
-            top_k = min(r.top_k, self.config.vocab_size)  # more need not fit an int32
-            numbers[:, slot] = ids[-1], previous, len(ids) - 1, budgets[slot], len(ahead), top_k
+            ids, ahead = text.ids, text.forced[: self.burst]
+            token[slot], previous[slot] = ids[-1], ids[-2] if len(ids) > 1 else -1
+            position[slot], budget[slot], num_forced[slot] = len(ids) - 1, budgets[slot], len(ahead)
             forced[slot, : len(ahead)] = ahead
+        sampling = None if greedy else self._sampling(texts)
+        return SlotTable(token, previous, position, budget, num_forced, forced, sampling)
+
+    def _sampling(self, texts: dict[int, Text]) -> tuple[Settings, Extras]:
+        seed = np.zeros((self.slots, 2), np.uint32)
+        top_k, none = np.zeros(self.slots, np.int32), self.config.vocab_size
+        temperature, presence, frequency = np.zeros((3, self.slots), np.float32)
+        top_p = np.ones(self.slots, np.float32)
+        said = np.full((self.slots, self.lengths[-1]), none, np.int32)
+        bias_ids = np.full((self.slots, decode.MOST_BIASED), none, np.int32)
+        bias, num_top = np.zeros(bias_ids.shape, np.float32), 0
+        for slot, text in texts.items():
+            r, biased = text.request, list(text.request.logit_bias.items())
             seed[slot] = divmod(r.seed % 2**64, 2**32)
+            top_k[slot] = min(r.top_k, self.config.vocab_size)  # more need not fit an int32
             temperature[slot], top_p[slot] = r.temperature, r.top_p
-        token, previous, position, budget, num_forced, top_k = numbers
-        settings = Settings(seed, temperature, top_k, top_p)
-        return decode.SlotTable(token, previous, position, budget, num_forced, forced, settings)
-
-    def _needs(self, texts: dict[int, Text]) -> Needs:
-        """What the texts that sample need of the sampler: nothing more is compiled."""
-        whole = self.config.vocab_size
-        drawn = [text.request for text in texts.values() if text.request.temperature > 0]
-        truncated = [r.top_k or whole for r in drawn if r.top_k or r.top_p < 1]
-        candidates = _power_of_two(max(truncated), MIN_CANDIDATES) if truncated else 0
-        return Needs(len(truncated) < len(drawn), min(candidates, whole))
+            presence[slot], frequency[slot] = r.presence_penalty, r.frequency_penalty
+            num_top = max(num_top, r.top_logprobs)
+            if r.presence_penalty or r.frequency_penalty:
+                answer = text.ids[len(r.prompt) :]
+                said[slot, : len(answer)] = answer
+            for i, (id, value) in enumerate(biased):
+                bias_ids[slot, i], bias[slot, i] = id, value
+        settings = Settings(seed, temperature, top_k, top_p, presence, frequency)
+        return settings, Extras(said, bias_ids, bias, np.array(num_top, np.int32))
 
 
-def prompt_batches(
-    texts: dict[int, Text], sizes: Sequence[int], num_slots: int, max_len: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """The prompts of {slot: text}, each different one once, in few shapes.
-
-    Yields ids [n, T] and lengths [n] without each prompt's last id, rows and slots [m]: which row
-    goes to which slot (num_slots: to none). sizes: the values of n, falling.
-    """
-    slots_of: dict[tuple[int, ...], list[int]] = {}
-    for slot, text in texts.items():
-        slots_of.setdefault(tuple(text.ids[:-1]), []).append(slot)
-    slots_of.pop((), None)  # a single id needs no prefill
-    by_width: dict[int, list[tuple[int, ...]]] = {}
-    for prompt in slots_of:
-        width = min(_power_of_two(len(prompt), MIN_PREFILL), max_len)
-        by_width.setdefault(width, []).append(prompt)
-    for width, prompts in by_width.items():
-        while prompts:
-            size = next((n for n in sizes if n <= len(prompts)), sizes[-1])
-            part, prompts = prompts[:size], prompts[size:]
-            ids, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-            for row, prompt in enumerate(part):
-                ids[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-            pairs = [(row, slot) for row, prompt in enumerate(part) for slot in slots_of[prompt]]
-            num_pairs = size if len(pairs) <= size else num_slots  # one of two, to compile few
-            pairs += [(0, num_slots)] * (num_pairs - len(pairs))
-            yield ids, lengths, *np.array(pairs, np.int32).T
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
+def _alternatives(scores: Scores, row: int, count: int, text: Text) -> list[Top]:
+    """As many of each of `count` tokens as the text asked for."""
+    if not (wanted := text.request.top_logprobs):
+        return [[] for _ in range(count)]
+    ids = scores.top_ids[row, :count, :wanted].tolist()
+    logprobs = scores.top_logprobs[row, :count, :wanted].tolist()
+    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -7,7 +7,9 @@ not change the noise of the ids that stay. It is Threefry-2x32 with 20 rounds (S
 2011), the one under jax.random; written out, XLA fuses it with what follows.
 
 Truncation: the top_k most likely ids, and of these the fewest whose probabilities (at the row's
-temperature, among the top_k) sum to top_p.
+temperature, among the top_k) sum to top_p; ids that tie with the last of them stay too. Nothing is
+sorted: a threshold is found by bisection, each step one pass over the logits. Each device does so
+for its own rows.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax.model.sharding import ROWS
+
 Column = jax.Array | np.ndarray  # a value for each row, made on the host or not
+BISECTIONS = 26  # logits span less than 2 * 15 (soft cap): told apart at 1e-6, as float32 does
+MOST_ALTERNATIVES = 20  # of a token, with their log probabilities; OpenAI's limit
 
 
 class Settings(NamedTuple):
@@ -26,45 +32,77 @@ class Settings(NamedTuple):
     temperature: Column  # float32; 0: the most likely token
     top_k: Column  # int32; 0: all
     top_p: Column  # float32
+    presence: Column  # float32: taken from the logit of an id that was said
+    frequency: Column  # float32: for every time that it was
 
 
-class Needs(NamedTuple):
-    """What a batch needs of the sampler, known when the program is compiled."""
+def sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Column) -> jax.Array:
+    """int32 [B] for float32 logits [B, V]; said [B, V]: how often a row has said each id; position
+    [B]: where the row stands."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = logits, said, settings, position
+    if mesh.empty:
+        return _sample(*rows)
+    return jax.shard_map(_sample, in_specs=ROWS, out_specs=ROWS)(*rows)
 
-    untruncated: bool  # a row draws from the whole vocabulary
-    candidates: int  # the largest truncation of a row; 0: none truncates
 
-
-def sample(logits: jax.Array, settings: Settings, position: Column, needs: Needs) -> jax.Array:
-    """int32 [B] for logits [B, V] in float32; position [B] is where the row stands."""
-    seed, temperature, top_k, top_p = settings
+def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Column) -> jax.Array:
+    seed, temperature, top_k, top_p, presence, frequency = settings
+    logits -= presence[:, None] * jnp.sign(said) + frequency[:, None] * said
     greedy = temperature == 0
-    truncated = (top_k > 0) | (top_p < 1)
-    token = argmax(logits)
-    cold = jnp.where(greedy, 1.0, temperature)[:, None]  # greedy rows are not divided by 0
-    if needs.untruncated:
-        ids = jnp.arange(logits.shape[-1])[None]
-        drawn = argmax(logits / cold + noise(seed, position, ids))
-        token = jnp.where(greedy | truncated, token, drawn)
-    if needs.candidates:
-        values, ids = jax.lax.top_k(logits, needs.candidates)  # [B, C], most likely first
-        scores, rank = values / cold, jnp.arange(needs.candidates)
-        allowed = (top_k[:, None] == 0) | (rank < top_k[:, None])
-        probs = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        kept = allowed & ((before < top_p[:, None]) | (rank == 0))
-        scores = jnp.where(kept, scores, -jnp.inf)
-        best = argmax(scores + noise(seed, position, ids))[:, None]
-        drawn = jnp.take_along_axis(ids, best, axis=-1)[:, 0]
-        token = jnp.where(greedy | ~truncated, token, drawn)
-    return token
+    scores = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    scores -= jnp.max(scores, axis=-1, keepdims=True)
+    rows_with_k, rows_with_p = ~greedy & (top_k > 0), ~greedy & (top_p < 1)
+    limit = jnp.where(rows_with_k, top_k.astype(jnp.float32), jnp.inf)
+    scores = _truncate(scores, jnp.ones_like(scores), limit)
+    probs = jnp.exp(scores)
+    limit = jnp.where(rows_with_p, top_p * jnp.sum(probs, axis=-1), jnp.inf)
+    scores = _truncate(scores, probs, limit)
+    drawn = argmax(scores + noise(seed, position, jnp.arange(logits.shape[-1])[None]))
+    return jnp.where(greedy, argmax(logits), drawn)
+
+
+def _truncate(scores: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """scores [B, V], at most 0, of which those become -inf that weights reaching `limit` [B] lie
+    above; limit inf: none."""
+    lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
+    bounds = lowest, jnp.zeros_like(lowest)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        above = jnp.sum(jnp.where(scores > middle[:, None], weights, 0.0), axis=-1)
+        return jnp.where(above < limit, low, middle), jnp.where(above < limit, middle, high)
+
+    # The number of steps is a value, not part of the program: none where no row truncates.
+    steps = jnp.where(jnp.any(limit < jnp.inf), BISECTIONS, 0)
+    low, _ = jax.lax.fori_loop(0, steps, halve, bounds)
+    return jnp.where(scores > low[:, None], scores, -jnp.inf)
+
+
+def most_likely(logprobs: jax.Array, count: Column) -> tuple[jax.Array, jax.Array]:
+    """Ids and values [..., MOST_ALTERNATIVES] of the `count` largest of logprobs [..., V], the
+    largest first; one pass each, as count is a value and no part of the program."""
+    shape = (*logprobs.shape[:-1], MOST_ALTERNATIVES)
+    places = jnp.arange(logprobs.shape[-1])
+
+    def take(i, found):
+        left, ids, values = found
+        best = argmax(left)[..., None]
+        ids = ids.at[..., i].set(best[..., 0])
+        values = values.at[..., i].set(jnp.take_along_axis(left, best, axis=-1)[..., 0])
+        return jnp.where(places == best, -jnp.inf, left), ids, values
+
+    nothing = logprobs, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return jax.lax.fori_loop(0, count, take, nothing)[1:]
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """The first index of the largest value of x [B, M], int32; on a CPU 8x faster than jnp's."""
-    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    """The first index of the largest value of x [..., M], int32; on a CPU 8x faster than jnp's. Not
+    an index at all (M) when a value is NaN."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     largest = jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(x == largest, ids, x.shape[1]), axis=-1)
+    return jnp.min(jnp.where(x == largest, ids, x.shape[-1]), axis=-1)
 
 
 def noise(seed: Column, position: Column, ids: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@
 """
 
 import ast
+from collections.abc import Iterable
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.scheduler import Tool
@@ -18,15 +19,22 @@ from nanochat_jax.tools.sandbox import run_program
 MAX_OUTPUT_CHARS = 400  # of a program; it has to fit the model's context
 
 
-def make_tool(name: str, tokenizer: Tokenizer) -> Tool | None:
-    """The tool called `name`: calculator, python or none."""
-    tools = {"none": None, "calculator": calculate, "python": run_python}
-    if name not in tools:
-        raise UserError(f"got tool {name!r}, expected one of {', '.join(tools)}")
-    if not (answer := tools[name]):
-        return None
+def make_tools(names: Iterable[str], tokenizer: Tokenizer) -> dict[str, Tool]:
+    """The tools of these names: calculator, python."""
+    return {name: _make_tool(name, tokenizer) for name in names}
+
+
+def output_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids around what a tool says: a model that samples them would speak for the tool."""
+    return [tokenizer.special_id(token) for token in PARTS["python_output"][:2]]
+
+
+def _make_tool(name: str, tokenizer: Tokenizer) -> Tool:
+    tools = {"calculator": calculate, "python": run_python}
+    if not (answer := tools.get(name)):
+        raise UserError(f"got tool {name!r}, expected one of none, {', '.join(tools)}")
     start, end = (tokenizer.special_id(token) for token in PARTS["python"][:2])
-    opening, closing = (tokenizer.special_id(token) for token in PARTS["python_output"][:2])
+    opening, closing = output_ids(tokenizer)
 
     def run(ids: list[int]) -> list[int]:
         value = answer(tokenizer.decode(ids))

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -85,17 +86,14 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 def find(
     env: Mapping[str, str],
-    *,
     launcher: str = "auto",
     coordinator: str = "",
     num_processes: int = 1,
     process_id: int = 0,
     local_device_ids: str = "",
 ) -> Launch | None:
-    """How this process was started, from the environment and config.mesh; None: it is alone.
-
-    auto: the flags if they say several processes, else the first launcher that started several.
-    """
+    """How this process was started, from the environment and keys of config.mesh; None: it is
+    alone. auto: the flags if they say several processes, else the first launcher with several."""
     if launcher not in (known := ("auto", "none", "flags", *LAUNCHERS)):
         raise UserError(f"config.mesh.launcher got {launcher!r}, expected {' | '.join(known)}")
     if launcher == "flags" or (launcher == "auto" and num_processes > 1):
@@ -111,12 +109,12 @@ def find(
             "HOST:PORT of process 0 (Open MPI on several machines does not tell it) and a process "
             "below their number; set --config.mesh.coordinator, num_processes and process_id"
         )
-    if not re.fullmatch(r"(\d+(,\d+)*)?", local_device_ids):
-        got = f"config.mesh.local_device_ids got {local_device_ids!r}"
-        raise UserError(f"{got}, expected numbers like 0,1")
     # A process takes its own of all GPUs that it sees, unless the launcher shows it only that one.
     gpus = found.local_device_ids if "," in env.get("CUDA_VISIBLE_DEVICES", ",") else ()
     if local_device_ids:
+        if not re.fullmatch(r"\d+(,\d+)*", local_device_ids):
+            got = f"config.mesh.local_device_ids got {local_device_ids!r}"
+            raise UserError(f"{got}, expected numbers like 0,1")
         gpus = tuple(map(int, local_device_ids.split(",")))
     return replace(found, coordinator=coordinator, local_device_ids=gpus)
 
@@ -129,10 +127,8 @@ def _started_by(launcher: str, env: Mapping[str, str]) -> Launch | None:
                 return found
         except KeyError as missing:
             if launcher != "auto":
-                raise UserError(
-                    f"config.mesh.launcher={launcher} got an environment without {missing}; start "
-                    "with that launcher, or take config.mesh.launcher=flags"
-                ) from None
+                got = f"config.mesh.launcher={launcher} got an environment without {missing}"
+                raise UserError(f"{got}; start with that launcher, or take flags") from None
     several = "JAX_COORDINATOR_ADDRESS" in env and env.get("JAX_NUM_PROCESSES") != "1"
     if launcher == "auto" and several:
         raise UserError(
@@ -148,12 +144,10 @@ def join(launch: Launch) -> None:
     gpus = f", GPUs {launch.local_device_ids} here" if launch.local_device_ids else ""
     who = f"launcher {launch.launcher}: {launch.num_processes} processes"
     log(f"{who}, waiting for them at {launch.coordinator}{gpus}")
-    message = (
-        f"{launch.name} did not meet the others within {MEET_SECS} s, expected all of them to "
-        f"reach process 0 at {launch.coordinator}; see config.mesh"
-    )
+    late = f"{launch.name} did not meet the others within {MEET_SECS} s, expected all of them to "
+    late += f"reach process 0 at {launch.coordinator}; see config.mesh"
     # Ours, because jax.distributed aborts with a stack trace when its own time is up.
-    too_late = threading.Timer(MEET_SECS, _end, [message])
+    too_late = threading.Timer(MEET_SECS, _end, [late])
     too_late.daemon = True
     too_late.start()
     sys.excepthook = _end_with_traceback
@@ -215,10 +209,8 @@ def _require_one_folder(launch: Launch, mark: Path) -> None:
     stop = time.monotonic() + FOLDER_SECS
     while not mark.exists():
         if time.monotonic() > stop:
-            raise UserError(
-                f"$NANOCHAT_BASE_DIR got {base_dir()}, which {launch.name} does not share with "
-                "process 0; expected one folder that all machines see"
-            )
+            got = f"$NANOCHAT_BASE_DIR got {base_dir()}, which {launch.name} does not share with"
+            raise UserError(f"{got} process 0; expected one folder that all machines see")
         time.sleep(0.2)
     multihost_utils.sync_global_devices("all have seen the mark")
     if launch.process_id == 0:
@@ -232,14 +224,12 @@ def _accept(server: socket.socket, secret: int, missing: set[int]) -> dict[socke
         while missing:
             line, _ = server.accept()
             line.settimeout(10.0)
-            try:
+            with suppress(OSError, struct.error):
                 told, process = HELLO.unpack(line.recv(HELLO.size, socket.MSG_WAITALL))
-            except (OSError, struct.error):
-                told, process = None, None
-            if told == secret and process in missing:
-                lines[line] = process
-                missing.discard(process)
-            else:
+                if told == secret and process in missing:
+                    lines[line] = process
+                    missing.discard(process)
+            if line not in lines:
                 line.close()
     return lines
 
@@ -249,11 +239,9 @@ def _wait_for_an_end(lines: dict[socket.socket, int], leaving, launch: Launch) -
     if gone and not leaving.is_set():
         time.sleep(GRACE_SECS)
     if not leaving.is_set():
-        _end(
-            f"process {gone} of {launch.num_processes} is gone (killed, crashed, or its machine "
-            f"is); process {launch.process_id} ends too. Its own output may say why, and the same "
-            "command continues from the last checkpoint"
-        )
+        who = f"process {gone} of {launch.num_processes} is gone (killed, crashed, or its machine"
+        what = f"process {launch.process_id} ends too. Its own output may say why, and the same"
+        _end(f"{who} is); {what} command continues from the last checkpoint")
 
 
 def _end(message: str) -> None:

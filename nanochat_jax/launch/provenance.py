@@ -40,8 +40,8 @@ def _git_state() -> dict[str, Any]:
     root = Path(__file__).parents[2]
     read = partial(subprocess.check_output, cwd=root, stderr=subprocess.DEVNULL, text=True)
     try:
-        commit, changed = read(["git", "rev-parse", "HEAD"]), read(["git", "status", "-s"])
-        diff = read(["git", "diff", "HEAD"])
+        asked = ("rev-parse HEAD", "status -s", "diff HEAD")
+        commit, changed, diff = (read(["git", *words.split()]) for words in asked)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit.strip(), "dirty": bool(changed), "diff_lines": diff.count("\n")}

@@ -25,8 +25,7 @@ def param_counts(c: GPTConfig) -> dict[str, int]:
 def matmul_params(c: GPTConfig) -> int:
     """Weights every token is multiplied with: all but embeddings and scalars."""
     counts = param_counts(c)
-    smear_gate = SMEAR_GATE_DIM if c.extras else 0
-    return counts["transformer_matrices"] + counts["lm_head"] + smear_gate
+    return counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_DIM * c.extras
 
 
 def train_flops_per_token(c: GPTConfig) -> int:
@@ -48,9 +47,5 @@ def kv_bytes_per_token(c: GPTConfig, bytes_per_value: int) -> int:
 def state_bytes(c: GPTConfig) -> dict[str, int]:
     """Bytes in float32; the optimizer keeps two moments for AdamW, one for Muon."""
     counts = param_counts(c)
-    adam = counts["total"] - counts["transformer_matrices"]
-    return {
-        "params": 4 * counts["total"],
-        "grads": 4 * counts["total"],
-        "optimizer": 4 * (2 * adam + counts["transformer_matrices"]),
-    }
+    params, moments = counts["total"], 2 * counts["total"] - counts["transformer_matrices"]
+    return {"params": 4 * params, "grads": 4 * params, "optimizer": 4 * moments}

@@ -36,8 +36,8 @@ def attention(
 
 
 def _attention_blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    T, N, K, H = q.shape[1], q.shape[2], k.shape[2], q.shape[3]
-    q = q * jnp.asarray(H**-0.5, q.dtype)
+    _, T, N, H = q.shape
+    K, q = k.shape[2], q * jnp.asarray(H**-0.5, q.dtype)
     k, v = (jnp.repeat(t, N // K, axis=2) if N > K else t for t in (k, v))  # [B, T, N, H]
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))  # [B, N, T, H]
     block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
@@ -47,9 +47,8 @@ def _attention_blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int) ->
         seen_k, seen_v = k[:, :, first:stop], v[:, :, first:stop]
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)  # query minus key
         visible = (distance >= 0) & (distance <= window)
-        scores = jnp.einsum(
-            "bnth,bnsh->bnts", q[:, :, start:stop], seen_k, preferred_element_type=jnp.float32
-        )
+        qk = q[:, :, start:stop], seen_k
+        scores = jnp.einsum("bnth,bnsh->bnts", *qk, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         out.append(jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), seen_v))
     return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2)
@@ -60,10 +59,8 @@ def choose_backend(backend: str, dtype: jnp.dtype) -> str:
         raise UserError(f"attention backend got {backend!r}, expected one of {', '.join(BACKENDS)}")
     fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
     if backend == "cudnn" and not fused:
-        raise UserError(
-            "attention backend cudnn needs an NVIDIA GPU and bfloat16, got "
-            f"{jax.default_backend()} and {dtype}; use auto"
-        )
+        needs, got = "an NVIDIA GPU and bfloat16", f"{jax.default_backend()} and {dtype}"
+        raise UserError(f"attention backend cudnn needs {needs}, got {got}; use auto")
     if backend == "auto":
         return next(name for name in candidates() if fused or name != "cudnn")
     return backend
@@ -76,8 +73,8 @@ def candidates() -> tuple[str, ...]:
 
 def attention_naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
     """The definition, with the whole [T, T] matrix; what the backends are tested against."""
-    T, N, K, H = q.shape[1], q.shape[2], k.shape[2], q.shape[3]
-    k, v = (jnp.repeat(t, N // K, axis=2) for t in (k, v))  # [B, T, N, H]
+    _, T, N, H = q.shape
+    k, v = (jnp.repeat(t, N // t.shape[2], axis=2) for t in (k, v))  # [B, T, N, H]
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / H**0.5
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]  # query minus key
     visible = (distance >= 0) & (distance <= (T if window is None else window))

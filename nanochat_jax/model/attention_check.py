@@ -36,25 +36,24 @@ def check_attention(
     and window to be tried instead, under these names.
     """
     if backend not in BACKENDS:
-        raise UserError(
-            f"config.model.attention got {backend!r}, expected one of {', '.join(BACKENDS)}"
-        )
+        expected = ", ".join(BACKENDS)
+        raise UserError(f"config.model.attention got {backend!r}, expected one of {expected}")
     names = candidates() if backend == "auto" else (backend,)
     forms = forms or {name: partial(attention, backend=name) for name in names}
     tolerance, failed = _tolerance(model.compute_dtype), []
     for name, form in forms.items():
         difference, why = _everywhere(*_difference(model, form))
         if difference <= tolerance:
-            line = (
-                f"attention: {name}, largest difference from the definition {difference:.1e} "
-                f"({tolerance:.1e} allowed)" + "".join(f"; not {line}" for line in failed)
+            off = (
+                f"largest difference from the definition {difference:.1e} ({tolerance:.1e} allowed)"
             )
+            line = "; not ".join([f"attention: {name}, {off}", *failed])
             return replace(model, attention_backend=name), line
         failed.append(f"{name}: {why or f'difference {difference:.1e}'}")
+    cure = "look at the driver and jax" if backend == "auto" else "take auto, it chooses another"
     raise UserError(
         f"config.model.attention={backend} failed its self-test ({'; '.join(failed)}), expected "
-        f"differences up to {tolerance:.1e}; "
-        + ("look at the driver and jax" if backend == "auto" else "take auto, it chooses another")
+        f"differences up to {tolerance:.1e}; {cure}"
     )
 
 
@@ -73,12 +72,9 @@ def _difference(model: GPTConfig, form: Callable) -> tuple[float, str]:
     seen = [model.sees(layer) or model.seq_len for layer in range(model.num_layers)]
     is_windowed = min(seen) < model.seq_len
     windows = (None, min(*seen, length * 2 // 5)) if is_windowed else (None,)  # ends within a tile
-    heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
-    rng = np.random.default_rng(0)
-    arrays = [
-        jnp.asarray(rng.standard_normal((1, length, n, model.head_dim)), model.compute_dtype)
-        for n in heads
-    ]
+    draw, N, K = np.random.default_rng(0).standard_normal, model.num_heads, model.num_kv_heads
+    shapes = [(1, length, n, model.head_dim) for n in (N, K, K, N)]  # q, k, v, gradient of y
+    arrays = [jnp.asarray(draw(shape), model.compute_dtype) for shape in shapes]
     try:
         with jax.numpy_dtype_promotion("standard"):  # gradients of jax's own code count on it
             ours = _values(form, windows, *arrays)

@@ -13,11 +13,8 @@ Dims: B batch, T query time, S key time, D model, N heads, K KV heads, H head di
 V vocabulary (padded to a multiple of 64; padded ids are never predicted), L layers.
 
 Parameters travel as a flat dict {dotted path: float32 array}, e.g. "blocks.3.attn.c_q.kernel" [D,
-N*H]: the key of optimizer groups, shardings, checkpoints and conversions. `bind` puts them back
-into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens holds its exact numbers.
-
-Training, prefill and decoding all use `GPT.run`: decoding passes its tokens' positions, what came
-before them, and which keys they attend to (inference/decode.py).
+N*H]; `bind` puts them back into the module. Re-expresses karpathy/nanochat's gpt.py; tests/goldens
+holds its exact numbers. Training, prefill and decoding (inference/decode.py) all use `GPT.run`.
 """
 
 from collections.abc import Callable
@@ -97,17 +94,13 @@ class GPTConfig:
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Mark what remat=names keeps: results of matmuls that the backward pass reads again. The rest
-    is recomputed from them, which costs some memory traffic."""
+    """Mark what remat=names keeps: results of matmuls that the backward pass reads again."""
     return checkpoint_name(x, "kept")
 
 
 def is_kept(primitive, *_, **params) -> bool:
-    """The policy of remat=names for jax.checkpoint.
-
-    cuDNN's forward attention is kept as a whole: its backward pass also reads the log-sum-exp,
-    which has no name, and would run the forward again to get it.
-    """
+    """The policy of remat=names for jax.checkpoint. cuDNN's forward attention is kept as a whole:
+    its backward pass also reads the log-sum-exp, which has no name."""
     named = primitive.name == "name" and params["name"] == "kept"
     return named or primitive.name.startswith("dot_product_attention_fwd")
 
@@ -116,9 +109,9 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
         self.config, self.layer = config, layer
         D, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
-        self.c_q = Linear(uniform(rngs, (D, D), D))
-        self.c_k = Linear(uniform(rngs, (D, kv_dim), D))
-        self.c_v = Linear(uniform(rngs, (D, kv_dim), D))
+        self.c_q, self.c_k, self.c_v = (
+            Linear(uniform(rngs, (D, width), D)) for width in (D, kv_dim, kv_dim)
+        )
         self.c_proj = Linear(jnp.zeros((D, D)))
         if config.has_value_embed(layer):
             self.ve_gate = Linear(small_positive(rngs, (VE_GATE_DIM, config.num_kv_heads)))
@@ -212,10 +205,9 @@ class GPT(nnx.Module):
         if c.extras:
             x = self.smear(x, previous)
         x0 = mid = x
-        if positions is None:  # constants, else XLA repeats cos and sin for every head and row
-            cos_sin = rotary_tables(np.arange(ids.shape[1]), c.head_dim, c.rope_base)
-        else:
-            cos_sin = rotary_tables(positions, c.head_dim, c.rope_base)
+        # Constants by default, else XLA repeats cos and sin for every head and row.
+        places = np.arange(ids.shape[1]) if positions is None else positions
+        cos_sin = rotary_tables(places, c.head_dim, c.rope_base)
 
         def one_layer(block, value_embed, lambdas, x, x0, cos_sin):
             if c.extras:
@@ -282,9 +274,8 @@ def dotted(key: tuple[str | int, ...]) -> str:
     return ".".join(map(str, key))
 
 
-# Uniform of the same spread as a normal, without its outliers.
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    bound = (3 / fan_in) ** 0.5  # std 1/sqrt(fan_in)
+    bound = (3 / fan_in) ** 0.5  # std 1/sqrt(fan_in), without a normal's outliers
     return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
 

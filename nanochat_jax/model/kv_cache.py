@@ -70,20 +70,22 @@ def held(size: int, written: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def insert(cache: Cache, fresh: Cache, lengths, source, slots) -> Cache:
-    """Put text source[i] into slots[i], [m] of each; a slot that does not exist is skipped.
+def copy(cache: Cache, source, target) -> Cache:
+    """Put what slot source[i] holds into slot target[i] too, [m] of each; a target that does not
+    exist is skipped."""
+    put = lambda a: a.at[target].set(jnp.take(a, source, axis=0, mode="clip"), mode="drop")  # noqa: E731
+    return shard_cache(jax.tree.map(put, cache))
 
-    fresh: k, v [n, K, T, H] of every layer, of which lengths [n] positions count.
-    """
 
-    def put(old, new):
-        size, T = old.shape[2], new.shape[2]
-        if T > size:  # of a longer text a ring keeps the end
-            at = jnp.maximum(held(size, lengths), 0)  # [n, size]
-            new = jnp.take_along_axis(new, at[:, None, :, None], axis=2)
-        return old.at[slots, :, : new.shape[2]].set(new[source], mode="drop")
+def take_slots(cache: Cache, slots) -> Cache:
+    """The cache of some slots, [n, K, S, H]; of a slot that does not exist any values."""
+    return jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), cache)
 
-    return shard_cache(jax.tree.map(put, cache, fresh))
+
+def put_slots(cache: Cache, slots, rows: Cache) -> Cache:
+    """Write back what take_slots took; a slot that does not exist is skipped."""
+    put = lambda a, new: a.at[slots].set(new, mode="drop")  # noqa: E731
+    return shard_cache(jax.tree.map(put, cache, rows))
 
 
 def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cache:
@@ -100,27 +102,32 @@ def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cac
 
 
 def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:
-    """One query a row over the cache and the burst's own keys: q [B, 1, N, H] -> [B, 1, N, H].
+    """Queries of each row over its cache and over new keys: q [B, T, N, H] -> [B, T, N, H].
 
-    old: k, v [B, K, S, H], the cache of a layer, as it was when the burst began;
-    new: k, v [B, K, steps, H], written up to `step`, whose position is start + step, start [B].
+    old: k, v [B, K, S, H], the cache of a layer, which holds the positions before start [B];
+    new: k, v [B, K, steps, H] of the positions from there on, written as far as the queries see.
+    The queries are those of positions start + step, ..., start + step + T - 1.
     """
-    B, _, N, H = q.shape
+    B, T, N, H = q.shape
     K, S = old[0].shape[1:3]
-    q = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, K, N // K, H)
-    old_at = held(S, start)  # [B, S]
-    ago = start[:, None] + step - old_at
+    q = q * jnp.asarray(H**-0.5, q.dtype)
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    step = step + jnp.arange(T)
+    old_at = held(S, start)[:, None]  # [B, 1, S]
+    ago = (start[:, None] + step)[..., None] - old_at  # [B, T, S]
     see_old = (old_at >= 0) & (True if window is None else ago <= window)
-    ago = step - jnp.arange(new[0].shape[2])  # [steps]
+    ago = step[:, None] - jnp.arange(new[0].shape[2])  # [T, steps]
     see_new = (ago >= 0) & (True if window is None else ago <= window)
-    seen = jnp.concatenate([see_old, jnp.broadcast_to(see_new, (B, len(see_new)))], axis=1)
+    see_old = jnp.broadcast_to(see_old, (B, T, S))
+    seen = jnp.concatenate([see_old, jnp.broadcast_to(see_new, (B, *see_new.shape))], axis=2)
 
     scores = [
         jnp.einsum("bkgh,bksh->bkgs", q, k, preferred_element_type=jnp.float32)
         for k in (old[0], new[0])
     ]
-    scores = jnp.where(seen[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # [B, K, G, S + steps]
+    scores = jnp.concatenate(scores, axis=-1).reshape(B, K, N // K, T, -1)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, -1, scores.shape[-1])
     y = jnp.einsum("bkgs,bksh->bkgh", probs[..., :S], old[1])
     y = y + jnp.einsum("bkgs,bksh->bkgh", probs[..., S:], new[1])
-    return y.reshape(B, 1, N, H)
+    return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -2,10 +2,9 @@
 
   loss = sum over tokens of weight * (logsumexp(y) - y[target]),   y = 15 tanh(x head / 15)
 
-Logits are the largest tensor of a small GPT: at 32 rows of 2,048 tokens and 65,536 ids, 17 GB in
-float32. Here the time dim is cut into tiles, and each tile's logits live only while the tile is
-worked on. The forward pass already knows each tile's gradient up to one scalar, so it computes d/dx
-and d/dhead right there (three matmuls a tile, none repeated) and the backward pass only multiplies:
+Logits are the largest tensor of a small GPT. Here the time dim is cut into tiles, and each tile's
+logits live only while the tile is worked on. The forward pass already knows each tile's gradient up
+to one scalar, so it computes d/dx and d/dhead right there and the backward pass only multiplies:
 the idea of Liger (arXiv 2410.10989), tiled over tokens so that every matmul keeps the whole
 vocabulary. Softcapped logits lie within +-15, so logsumexp needs no maximum subtracted.
 
@@ -63,8 +62,7 @@ def _forward(x, head, targets, weights, vocab_size: int, tile: int):
         loss += jnp.sum(weights * (jnp.log(total) - _pick(capped, onehot)))
         probs = jnp.exp(capped) / total[..., None]
         dlogits = weights[..., None] * (probs - onehot.astype(probs.dtype))
-        dlogits = dlogits * (1 - lax.square(capped / SOFTCAP))
-        dlogits = _mask(dlogits, vocab_size, 0.0)
+        dlogits = _mask(dlogits * (1 - lax.square(capped / SOFTCAP)), vocab_size, 0.0)
         dlogits = of_gradient(dlogits, amax=jnp.max(jnp.abs(weights)))  # the rest is at most 1
         dx = fp8.product(dlogits, operand, (2,), (1,), dtype)  # [B, t, D]
         dhead += fp8.product(x, dlogits, (0, 1), (0, 1), jnp.float32)  # [D, V]

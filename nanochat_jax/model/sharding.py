@@ -5,10 +5,9 @@ Axes (sizes from the recipe's mesh section; a size of 1 means the axis does noth
   fsdp    rows of the batch too, but weights are split and gathered when used
   tensor  heads, MLP width and vocabulary; rows are shared
 
-In evaluation and inference the compiler (GSPMD) derives all communication from the placement of
-inputs and parameters and from shard_rows. Training says itself what is sent over the row axes
-(train/sharded.py): there data and fsdp are the same, and masters and optimizer state are split over
-all devices.
+In evaluation and inference the compiler (GSPMD) derives all communication from these and from
+shard_rows. Training says itself what is sent over the row axes (train/sharded.py): there data and
+fsdp are the same, and masters and optimizer state are split over all devices.
 """
 
 import re
@@ -40,11 +39,9 @@ def make_mesh(*, data: int | None = None, fsdp: int = 1, tensor: int = 1, device
     """A data x fsdp x tensor grid over `devices` (default: all of all processes)."""
     devices = jax.devices() if devices is None else devices
     data = data or len(devices) // (fsdp * tensor)
-    if data * fsdp * tensor != len(devices):
-        raise UserError(
-            f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} needs {data * fsdp * tensor} "
-            f"devices, got {len(devices)}; change config.mesh"
-        )
+    if (size := data * fsdp * tensor) != len(devices):
+        needs = f"data x fsdp x tensor = {data} x {fsdp} x {tensor} needs {size} devices"
+        raise UserError(f"mesh {needs}, got {len(devices)}; change config.mesh")
     grid = np.asarray(devices).reshape(data, fsdp, tensor)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -63,11 +60,9 @@ def param_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
     for path, leaf in shapes.items():
         spec = param_spec(path)
         for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis and size % mesh.shape[axis]:
-                raise UserError(
-                    f"{path} {leaf.shape} cannot be split {mesh.shape[axis]} ways over mesh axis "
-                    f"{axis!r}; change config.mesh.{axis} or the model's width"
-                )
+            if axis and size % (ways := mesh.shape[axis]):
+                what = f"{path} {leaf.shape} cannot be split {ways} ways over mesh axis {axis!r}"
+                raise UserError(f"{what}; change config.mesh.{axis} or the model's width")
         shardings[path] = NamedSharding(mesh, spec)
     return shardings
 

@@ -11,6 +11,7 @@ The learning rates of embedding, value embeddings and head go with model_dim^-0.
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,10 @@ class OptimConfig:
     ns_dtype: str = "float32"
 
 
-@dataclass(frozen=True)
-class AdamGroup:
-    """AdamW settings of one label: lr before the schedule, betas, decoupled weight decay."""
+class AdamGroup(NamedTuple):
+    """AdamW settings of one label."""
 
-    lr: float
+    lr: float  # before the schedule
     b1: float
     b2: float
     weight_decay: float
@@ -80,29 +80,23 @@ def adam_groups(o: OptimConfig, model_dim: int) -> dict[str, AdamGroup]:
 
 
 def build_optimizer(
-    paths,
-    model_dim: int,
-    o: OptimConfig,
-    *,
-    lr_multiplier: Schedule,
-    momentum: Schedule,
-    weight_decay: Schedule,
+    paths, model_dim: int, o: OptimConfig, **schedules: Schedule
 ) -> optax.GradientTransformation:
     """The transform for parameters at `paths`, or for stacks of them, whose names get the same
-    labels. The three schedules are functions of the step."""
+    labels. schedules: lr_multiplier, momentum and weight_decay, functions of the step."""
     groups = adam_groups(o, model_dim)
-    if unknown := {label(path) for path in paths} - set(groups) - {"muon"}:
+    if unknown := {*map(label, paths)} - {*groups, "muon"}:
         raise ValueError(f"optim.recipe={o.recipe} has no settings for {sorted(unknown)}")
 
     def scheduled(lr: float) -> Schedule:
-        return lambda step: lr * lr_multiplier(step)
+        return lambda step: lr * schedules["lr_multiplier"](step)
 
     transforms: dict[Hashable, optax.GradientTransformation] = {
         name: optax.adamw(scheduled(g.lr), g.b1, g.b2, ADAM_EPS, weight_decay=g.weight_decay)
         for name, g in groups.items()
     }
-    lr, modern = scheduled(o.matrix_lr * o.lr_scale), o.recipe == "modern"
-    transforms["muon"] = muon(lr, momentum, weight_decay, modern=modern, dtype=o.ns_dtype)
+    courses = scheduled(o.matrix_lr * o.lr_scale), schedules["momentum"], schedules["weight_decay"]
+    transforms["muon"] = muon(*courses, modern=o.recipe == "modern", dtype=o.ns_dtype)
     return optax.multi_transform(transforms, lambda params: {name: label(name) for name in params})
 
 
@@ -110,10 +104,10 @@ def warm_start(opt_state):
     """An optimizer state for the next stage: schedules start over; moments stay, and with them
     Adam's own count, which corrects their bias towards zero."""
 
-    def is_counted(node) -> bool:
+    def counts(node) -> bool:
         return isinstance(node, MuonState | optax.ScaleByScheduleState)
 
     def restart(node):
-        return node._replace(count=jnp.zeros_like(node.count)) if is_counted(node) else node
+        return node._replace(count=jnp.zeros_like(node.count)) if counts(node) else node
 
-    return jax.tree.map(restart, opt_state, is_leaf=is_counted)
+    return jax.tree.map(restart, opt_state, is_leaf=counts)

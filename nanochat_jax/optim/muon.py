@@ -63,7 +63,6 @@ def muon(
         buf = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda b, g: (1 - m) * g + m * b, buf, updates)
 
-        variance = None
         if modern:
             pairs = jax.tree.map(partial(_modern_direction, dtype), nesterov, state.variance)
             directions, variance = (
@@ -71,12 +70,11 @@ def muon(
             )
         else:
             directions = jax.tree.map(partial(_classic_direction, dtype), nesterov)
+            variance = None
 
         def step(x, p):
             size = lr * max(1.0, p.shape[-1] / p.shape[-2]) ** 0.5
-            if not modern:
-                return -size * x
-            return -size * (x + wd * p * (x * p >= 0).astype(p.dtype))
+            return -size * (x + wd * p * (x * p >= 0).astype(p.dtype) if modern else x)
 
         return jax.tree.map(step, directions, params), MuonState(state.count + 1, buf, variance)
 

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def lr_multiplier(
-    step, *, num_steps: int, warmup_steps: int, warmdown_frac: float, final_frac: float
-):
+def lr_multiplier(step, *, num_steps, warmup_steps, warmdown_frac, final_frac):
     """(step+1)/warmup_steps, then 1; over the last warmdown_frac of the steps to final_frac."""
     xp = _namespace(step)
     warmdown_steps = round(warmdown_frac * num_steps)
@@ -20,16 +18,7 @@ def lr_multiplier(
     return xp.where(step < warmup_steps, (step + 1) / max(warmup_steps, 1), multiplier)
 
 
-def muon_momentum(
-    step,
-    *,
-    num_steps: int,
-    warmdown_frac: float,
-    start: float,
-    peak: float,
-    end: float,
-    warmup_steps: int,
-):
+def muon_momentum(step, *, num_steps, warmdown_frac, start, peak, end, warmup_steps):
     """start rising to peak over warmup_steps; falling to end while the learning rate warms down."""
     xp = _namespace(step)
     warmdown_steps = round(warmdown_frac * num_steps)

@@ -4,7 +4,6 @@ Every file is compared, listed as belonging to what does not exist yet, or a mis
 tolerances are those of tests/goldens/README.md.
 """
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,10 +18,10 @@ from nanochat_jax.parity.text import compare_text
 # The files read together, and the function (folder, *files, ...) that compares them.
 COMPARISONS = {
     ("tokenizer.json", "text.json"): compare_text,
-    ("classic.npz", "classic.json"): partial(compare_model, generation="classic"),
-    ("modern.npz", "modern.json"): partial(compare_model, generation="modern"),
-    ("classic_scaling.json",): partial(compare_scaling, generation="classic"),
-    ("modern_scaling.json",): partial(compare_scaling, generation="modern"),
+    ("classic.npz", "classic.json"): compare_model,
+    ("modern.npz", "modern.json"): compare_model,
+    ("classic_scaling.json",): compare_scaling,
+    ("modern_scaling.json",): compare_scaling,
     ("core_model.npz", "core.json"): compare_core,
 }
 DESCRIPTION = "README.md"

@@ -28,7 +28,7 @@ from nanochat_jax.model.loss import cross_entropy_naive, cross_entropy_sum, toke
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.optim import build
 from nanochat_jax.optim.muon import POLAR_EXPRESS, VARIANCE_DECAY
-from nanochat_jax.parity.reference import Reference, Row, collect, miss
+from nanochat_jax.parity.reference import Reference, Row, collect, dotted
 from nanochat_jax.rl.policy import policy_loss
 from nanochat_jax.train.sharded import Owners
 from nanochat_jax.train.state import TrainState
@@ -55,13 +55,6 @@ KEYS = {  # the reference's word: ours
     "optimizer.matrix_lr": "optim.matrix_lr",
     "optimizer.scalar_lr": "optim.scalar_lr",
 }
-KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# What the files of a generation must hold beside what every model has.
-EXPECTED = {
-    "classic": "bpb flops_per_token greedy_tokens num_params optimizer.adam_betas rl_loss",
-    "modern": "flops_per_token greedy_long_tokens greedy_tokens matmul_params param_counts.total "
-    "param_groups window_sizes",
-}
 
 
 @dataclass(frozen=True)
@@ -85,21 +78,21 @@ class Case:
         """Time steps of a loss tile, so that there are several and the last one is not full."""
         return next((n for n in (7, 5, 3) if self.arrays["idx"].shape[1] % n), 7)
 
-    def arrays_of_params(self, prefix: str) -> dict[str, np.ndarray]:
-        """The arrays below `prefix`, by our names and in our layout."""
-        return params_from_upstream(self.arrays[prefix])
-
     def compare_shapes(self, what: str) -> Row:
         ours = {path: leaf.shape for path, leaf in param_shapes(self.config).items()}
         return self.arrays.compare(what, ours, {path: v.shape for path, v in self.params.items()})
 
+    def optimizer(self, *schedules: list[float]) -> optax.GradientTransformation:
+        """Ours, with values for every step: of the LR's multiplier, momentum and weight decay."""
+        names = ("lr_multiplier", "momentum", "weight_decay")
+        values = [jnp.asarray(schedule, jnp.float32).__getitem__ for schedule in schedules]
+        of_step = dict(zip(names, values, strict=True))
+        return build.build_optimizer(self.params, self.config.model_dim, self.optim, **of_step)
+
 
 def read_case(arrays: Reference, settings: Reference, generation: str) -> Case:
-    overrides = {"model.compute_dtype": "float32"}
-    for theirs, ours in KEYS.items():
-        if theirs in settings:
-            overrides[ours] = str(settings[theirs]).upper()
-    config = load(RECIPES[generation], overrides)
+    given = {ours: str(settings[key]).upper() for key, ours in KEYS.items() if key in settings}
+    config = load(RECIPES[generation], {"model.compute_dtype": "float32"} | given)
     o = config.optim
     params = params_from_upstream(arrays["state"])
     return Case(
@@ -112,20 +105,16 @@ def read_case(arrays: Reference, settings: Reference, generation: str) -> Case:
     )
 
 
-def compare_model(
-    folder: Path, arrays: Reference, settings: Reference, generation: str
-) -> Iterable[Row]:
-    case = read_case(arrays, settings, generation)
+def compare_model(folder: Path, arrays: Reference, settings: Reference) -> Iterable[Row]:
+    case = read_case(arrays, settings, Path(arrays.file).stem)
     row = case.compare_shapes("state/* (names, shapes)")
     yield row
     if not row.ok:
         return
-    parts = (compare_losses, compare_greedy, compare_counts)
-    for compare in (*parts, compare_groups, compare_steps, compare_trajectory):
+    for compare in (compare_losses, compare_greedy, compare_counts):
         yield from collect(arrays.file, compare.__name__, compare(case))
-    for key in EXPECTED[generation].split():
-        if key not in arrays and key not in settings:
-            yield miss(arrays.file, key, "missing")
+    for compare in (compare_steps, compare_trajectory, compare_groups):
+        yield from collect(arrays.file, compare.__name__, compare(case))
 
 
 def compare_losses(case: Case) -> Iterable[Row]:
@@ -135,7 +124,7 @@ def compare_losses(case: Case) -> Iterable[Row]:
     there to the parameters.
     """
     arrays, batch, tile, V = case.arrays, case.batch, case.tile, case.config.vocab_size
-    targets, head = batch["targets"], case.params["lm_head.kernel"]
+    targets, head, same = batch["targets"], case.params["lm_head.kernel"], TOLERANCE
     num_targets = jnp.sum(targets >= 0).astype(jnp.float32)
 
     @jax.jit
@@ -159,82 +148,78 @@ def compare_losses(case: Case) -> Iterable[Row]:
 
     hidden, theirs = hidden_of(case.params), arrays["loss_none"].reshape(targets.shape)
     logits = bind(case.config, case.params).logits(hidden)
-    yield arrays.compare("logits", logits, arrays["logits"], TOLERANCE)
+    yield arrays.compare("logits", logits, arrays["logits"], same)
     naive_nll = cross_entropy_naive(hidden, head, targets, V)
     tiled_nll = token_nll(hidden, head, targets, V, tile)
-    yield arrays.compare("loss_none", naive_nll, theirs, TOLERANCE)
-    yield arrays.compare("loss_none, tiled", tiled_nll, theirs, TOLERANCE)
+    yield arrays.compare("loss_none", naive_nll, theirs, same)
+    yield arrays.compare("loss_none, tiled", tiled_nll, theirs, same)
     losses = [("loss_mean", "grad", "", naive), ("loss_mean", "grad", ", tiled", tiled)]
-    losses += [("rl_loss", "rl_grad", "", policy)] if "rl_loss" in arrays else []
+    classic = case.optim.recipe == "classic"
+    losses += [("rl_loss", "rl_grad", "", policy)] if classic else []
     for key, prefix, form, loss_fn in losses:
         loss, (d_hidden, d_head) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(hidden, head)
         grads = pull_back(case.params, d_hidden) | {"lm_head.kernel": d_head}
-        theirs = case.arrays_of_params(prefix)
-        yield arrays.compare(key + form, loss, arrays[key], TOLERANCE)
-        yield arrays.compare(f"{prefix}/*{form}", grads, theirs, TOLERANCE)
-    if "bpb" in arrays:
+        theirs = params_from_upstream(arrays[prefix])
+        yield arrays.compare(key + form, loss, arrays[key], same)
+        yield arrays.compare(f"{prefix}/*{form}", grads, theirs, same)
+    if classic:
         bpb = make_bpb(case.config, case.mesh, arrays["token_bytes"], tile)
-        yield arrays.compare("bpb", bpb(case.params, [batch]), arrays["bpb"], TOLERANCE)
+        yield arrays.compare("bpb", bpb(case.params, [batch]), arrays["bpb"], same)
 
 
 def compare_greedy(case: Case) -> Iterable[Row]:
-    for key in case.arrays:
-        name, _, kind = key.rpartition("_")
-        if name.startswith("greedy") and kind == "tokens":
-            prompt, theirs = case.arrays[f"{name}_prompt"].tolist(), case.arrays[key].tolist()
-            max_len = len(prompt) + len(theirs)
-            engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
-            engine.load(case.params)
-            (ours,) = engine.generate([Request(prompt, len(theirs))])
-            yield case.arrays.compare(key, ours.tokens, theirs)
+    for key in [key for key in case.arrays if re.fullmatch("greedy.*_tokens", key)]:
+        theirs, prompt = (case.arrays[k].tolist() for k in (key, key.replace("tokens", "prompt")))
+        max_len = len(prompt) + len(theirs)
+        engine = Engine(case.config, case.mesh, slots=1, max_len=max_len, stop_ids=())
+        engine.load(case.params)
+        (ours,) = engine.generate([Request(prompt, len(theirs))])
+        yield case.arrays.compare(key, ours.tokens, theirs)
 
 
 def compare_counts(case: Case) -> Iterable[Row]:
-    """Closed forms of the accounting, and the number of weights there are."""
+    """Those closed forms of the accounting that the files have, and the number of weights."""
     c = case.config
     counts = accounting.param_counts(c)
-    ours = {
-        "num_params": counts["total"],
-        "param_counts": counts,
-        "flops_per_token": accounting.train_flops_per_token(c),
-        "matmul_params": accounting.matmul_params(c),
-        "window_sizes": list(c.windows),
+    closed_forms = {
+        "num_params": lambda: counts["total"],
+        "param_counts": lambda: counts,
+        "flops_per_token": lambda: accounting.train_flops_per_token(c),
+        "matmul_params": lambda: accounting.matmul_params(c),
+        "window_sizes": lambda: list(c.windows),
+        "kv_bytes_per_token_fp32": lambda: accounting.kv_bytes_per_token(c, 4),
+        "decode_flops_at_(.*)": lambda length: accounting.decode_flops(c, int(length)),
     }
-    for name, size in KV_BYTES.items():
-        ours[f"kv_bytes_per_token_{name}"] = accounting.kv_bytes_per_token(c, size)
     for reference in (case.arrays, case.settings):
-        for key in reference:
-            name, _, length = key.rpartition("_")
-            if name == "decode_flops_at":
-                ours[key] = accounting.decode_flops(c, int(length))
-        for key in filter(reference.__contains__, ours):
-            theirs = reference[key]
-            theirs = theirs.tolist() if isinstance(theirs, np.ndarray) else theirs
-            yield reference.compare(key, ours[key], theirs)
+        for key in dict.fromkeys(key.partition(".")[0] for key in reference):
+            for pattern, compute in closed_forms.items():
+                if match := re.fullmatch(pattern, key):
+                    theirs = np.asarray(reference[key]).tolist()
+                    yield reference.compare(key, compute(*match.groups()), theirs)
     weights = sum(value.size for value in case.params.values())
     yield case.arrays.compare("state/* (number of weights)", counts["total"], weights)
 
 
 def compare_groups(case: Case) -> Iterable[Row]:
-    settings, o = case.settings, case.optim
-    groups = build.adam_groups(o, case.config.model_dim)
-    if "optimizer.adam_betas" in settings:  # classic: one setting for all
+    """Members and settings of the optimizer's groups."""
+    settings = case.settings
+    groups = build.adam_groups(case.optim, case.config.model_dim)
+    if case.optim.recipe == "classic":  # one setting for all of AdamW
         for key, ours in (
             ("optimizer.adam_betas", [[g.b1, g.b2] for g in groups.values()]),
             ("optimizer.adam_eps", [build.ADAM_EPS] * len(groups)),
             ("optimizer.weight_decay", [g.weight_decay for g in groups.values()]),
         ):
             yield settings.compare(key, ours, [settings[key]] * len(groups))
-    if "param_groups" not in settings:
         return
-    members, lrs, others = [], ({}, {}), ({}, {})  # of ours and of theirs
+    members, values, lrs = [], ({}, {}), ({}, {})  # of ours and of theirs
     for index, group in enumerate(settings["param_groups"]):
-        theirs = dict(group)
-        members.append(sorted(our_path(name) for name in theirs.pop("params")))
+        members.append(sorted(our_path(name) for name in group["params"]))
         name = build.label(members[-1][0])
-        for side, values in enumerate((_group_settings(o, groups.get(name)), theirs)):
-            lrs[side][f"group {index} ({name})"] = values.pop("lr_after_dim_scaling")
-            others[side].update({f"group {index} ({name}) {k}": v for k, v in values.items()})
+        theirs = {key: value for key, value in group.items() if key != "params"}
+        for side, found in enumerate((_group_settings(case.optim, groups.get(name)), theirs)):
+            lrs[side][f"group {index} ({name})"] = found.pop("lr_after_dim_scaling")
+            values[side][f"group {index} ({name})"] = found
     # AdamW's groups are our labels; Muon's have one shape each, as we stack them.
     together: dict[tuple, list[str]] = {}
     for path, value in sorted(case.params.items()):
@@ -242,8 +227,8 @@ def compare_groups(case: Case) -> Iterable[Row]:
         together.setdefault((build.label(path), shape), []).append(path)
     row = settings.compare("param_groups members", sorted(together.values()), sorted(members))
     yield row._replace(compared=sum(map(len, members)))
-    yield settings.compare("param_groups settings", *others)
-    yield settings.compare("param_groups lr", *lrs, LR_TOLERANCE, relative=True)
+    yield settings.compare("param_groups settings", dotted(values[0]), dotted(values[1]))
+    yield settings.compare("param_groups lr", lrs[0], lrs[1], LR_TOLERANCE, relative=True)
 
 
 def _group_settings(o: build.OptimConfig, adam: build.AdamGroup | None) -> dict[str, Any]:
@@ -257,12 +242,12 @@ def _group_settings(o: build.OptimConfig, adam: build.AdamGroup | None) -> dict[
 
 def compare_steps(case: Case) -> Iterable[Row]:
     """One row a step: the weights after it, from the state and the gradients given."""
-    settings = case.settings
+    arrays, settings = case.arrays, case.settings
     multipliers = settings["optimizer.lr_multiplier"]
     prefix = "muon_" if "optimizer.muon_momentum" in settings else ""
     momentum = settings[f"optimizer.{prefix}momentum"]
     decays = settings.get("optimizer.weight_decay_per_step", [0.0] * len(multipliers))
-    tx = _optimizer(case, multipliers, momentum, decays)
+    tx = case.optimizer(multipliers, momentum, decays)
 
     @jax.jit
     def update(grads, opt_state, params):
@@ -271,28 +256,13 @@ def compare_steps(case: Case) -> Iterable[Row]:
         return optax.apply_updates(params, updates), opt_state
 
     params, opt_state = case.params, tx.init(case.params)
-    for step, (lr, _, decay) in enumerate(zip(multipliers, momentum, decays, strict=True)):
-        before, grads = params, case.arrays_of_params(f"opt/grad{step}")
+    for step, (lr, decay) in enumerate(zip(multipliers, decays, strict=True)):
+        before, grads = params, params_from_upstream(arrays[f"opt/grad{step}"])
         params, opt_state = update(grads, opt_state, params)
-        theirs = case.arrays_of_params(f"opt/param{step + 1}")
-        lr_decay = case.optim.matrix_lr * lr * decay
-        params, note = settle_signs(before, params, theirs, lr_decay)
-        row = case.arrays.compare(f"opt/param{step + 1}/*", params, theirs, STEP_TOLERANCE)
+        theirs = params_from_upstream(arrays[f"opt/param{step + 1}"])
+        params, note = settle_signs(before, params, theirs, case.optim.matrix_lr * lr * decay)
+        row = arrays.compare(f"opt/param{step + 1}/*", params, theirs, STEP_TOLERANCE)
         yield row._replace(note=note) if row.ok else row
-
-
-def _optimizer(
-    case: Case, lr_multiplier: list[float], momentum: list[float], weight_decay: list[float]
-) -> optax.GradientTransformation:
-    """Ours, with a value of each schedule for every step."""
-    return build.build_optimizer(
-        case.params,
-        case.config.model_dim,
-        case.optim,
-        lr_multiplier=jnp.asarray(lr_multiplier, jnp.float32).__getitem__,
-        momentum=jnp.asarray(momentum, jnp.float32).__getitem__,
-        weight_decay=jnp.asarray(weight_decay, jnp.float32).__getitem__,
-    )
 
 
 def settle_signs(before: dict, ours: dict, theirs: dict, lr_decay: float) -> tuple[dict, str]:
@@ -320,11 +290,10 @@ def compare_trajectory(case: Case) -> Iterable[Row]:
     stated = {"weight decay": case.settings["optimizer.weight_decay"]}
     stated |= re.findall(r"\b(multiplier|momentum|weight decay) (\d+(?:\.\d+)?)", note)
     constants = (stated["multiplier"], stated["momentum"], stated["weight decay"])
-    tx = _optimizer(case, *([float(value)] * len(theirs) for value in constants))
+    tx = case.optimizer(*([float(value)] * len(theirs) for value in constants))
     key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(jnp.int32(0), case.params, tx.init(case.params), key)
     owners = Owners(case.config, case.mesh)
-    state = owners.to_owned(state)
+    state = owners.to_owned(TrainState(jnp.int32(0), case.params, tx.init(case.params), key))
     step = make_train_step(owners, tx, device_batch_size=1, tile_tokens=case.tile)
     losses = []
     with jax.set_mesh(case.mesh):

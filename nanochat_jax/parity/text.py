@@ -35,7 +35,8 @@ def _computes(tokenizer: bpe.Tokenizer, text: Reference) -> dict[str, Compute]:
         return ours, [value for token, _ in content for value in (token, len(token) // 2)]
 
     def render(row):
-        return chat.render_conversation(tokenizer, row["conversation"], row["max_tokens"])
+        ids, mask = chat.render_conversation(tokenizer, row["conversation"])
+        return ids[: row["max_tokens"]], mask[: row["max_tokens"]]
 
     def conversation(row):
         prompt = chat.render_for_completion(tokenizer, row["conversation"])

@@ -3,9 +3,8 @@
   loss of a pass = - sum over sampled tokens of logp * advantage / number of sampled tokens
   loss of a step = the mean over passes of `pass_rows` answers to one question
 
--logp is the token's nll, so this is the tiled cross entropy with other weights. On-policy, hence
-without ratios and clipping; no KL term, no division by the spread of the rewards. A long answer
-weighs more than a short one, as in DAPO (arXiv 2503.14476).
+This is the tiled cross entropy with other weights. On-policy, hence without ratios and clipping; no
+KL term, no division by the spread of the rewards; token weights as in DAPO (arXiv 2503.14476).
 """
 
 import jax

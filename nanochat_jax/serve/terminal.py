@@ -98,7 +98,7 @@ class Chat:
                 self.screen.show(reader.feed(piece.tokens))
                 finish = piece.finish
                 if interrupted.is_set():
-                    self.engine.scheduler.cancel(piece.id)  # the next piece is the last one
+                    self.engine.cancel(piece.id)  # the next piece is the last one
         self.screen.show(reader.finish())
         self.screen.show([("text", "\n")])
         self.num_asked += 1

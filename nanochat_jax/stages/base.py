@@ -3,7 +3,7 @@
 from nanochat_jax import recipe
 from nanochat_jax.data import hub
 from nanochat_jax.data.lanes import DataOrder
-from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.data.pipeline import TrainBatches
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.stages.evals import make_answers, make_core, text_bpb
 from nanochat_jax.stages.run import Run
@@ -20,27 +20,17 @@ class Base(Stage):
     def __init__(self, run: Run):
         config, b, d = run.config, run.config.base, run.config.data
         super().__init__(run)
-        self.use_rows(recipe.rows_per_step(config, run.row_shards)[0])
+        self.use_rows(recipe.rows_per_step(config, run.row_shards))
         self.widest = run.model.seq_len
         self.use_optimizer(b.num_steps)
         # Checked first: the download takes hours.
         require_memory(abstract_state(self.owners, self.tx), run.mesh)
         self.tokenizer = run_tokenizer(config)
         train_paths, val_path = run_data(config)
-        order = DataOrder(
-            Corpus(train_paths),
-            self.tokenizer,
-            run.model.seq_len,
-            packing=d.packing,
-            buffer_docs=d.buffer_docs,
-            num_lanes=d.num_lanes,
-        )
-        self.batches = train_batches(
-            order,
-            batch_rows=self.rows,
-            **self.run.process,
-            prefetch=d.prefetch_batches,
-        )
+        keys = {"packing": d.packing, "buffer_docs": d.buffer_docs, "num_lanes": d.num_lanes}
+        order = DataOrder(Corpus(train_paths), self.tokenizer, run.model.seq_len, **keys)
+        made = {"batch_rows": self.rows, "prefetch": d.prefetch_batches}
+        self.batches = TrainBatches(order, **made, **run.process)
         bpb = text_bpb(run, self.tokenizer, val_path)
         prompts, new_tokens = config.eval.prompts, config.eval.sample_tokens
         samples = make_answers(run, self.tokenizer, prompts, new_tokens, in_chat=False)

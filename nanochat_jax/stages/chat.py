@@ -18,7 +18,7 @@ class _Chat(Stage):
         s = run.config[self.name]
         self.parent = finished_parent(run, self.name)
         super().__init__(run)
-        self.use_rows(s.batch_rows or recipe.rows_per_step(run.config, run.row_shards)[0])
+        self.use_rows(s.batch_rows or recipe.rows_per_step(run.config, run.row_shards))
         self.tokenizer = run_tokenizer(run.config)
         self.batches = batches = self._conversations(s.mixture, s.packing, self.rows, "train")
         self.use_optimizer(min(s.num_steps or len(batches), len(batches)))
@@ -27,49 +27,31 @@ class _Chat(Stage):
         self.evaluations = []
         if s.val_mixture:
             bpb = validation_bpb(run, self.tokenizer, self._val_batches())
-            self.evaluations = [
-                Evaluation("bpb", s.eval_every, lambda params: {"val_bpb": bpb(params)})
-            ]
+            score = Evaluation("bpb", s.eval_every, lambda params: {"val_bpb": bpb(params)})
+            self.evaluations.append(score)
 
     def _conversations(self, specs, packing: str, rows: int, split: str) -> conv.ChatBatches:
         """The batches of a mixture, rendered once and kept in the stage's folder."""
-        data, max_tokens = self.run.config.data, self.run.model.seq_len + 1
+        data, seq_len = self.run.config.data, self.run.model.seq_len
         folder = self.run.dir / self.name / f"{split}_conversations"
-        made_of = {
-            "mixture": list(specs),
-            "files": file_stamps(specs, data.persona),
-            "task_dir": data.task_dir,
-            "tokenizer": self.tokenizer.sha256(),
-            "max_tokens": max_tokens,
-            "train_on": self.section.train_on,
-        }
+        rendering = {"max_tokens": seq_len + 1, "train_on": self.section.train_on}
+        made_of = {"mixture": list(specs), "files": file_stamps(specs, data.persona)}
+        made_of |= {"task_dir": data.task_dir, "tokenizer": self.tokenizer.sha256(), **rendering}
 
         def make() -> conv.Rendered:
             mixed = Mixture(specs, task_dir=data.task_dir, persona=data.persona)
             log(f"{self.name}: rendering {len(mixed):,} conversations to {split} on")
             for spec, count in mixed.counts().items():
                 log(f"  {count:>9,} {spec}")
-            return conv.render(
-                mixed,
-                self.tokenizer,
-                max_tokens=max_tokens,
-                train_on=self.section.train_on,
-                workers=hardware.usable_cpus(),
-            )
+            return conv.render(mixed, self.tokenizer, workers=hardware.usable_cpus(), **rendering)
 
         with locked(folder / "conversations.json"):
             rendered = conv.load_or_render(folder, made_of, make)
         counts = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in rendered.counts.items())
         log(f"{self.name}: to {split} on: {counts}")
-        return conv.ChatBatches(
-            rendered,
-            pad_id=self.tokenizer.bos_id,
-            seq_len=self.run.model.seq_len,
-            packing=packing,
-            batch_rows=rows,
-            **self.run.process,
-            prefetch=data.prefetch_batches,
-        )
+        shape = {"pad_id": self.tokenizer.bos_id, "seq_len": seq_len, "batch_rows": rows}
+        made = {"packing": packing, "prefetch": data.prefetch_batches}
+        return conv.ChatBatches(rendered, **shape, **made, **self.run.process)
 
     def _val_batches(self) -> list[dict[str, Any]]:
         """The first eval.val_tokens of the stage's validation mixture."""

@@ -1,9 +1,9 @@
 """Evaluations: those of the base model, those of a chat model, and the functions that training
 stages run between steps.
 
-A result is a file, eval/<stage>.json, which names its checkpoint and settings. If both are the
-same, nothing is computed again; otherwise the earlier file moves to eval/replaced/. The chat
-evaluation keeps each task's score as it comes, so that a long one survives a kill.
+A result is a file in eval/ that names its checkpoint and settings. If both are the same, nothing is
+computed again; otherwise the earlier file moves to eval/replaced/. The chat evaluation keeps each
+task's score as it comes, so that a long one survives a kill.
 """
 
 import time
@@ -73,8 +73,7 @@ def run_base_eval(config: Recipe) -> None:
     for name, value in values.items():
         if isinstance(value, float):
             log(f"base_eval: {name} {value:.4f}")
-    for sample in [*values["samples"], *values["answers"]]:
-        log(f"  {sample['prompt']!r} -> {sample['text']!r}")
+    _tell([*values["samples"], *values["answers"]])
     values["eval_secs"] += time.monotonic() - began
     _write(run, out, values)
 
@@ -85,66 +84,50 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
 
     score(run, tokenizer, params, spec, task) -> Score of one task; by default the model's own.
     """
-    name, score = config.eval.chat_stage, score or task_score
+    name, specs, score = config.eval.chat_stage, config.eval.chat_tasks, score or task_score
     if name not in STAGES:
         raise UserError(f"config.eval.chat_stage got {name!r}, expected one of {', '.join(STAGES)}")
     if not has_stage(config, name):
         return
-    _refuse_same_names(config.eval.chat_tasks)
+    if not specs or len({*map(_metric, specs)}) < len(specs):
+        what = f"got {specs}, expected some tasks, no two of one name: {[*map(_metric, specs)]}"
+        raise UserError(f"config.eval.chat_tasks {what}")
     run = start(config)
-    config, specs = run.config, config.eval.chat_tasks
+    config, prompts = run.config, config.eval.chat_prompts
     found = find_stage(run.dir, name)
-    not_settings = ("eval.chat_tasks", "eval.chat_prompts")  # each result names its own
     keys = recipe.flat_json(config, "eval.chat_")
-    keys = {key: value for key, value in keys.items() if key not in not_settings}
+    del keys["eval.chat_tasks"], keys["eval.chat_prompts"]  # each result names its own
     made_of = {"persona": config.data.persona, "task_dir": config.data.task_dir}
     settings = {"checkpoint": found.checksum, **made_of, **keys}
     out = run.dir / "eval" / f"{name}_chat.json"
     values = {"step": found.step, "tasks": {}, "eval_secs": 0.0, "settings": settings}
     values |= _found(out, settings)
     wanted = [spec for spec in specs if spec not in values["tasks"]]
-    if not wanted and _answers(values, config.eval.chat_prompts):
+    if not wanted and _answers(values, prompts):
         log(f"chat_eval: {out} is there, of {name}, step {found.step}")
         if values != (asked := _with_means(values, specs)):
             _write(run, out, asked)
         return
     tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
     tokenizer, params = _open(run, found)
-    prompts, most = config.eval.chat_prompts, config.eval.chat_max_new_tokens
     if not _answers(values, prompts):
-        answers = make_answers(run, tokenizer, prompts, min(most, ANSWER_TOKENS), in_chat=True)
+        new_tokens = min(config.eval.chat_max_new_tokens, ANSWER_TOKENS)
+        answers = make_answers(run, tokenizer, prompts, new_tokens, in_chat=True)
         values["answers"] = answers(params)
-        for answer in values["answers"]:
-            log(f"  {answer['prompt']!r} -> {answer['text']!r}")
+        _tell(values["answers"])
         _write(run, out, _with_means(values, specs))
     for spec, task in tasks.items():
         values["tasks"][spec] = found_score = score(run, tokenizer, params, spec, task).to_json()
         values["eval_secs"] += found_score["seconds"]
-        # After each task: a long evaluation can be interrupted.
         _write(run, out, _with_means(values, specs))
     log(chat.table({_metric(spec): chat.Score.from_json(values["tasks"][spec]) for spec in specs}))
-
-
-def _refuse_same_names(specs: Sequence[str]) -> None:
-    """There are some `specs`, and no two report their score under the same name."""
-    if not specs:
-        raise UserError("config.eval.chat_tasks got no task, expected some, as in 'gsm8k test'")
-    of_name: dict[str, str] = {}
-    for spec in specs:
-        if (name := _metric(spec)) in of_name:
-            raise UserError(
-                f"config.eval.chat_tasks got {of_name[name]!r} and {spec!r}, expected one of them: "
-                f"both are reported as {name}"
-            )
-        of_name[name] = spec
 
 
 def _with_verdict(config: Recipe, spec: str) -> Task:
     task = open_task(spec, task_dir=config.data.task_dir, persona=config.data.persona)
     if task.kind not in ("categorical", "generative"):
-        raise UserError(
-            f"config.eval.chat_tasks got {spec!r}, which has no right answers; leave it out"
-        )
+        what = "expected tasks that have right answers"
+        raise UserError(f"config.eval.chat_tasks got {spec!r}, {what}; leave it out")
     return task
 
 
@@ -168,20 +151,13 @@ def task_score(
         for line in statement():  # those who run programs should know
             log(f"  sandbox: {line}")
     with progress_bar(spec) as progress:
+        shared: dict[str, Any] = {"max_problems": e.chat_problems, "progress": progress}
         if task.kind == "categorical":
-            score = chat.categorical(
-                run.model,
-                run.mesh,
-                params,
-                tokenizer,
-                task,
-                batch_rows=e.device_batch_size * run.row_shards,
-                max_problems=e.chat_problems,
-                progress=progress,
-            )
+            rows = e.device_batch_size * run.row_shards
+            model = run.model, run.mesh, params
+            score = chat.categorical(*model, tokenizer, task, batch_rows=rows, **shared)
         else:
-            longest = longest_prompt(tokenizer, task, range(count))
-            max_len = longest + e.chat_max_new_tokens
+            max_len = longest_prompt(tokenizer, task, range(count)) + e.chat_max_new_tokens
             sizes = {"slots": e.chat_slots, "max_len": max_len}
             engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
             engine.load(params)
@@ -194,8 +170,7 @@ def task_score(
                 temperature=e.chat_temperature,
                 top_k=e.chat_top_k,
                 seed=run.config.run.seed,
-                max_problems=e.chat_problems,
-                progress=progress,
+                **shared,
             )
     log(f"chat_eval: {spec} {score.accuracy:.2%} ({score.seconds:.1f}s)")
     return score
@@ -221,6 +196,11 @@ def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _answers(values: dict[str, Any], prompts: Sequence[str]) -> bool:
     """Whether a result holds the answers to these prompts."""
     return [answer["prompt"] for answer in values.get("answers", ())] == list(prompts)
+
+
+def _tell(answers: Sequence[dict[str, str]]) -> None:
+    for answer in answers:
+        log(f"  {answer['prompt']!r} -> {answer['text']!r}")
 
 
 def _write(run: Run, out: Path, values: dict[str, Any]) -> None:
@@ -250,18 +230,11 @@ def make_core(
     e, model = run.config.eval, run.model
 
     def evaluate(params: dict) -> dict[str, Any]:
+        sizes = {"device_batch_tokens": e.device_batch_size * model.seq_len}
+        sizes |= {"max_per_task": per_task, "tile_tokens": run.config.model.loss_tile_tokens}
         with progress_bar("CORE") as progress:
-            result = core.evaluate(
-                model,
-                run.mesh,
-                params,
-                tokenizer,
-                bundle,
-                max_per_task=per_task,
-                device_batch_tokens=e.device_batch_size * model.seq_len,
-                tile_tokens=run.config.model.loss_tile_tokens,
-                progress=progress,
-            )
+            ours = model, run.mesh, params, tokenizer
+            result = core.evaluate(*ours, bundle, progress=progress, **sizes)
         if result["missing"] or result["partial"]:
             log(f"not CORE: missing {result['missing']}, incomplete {result['partial']}")
         names = [name for name in ("core", "core_partial") if name in result]

@@ -60,12 +60,12 @@ class RL(Stage):
         self.task, self.val_task = (_graded_task(config, spec) for spec in (r.task, r.val_task))
         super().__init__(run)
         self.use_rows(r.questions_per_step * r.samples)
-        all_steps = max(1, len(self.task) // r.questions_per_step)
+        all_steps, num_val = max(1, len(self.task) // r.questions_per_step), len(self.val_task)
         self.use_optimizer(min(r.num_steps or all_steps, all_steps))
         self.batches = Questions(len(self.task), r.questions_per_step, r.seed)
         asked = self.batches.order[: self.num_steps * r.questions_per_step]
         longest = longest_prompt(self.tokenizer, self.task, asked)
-        asked = range(min(r.eval_questions or len(self.val_task), len(self.val_task)))
+        asked = range(min(r.eval_questions or num_val, num_val))
         longest_val = longest_prompt(self.tokenizer, self.val_task, asked)
         max_len = max(longest, longest_val) + r.max_new_tokens
         sizes = {"slots": r.slots, "max_len": max_len}
@@ -78,16 +78,9 @@ class RL(Stage):
         r = self.section
         self.engine.load(params)
         del params  # the engine has its own copy
-        batch = practise(
-            self.engine,
-            self.tokenizer,
-            self.task,
-            seed=(r.seed, self.batches.step),
-            questions=next(self.batches),
-            samples=r.samples,
-            pass_rows=r.pass_rows,
-            **self.sampling,
-        )
+        seed, questions = (r.seed, self.batches.step), next(self.batches)
+        how = {"samples": r.samples, "pass_rows": r.pass_rows, **self.sampling}
+        batch = practise(self.engine, self.tokenizer, self.task, questions, seed=seed, **how)
         self.engine.unload()
         share = len(batch["inputs"]) // jax.process_count()
         ours = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
@@ -96,15 +89,8 @@ class RL(Stage):
     def pass_at_k(self, params: dict[str, jax.Array]) -> dict[str, Any]:
         r = self.section
         self.engine.load(params)
-        score = generative(
-            self.engine,
-            self.tokenizer,
-            self.val_task,
-            num_samples=r.eval_samples,
-            seed=r.seed,
-            max_problems=r.eval_questions,
-            **self.sampling,
-        )
+        how = {"num_samples": r.eval_samples, "max_problems": r.eval_questions, **self.sampling}
+        score = generative(self.engine, self.tokenizer, self.val_task, seed=r.seed, **how)
         self.engine.unload()
         return {f"pass@{k + 1}": value for k, value in enumerate(score.pass_at_k)}
 
@@ -112,8 +98,6 @@ class RL(Stage):
 def _graded_task(config: Recipe, spec: str) -> Task:
     task = open_task(spec, task_dir=config.data.task_dir, persona=config.data.persona)
     if task.kind != "generative":
-        raise UserError(
-            f"config.rl got the task {spec!r}, which is {task.kind}, expected a generative one: "
-            "its answers must be graded"
-        )
+        what = "expected a generative one: its answers must be graded"
+        raise UserError(f"config.rl got the task {spec!r}, which is {task.kind}, {what}")
     return task

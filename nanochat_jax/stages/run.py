@@ -56,25 +56,17 @@ def start(config: Recipe) -> Run:
     """Devices, mesh and the resolved recipe; says what was derived and how, once in a run."""
     m = config.mesh
     parse_steps(config.run.profile)  # a mistake in it is told now
-    launch = cluster.find(
-        os.environ,
-        launcher=m.launcher,
-        coordinator=m.coordinator,
-        num_processes=m.num_processes,
-        process_id=m.process_id,
-        local_device_ids=m.local_device_ids,
-    )
+    started = {k: v for k, v in m.to_dict().items() if k not in ("data", "fsdp", "tensor")}
+    launch = cluster.find(os.environ, **started)
     lines = [start_runtime(compile_cache=config.run.compile_cache, launch=launch)]
     platform, num_devices = jax.default_backend(), jax.device_count()
     derived = recipe.resolve(config, platform=platform, num_devices=num_devices)
     lines += [f"  {d.key} = {d.text}  ({d.formula})" for d in derived]
     try:
         mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
-        if num_row_shards(mesh) % jax.process_count():
-            raise UserError(
-                f"config.mesh got data x fsdp = {num_row_shards(mesh)} row shards for "
-                f"{jax.process_count()} processes, expected a multiple; lower config.mesh.tensor"
-            )
+        if (shards := num_row_shards(mesh)) % (processes := jax.process_count()):
+            got = f"config.mesh got data x fsdp = {shards} row shards for {processes} processes"
+            raise UserError(f"{got}, expected a multiple; lower config.mesh.tensor")
         model, line = check_attention(recipe.gpt_config(config), config.model.attention)
     except UserError:
         log("\n".join(lines))  # what the error is about

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, read_json
-from nanochat_jax.config import Recipe, flatten
+from nanochat_jax.config import Recipe
 from nanochat_jax.inference.checkpoint import STAGES, StageCheckpoint, newest
 from nanochat_jax.stages.run import Run, before
 from nanochat_jax.tasks.registry import file_stamps
@@ -36,23 +36,22 @@ MAY_CHANGE = (
     "rl.val_task",
     "rl.eval_questions",
     "rl.eval_samples",
-    *(f"{s}.device_batch_size" for s in STAGES),
-    *(f"{s}.eval_every" for s in STAGES),
-    *(f"{s}.save_every" for s in STAGES),
-    *(f"{s}.keep_checkpoints" for s in STAGES),
+    *(
+        f"{stage}.{key}"
+        for stage in STAGES
+        for key in ("device_batch_size", "eval_every", "save_every", "keep_checkpoints")
+    ),
 )
 
 
 def same_recipe(config: Recipe, saved: dict[str, Any], folder: Path, name: str) -> None:
     """What stage `name` learned from: later stages and evaluations may say what they like."""
     later = (*STAGES[STAGES.index(name) + 1 :], "eval", "serve")
-
-    def relevant(flat: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in flat.items() if k.split(".")[0] not in later}
-
-    was = {f"{s}.{k}": v for s, keys in saved.items() for k, v in keys.items()}
-    now = flatten(config)
-    recipe.refuse_changes(relevant(was), relevant(now), MAY_CHANGE, f"the run in {folder}")
+    was, now = (
+        {f"{s}.{k}": v for s, keys in sections.items() if s not in later for k, v in keys.items()}
+        for sections in (saved, config.to_dict())
+    )
+    recipe.refuse_changes(was, now, MAY_CHANGE, f"the run in {folder}")
 
 
 def same_run(
@@ -60,20 +59,19 @@ def same_run(
 ) -> None:
     """A checkpoint can be continued: same recipe, same tokenizer."""
     same_recipe(config, host["config"], folder, name)
-    if host["tokenizer_sha256"] != tokenizer.sha256():
+    was, now = host["tokenizer_sha256"], tokenizer.sha256()
+    if was != now:
+        other = f"another tokenizer (SHA-256 {was[:12]}..., now {now[:12]}...)"
         raise UserError(
-            f"the checkpoint in {folder} was trained with another tokenizer (SHA-256 "
-            f"{host['tokenizer_sha256'][:12]}..., now {tokenizer.sha256()[:12]}...); put that one "
-            "back, or choose another --config.run.name"
+            f"the checkpoint in {folder} was trained with {other}; put that one back, or choose "
+            "another --config.run.name"
         )
 
 
 def same_parent(saved: str | None, parent: StageCheckpoint | None, folder: Path) -> None:
     if parent and saved != parent.checksum:
-        raise UserError(
-            f"{folder} started from another checkpoint of {parent.stage} than the one there now; "
-            f"delete {folder} to train it again"
-        )
+        what = f"started from another checkpoint of {parent.stage} than the one there now"
+        raise UserError(f"{folder} {what}; delete {folder} to train it again")
 
 
 def same_result(run: Run, name: str) -> bool:
@@ -93,9 +91,7 @@ def same_result(run: Run, name: str) -> bool:
         was = read_json(rendered, f"delete {rendered.parent}")["fingerprint"]
         files = file_stamps(run.config[name].mixture, run.config.data.persona)
         if (was["files"], was["task_dir"]) != (files, run.config.data.task_dir):
-            raise UserError(
-                f"{folder} was made from other files (of config.{name}.mixture, config.data."
-                f"persona or config.data.task_dir) than those there now; delete {folder} to train "
-                "it again"
-            )
+            keys = f"config.{name}.mixture, config.data.persona or config.data.task_dir"
+            what = f"was made from other files (of {keys}) than those there now"
+            raise UserError(f"{folder} {what}; delete {folder} to train it again")
     return True

@@ -58,10 +58,10 @@ class Stage(Trainee):
         self.owners, self.save_every = Owners(run.model, run.mesh), self.section.save_every
 
     def use_rows(self, rows: int) -> None:
-        """rows: of a step; those a device works on at once follow."""
-        limit, shards = self.section.device_batch_size, self.run.row_shards
-        self.rows = rows
-        self.rows_at_once = recipe.rows_at_once(self.name, rows, shards, limit)
+        """rows: of a step, on all devices."""
+        self.rows, shards = rows, self.run.row_shards
+        if rows % shards:
+            raise UserError(f"{self.name}: got {rows} rows a step, expected a multiple of {shards}")
 
     def use_optimizer(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -73,9 +73,8 @@ class Stage(Trainee):
         run, parent, owners = self.run, self.parent, self.owners
         assert parent
         log(f"{self.name}: starting from {parent}")
-        everywhere = NamedSharding(run.mesh, P())
-        key = jax.device_put(jax.random.key_data(jax.random.key(run.config.run.seed)), everywhere)
-        step = jax.device_put(jnp.int32(0), everywhere)
+        key = jax.random.key_data(jax.random.key(run.config.run.seed))
+        step, key = jax.device_put((jnp.int32(0), key), NamedSharding(run.mesh, P()))
         on_disk = owners.on_disk(target)
         if self.section.get("warm_start"):
             saved = Checkpoints(parent.folder, keep=10**9).restore(on_disk, parent.step)
@@ -93,11 +92,11 @@ def optimizer(config: Recipe, model, name: str, num_steps: int):
     """(transform, learning-rate multiplier) of stage `name`: base warms up, moves Muon's momentum
     and lets its decay fall to 0; the later stages have rates of their own."""
     o, s, is_base = config.optim, config[name], name == "base"
-    if o.recipe == "classic" and (o if is_base else s).weight_decay:
+    of_muon = o if is_base else s
+    if o.recipe == "classic" and of_muon.weight_decay:
+        got = f"config.{'optim' if is_base else name}.weight_decay got {of_muon.weight_decay}"
         raise UserError(
-            f"config.{'optim' if is_base else name}.weight_decay got "
-            f"{(o if is_base else s).weight_decay}, expected 0: the classic Muon has no decay; "
-            "set it to 0, or config.optim.recipe to modern"
+            f"{got}, expected 0 (classic Muon has no decay) or config.optim.recipe=modern"
         )
     lr_multiplier = partial(
         schedules.lr_multiplier,
@@ -111,26 +110,19 @@ def optimizer(config: Recipe, model, name: str, num_steps: int):
         num_steps=num_steps,
         warmdown_frac=s.warmdown_frac if is_base else 0.0,
         start=o.momentum_start,
-        peak=o.momentum if is_base else s.momentum,
+        peak=of_muon.momentum,
         end=o.momentum_end if is_base else s.momentum,
-        warmup_steps=(o if is_base else s).momentum_warmup_steps,
+        warmup_steps=of_muon.momentum_warmup_steps,
     )
-    own = ("embed_lr", "unembed_lr", "lr_frac", "scalar_frac")
-    rates = {} if is_base else {key: s[key] for key in own}
+    own = () if is_base else ("embed_lr", "unembed_lr", "lr_frac", "scalar_frac")
+    rates = recipe.optim_config(config, jax.default_backend(), **{key: s[key] for key in own})
     decay = recipe.weight_decay(config) if is_base else s.weight_decay
 
     def weight_decay(step):
         return decay * schedules.cosine_to_zero(step, num_steps=num_steps) if is_base else decay
 
-    tx = build_optimizer(
-        param_shapes(model),
-        model.model_dim,
-        recipe.optim_config(config, jax.default_backend(), **rates),
-        lr_multiplier=lr_multiplier,
-        momentum=momentum,
-        weight_decay=weight_decay,
-    )
-    return tx, lr_multiplier
+    courses = {"lr_multiplier": lr_multiplier, "momentum": momentum, "weight_decay": weight_decay}
+    return build_optimizer(param_shapes(model), model.model_dim, rates, **courses), lr_multiplier
 
 
 def train_stage(config: Recipe, kind: type[Stage]) -> int:
@@ -154,22 +146,19 @@ def train_stage(config: Recipe, kind: type[Stage]) -> int:
                     with closing(stage.batches):
                         return _train(run, stage, info)
                 except OutOfMemory as error:
-                    status = ran_out(name, folder, error)
+                    status = ran_out(name, folder, error, jax.process_count())
             if status is not None:
                 return status
             del stage
             return_freed_memory()
 
 
-def ran_out(name: str, folder: Path, error: OutOfMemory) -> int | None:
-    """Note that the layout taken is too large; the exit status, unless this process can go on."""
+def ran_out(name: str, folder: Path, error: OutOfMemory, num_processes: int) -> int | None:
+    """Note that the layout taken is too large; the exit status, unless this process can go on: one
+    of several cannot, because the others wait for it in the middle of the step."""
     layout = note_too_large(folder / LAYOUT)
-    log(f"{name}: out of memory with {layout} ({error}); continuing in a smaller layout")
-    if jax.process_count() == 1:
-        return None
-    # The others wait for this one in the middle of the step.
-    log(f"{name}: ends, so that all start anew; the same command continues")
-    return EXIT_RESUME_ME
+    log(f"{name}: out of memory with {layout} ({error}); the next start takes a smaller one")
+    return None if num_processes == 1 else EXIT_RESUME_ME
 
 
 def _train(run: Run, stage: Stage, info: RunInfo) -> int:
@@ -177,12 +166,8 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     folder, target = run.dir / name, abstract_state(stage.owners, stage.tx)
     parent_sum = parent.checksum if parent else None
     host_info = {"config": config.to_dict(), "tokenizer_sha256": stage.tokenizer.sha256()}
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        stage.section.keep_checkpoints,
-        host_info | {"parent": parent_sum},
-        on_save=info.update,
-    )
+    host_info, keep = host_info | {"parent": parent_sum}, stage.section.keep_checkpoints
+    checkpoints = Checkpoints(folder / "checkpoints", keep, host_info, on_save=info.update)
     found, loop_state = checkpoints.latest_intact(), LoopState()
     if found is not None:
         host = read_host(checkpoints.directory, found)
@@ -195,17 +180,10 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
         same_run(config, stage.tokenizer, parent.host, parent.folder.parent, parent.stage)
     stage.batches.start_prefetch()  # the first batches are made while the step is compiled
     record = layout_record(stage)
-    train_step = step_for_widths(
-        owners,
-        stage.tx,
-        record,
-        target,
-        rows=stage.rows,
-        widest=stage.widest,
-        has_token_weights=stage.on_policy,
-        tile_tokens=config.model.loss_tile_tokens,
-        grad_clip=config.optim.grad_clip if name == "base" else 0.0,
-    )
+    options = {"tile_tokens": config.model.loss_tile_tokens}
+    options["grad_clip"] = config.optim.grad_clip if name == "base" else 0.0
+    shape = {"rows": stage.rows, "widest": stage.widest, "has_token_weights": stage.on_policy}
+    train_step = step_for_widths(owners, stage.tx, record, target, **shape, **options)
     if found is None:
         state = stage.init(target)
     else:
@@ -219,9 +197,8 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     info.values["later_tokens"] = later_tokens
     flops, peak = _tell_cost(stage, info, record)
     first, steps = int(state.step), parse_steps(config.run.profile)
-    metrics = MetricsLog(
-        folder / "metrics.jsonl", first, config.run.tracker, config.run.name, run.is_main
-    )
+    tracker = config.run.tracker, config.run.name
+    metrics = MetricsLog(folder / "metrics.jsonl", first, *tracker, run.is_main)
     console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
     with closing(metrics), closing(console):
@@ -243,8 +220,9 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
 
 def layout_record(stage: Stage) -> LayoutRecord:
     """What a stage may take and has taken, under the limits of its recipe and mesh."""
-    run, share = stage.run, stage.rows // stage.run.row_shards
-    layouts = candidates(share, stage.rows_at_once, stage.widest, run.config.model.remat)
+    run, most_rows = stage.run, stage.section.device_batch_size
+    share, remat = stage.rows // run.row_shards, run.config.model.remat
+    layouts = candidates(share, most_rows, stage.widest, remat)
     made_for = {
         "mesh": dict(run.mesh.shape),
         "device": run.mesh.devices.flat[0].device_kind,
@@ -259,24 +237,18 @@ def _tell_cost(stage: Stage, info: RunInfo, record: LayoutRecord) -> tuple[float
     """(FLOPs of a token, peak FLOP/s of the devices); says and notes what the stage will cost."""
     run, name = stage.run, stage.name
     flops, tokens = train_flops_per_token(run.model), stage.rows * stage.widest
-    device = run.mesh.devices.flat[0]
+    device, steps = run.mesh.devices.flat[0], stage.num_steps
     peak, source = hardware.compute_ceiling(device.platform, device.device_kind, run.mesh.size)
     if run.model.fp8_layers:
         source += f", while fp8 multiplies in {', '.join(run.model.fp8_layers)}"
-    info.values |= {
-        "params": param_counts(run.model),
-        "flops_per_token": flops,
-        "tokens_per_step": tokens,
-        "num_steps": stage.num_steps,
-        "peak_flops": peak,
-        "peak_flops_source": source,
-        "parent": stage.parent and str(stage.parent),
-        "layout": str(record.taken),
-    }
+    info.values |= {"params": param_counts(run.model), "flops_per_token": flops}
+    info.values |= {"tokens_per_step": tokens, "num_steps": steps}
+    info.values |= {"peak_flops": peak, "peak_flops_source": source}
+    info.values |= {"parent": stage.parent and str(stage.parent), "layout": str(record.taken)}
     info.update()
-    line = f"{name}: {stage.num_steps:,} steps of {flops * tokens / 1e12:,.3g} TFLOP"
+    line = f"{name}: {steps:,} steps of {flops * tokens / 1e12:,.3g} TFLOP"
     if peak:
-        at_best = stage.num_steps * flops * tokens / peak
-        line += f", {format_secs(at_best)} at {peak / 1e12:,.2f} TFLOP/s"
+        at_best = format_secs(steps * flops * tokens / peak)
+        line += f", {at_best} at {peak / 1e12:,.2f} TFLOP/s"
     log(f"{line}; MFU is against {source}")
     return flops, peak

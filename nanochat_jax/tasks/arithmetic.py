@@ -1,18 +1,13 @@
 """Sums and word problems in the form of GSM8K, generated: numbers small enough for a small model.
 
-    What is 12 + 30?
-        <|python_start|>12+30<|python_end|>42    12+30 is 42.
-        #### 42
-
     Anna has $20 and buys 3 pears for $4 each. How much money is left?
         <|python_start|>3*4<|python_end|>12      The pears cost $12.
         <|python_start|>20-12<|python_end|>8     $8 is left.
         #### 8
 
-Level 0 is a sum, level n > 0 a story of n steps; arithmetic.toml has their words. A step calls the
-calculator first and then says what came out, so that the number it says stands right before it.
-Numbers are drawn until every step gives a whole number that is not too large. No sum, and no story
-with the same numbers, is in both splits, whatever its names, things and wording.
+Level 0 is a sum, level n > 0 a story of n steps; arithmetic.toml has their words. Every step gives
+a whole number that is not too large, and says it right after the calculator has. No sum, and no
+story with the same numbers, is in both splits, whatever its names, things and wording.
 """
 
 import random

@@ -5,11 +5,9 @@
   generative   the answer is written freely and graded
 
 A conversation is {"messages": [{"role", "content"}, ...]} as in tokenizer/chat.py, plus what the
-verdict needs. A task is a pure function of its index: the same example at every call, on every
-machine. Generated tasks split their examples by the hash of what train and test must not share.
+verdict needs. A task has the same example at an index at every call, on every machine.
 """
 
-import hashlib
 import random
 import tomllib
 from abc import abstractmethod
@@ -17,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from nanochat_jax.data.shards import HASH_RANGE, text_hash
 from nanochat_jax.tokenizer.chat import ROLES
 
 Conversation = dict[str, Any]
 SHUFFLE_SEED = 42
 SPLITS = ("train", "test")  # of tasks that split their examples themselves
-_TEST_FRAC = 0.1
 
 
 class Task(Sequence[Conversation]):
@@ -95,18 +93,13 @@ def read_toml(name: str) -> dict[str, Any]:
 def split_of(content: str) -> str:
     """The split that content belongs to: by its hash, a tenth of all is test.
 
-    The hash is that of data/shards.py, which holds at most as much out of pretraining: what it
-    holds out is in the test split here.
+    What data/shards.py holds out of pretraining, by the same hash, is in the test split here.
     """
-    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") < _TEST_FRAC * 2**64 else "train"
+    return "test" if text_hash(content) < 0.1 * HASH_RANGE else "train"
 
 
 def mixture_order(tasks: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(task, index) pairs of a mixture, shuffled, given the indices that each task takes part with.
-
-    The order depends on the numbers of indices alone.
-    """
+    """(task, index) pairs of a mixture, shuffled, given the indices of each task's examples."""
     pairs = [(task, index) for task, indices in enumerate(tasks) for index in indices]
     random.Random(SHUFFLE_SEED).shuffle(pairs)
     return pairs

@@ -3,13 +3,10 @@
     Hi! How was your weekend?        user
     Good, I went hiking. And yours?  assistant
 
-Filtered and tidied as for pretraining in data/demo.py, and cut into pieces short enough for small
-contexts. A piece starts with a greeting or a question, so that it needs nothing said before, and
-ends with an answer. Whole conversations belong to one split, so what is validation in the demo's
-pretraining is in no training example here (split_of).
-
-Making the pieces takes seconds: they are kept in $NANOCHAT_BASE_DIR/data/tasks/chitchat.json, with
-the hashes of what they were made from.
+Tidied as for pretraining in data/demo.py and cut into short pieces, which start with a greeting or
+a question and end with an answer. Whole conversations belong to one split, so what is validation in
+the demo's pretraining is in no training example here (split_of). Making the pieces takes seconds:
+they are kept in $NANOCHAT_BASE_DIR/data/tasks/chitchat.json.
 """
 
 import re
@@ -24,8 +21,7 @@ from nanochat_jax.tasks.base import RowTask, messages, split_of
 MAX_CHARS = 700  # of a piece: with the demo tokenizer nearly all are within its 256 tokens
 _MAX_MESSAGE_CHARS = 400  # longer ones are stories, not small talk
 _OPENING = re.compile(r"(?:hi|hey|hello|howdy|good (?:morning|afternoon|evening))\b|.*\?", re.I)
-# Left out beside what demo leaves out: talk about the place where the conversations were held, and
-# corrections of one's own typing.
+# Talk about the place where the conversations were held, and corrections of one's own typing.
 _SETTING = re.compile(
     r"disconnect|\bprompts?\b|\bbots?\b|\bconnected\b|\btyping|\bcontest\b|\bbyu\b|\blds\b|gospel"
     r"|\bmission|\*\w|\w'haha",
@@ -54,14 +50,7 @@ def _pieces() -> list[tuple[str, list[str]]]:
 
 
 def _make_pieces() -> Iterator[tuple[str, list[str]]]:
-    talks: dict[str, list[tuple[str, str]]] = {}
-    for key, raw in sorted(demo.read_dataset().items()):
-        turns = [turn for turn in raw["messages"] if turn]
-        texts = [[message["text"] for message in turn] for turn in turns]
-        if demo.is_decent(" \n ".join(text for turn in texts for text in turn)):
-            speakers = [turn[0]["sender"] for turn in turns]
-            talks[key] = list(zip(speakers, map(demo.tidy_turn, texts), strict=True))
-    known = demo.common_words([text for _, text in turns] for turns in talks.values())
+    talks, known = demo.talks(demo.read_dataset())
     for key, turns in talks.items():
         for piece in cut(turns):
             if demo.reads_like_english("\n".join(piece), known):

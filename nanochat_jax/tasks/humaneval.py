@@ -1,11 +1,8 @@
 """HumanEval, Python functions completed from their docstring (arXiv 2107.03374).
 
-  user       the head of a program: imports, signature, docstring
-  assistant  all of it; chat models repeat the function, in a fenced block or bare
-  verdict    imports, the answer's program, the problem's `check`: run in a sandbox to its last line
-
-Ending the process before `check` is through is no pass; tools/sandbox.py tells what a verdict
-cannot hold against.
+user       the head of a program: imports, signature, docstring
+assistant  all of it; chat models repeat the function, in a fenced block or bare
+verdict    imports, the answer's program, the problem's `check`: run in a sandbox to its last line
 """
 
 import re

@@ -3,9 +3,9 @@
     Hi! What's your name?          My name is Nano. I'm a small language model.
     And who made you?              I was made by the nanochat-jax authors.
 
-A model knows nothing of itself but what it is told in training. The persona (configs/persona.toml)
-says it once, the questions and answers of identity.toml say it in many ways. A conversation has one
-to three questions, which do not depend on the persona; no sequence of them is in both splits.
+The persona (configs/persona.toml) says it once, the questions and answers of identity.toml say it
+in many ways. A conversation has one to three questions, which do not depend on the persona; no
+sequence of them is in both splits.
 """
 
 import random
@@ -32,8 +32,10 @@ class Identity(GeneratedTask):
     def __init__(self, split: str, persona: str | Path = ""):
         super().__init__(split)
         values = read_persona(persona or PERSONA)
-        self.slots = values | {key: _join(values[key], word) for key, word in _LISTS.items()}
-        self.slots["Maker"] = values["maker"][0].upper() + values["maker"][1:]
+        self.slots = values | {"Maker": values["maker"][0].upper() + values["maker"][1:]}
+        for key, word in _LISTS.items():
+            *others, last = values[key]
+            self.slots[key] = f"{', '.join(others)} {word} {last}" if others else last
 
     def draw(self, rng: random.Random) -> Conversation:
         while True:
@@ -74,24 +76,19 @@ def _draw_exchange(rng: random.Random, exchange: dict[str, list[str]]) -> tuple[
     return question, answer
 
 
-def _join(items: list[str], word: str) -> str:
-    return f" {word} ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
-
-
 def read_persona(path: str | Path) -> dict[str, Any]:
     """The values of a persona file, each of the right kind. UserError names file and key."""
     try:
         persona = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # no TOML is a ValueError too
         raise UserError(f"{path}: {error}; expected a file like {PERSONA}") from None
-    keys = {*_TEXTS, *_LISTS}
-    if wrong := persona.keys() ^ keys:
-        found = [f"{'has' if key in persona else 'lacks'} {key}" for key in sorted(wrong)]
-        raise UserError(f"{path} {', '.join(found)}; expected the keys {', '.join(sorted(keys))}")
-    for key, value in persona.items():
+    for key in sorted({*_TEXTS, *_LISTS, *persona}):
+        value = persona.get(key)
         items = value if key in _LISTS else [value]
         texts = isinstance(items, list) and [isinstance(it, str) and it.strip() for it in items]
-        if not texts or not all(texts):
-            expected = 'texts, as in ["one", "two"]' if key in _LISTS else "text in quotes"
-            raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+        if key not in (*_TEXTS, *_LISTS) or not texts or not all(texts):
+            raise UserError(
+                f"{path}: {key} is {value!r}, expected text for {', '.join(_TEXTS)}, lists of text "
+                f"for {', '.join(_LISTS)}, and no other key"
+            )
     return persona

@@ -8,8 +8,8 @@
 
     Reply with its letter alone.
 
-Small models bind a letter to a choice better when it comes after the choice. No space stands before
-a letter in the question, as none does in the answer, which is a single token.
+Small models bind a letter to a choice better when it comes after the choice. Without a space before
+it, a letter is the same token as in the answer.
 """
 
 import string
@@ -42,8 +42,7 @@ class ARC(RowTask):
 
         {"question": ..., "choices": {"text": [...], "label": ["A", "B", "C"]}, "answerKey": "C"}
 
-    Some exams number their choices 1 to 4; here all have letters. A few questions have 3 or 5
-    choices; the accuracy of guessing is that of 4, as upstream has it.
+    Some number their choices 1 to 4; here all have letters. A few questions have 3 or 5 choices.
     """
 
     kind = "categorical"

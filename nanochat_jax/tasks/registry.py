@@ -20,12 +20,11 @@ from nanochat_jax.common import UserError
 from nanochat_jax.tasks.arithmetic import Arithmetic
 from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS, Conversation, RowTask, Task, mixture_order
 from nanochat_jax.tasks.chitchat import ChitChat
-from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import PERSONA, Identity
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
-from nanochat_jax.tasks.sources import SOURCES, load_rows
+from nanochat_jax.tasks.sources import SOURCES, load_rows, read_conversations
 from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee
 
 # Each is called with rows (those in SOURCES), a path (json), or a split, and a persona (identity).
@@ -36,7 +35,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "smoltalk": RowTask,  # conversations made with a large model for small ones (arXiv 2502.02737)
-    "json": CustomJSON,
+    "json": lambda path: RowTask(list(read_conversations(path))),
     "spelling_bee": SpellingBee,
     "simple_spelling": SimpleSpelling,
     "arithmetic": Arithmetic,
@@ -94,17 +93,13 @@ class Mixture(Task):
 
     def counts(self) -> dict[str, int]:
         """How many examples each spec contributes."""
-        counts = Counter()
-        for part in self.parts:
-            counts[part.spec] += len(part)
-        return counts
+        return Counter(part.spec for part in self.parts for _ in part.indices)
 
 
 def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Selection:
     """The task of a spec. UserError for a wrong spec, or for data that cannot be had.
 
-    `task_dir`: folder of the data sets, "" for the Hugging Face hub (sources.py); `persona`: path
-    of a persona file, "" for ours (identity.py).
+    `task_dir` as in sources.py, `persona` as in identity.py.
     """
     parsed = _parse(spec)
     name, split = parsed["task"], parsed["split"]
@@ -122,7 +117,7 @@ def open_task(spec: str, *, task_dir: str = "", persona: str = "") -> Selection:
 
 def file_stamps(specs: Sequence[str], persona: str = "") -> list[list]:
     """[path, bytes, time of change] of the user's files that specs read: own chats, persona."""
-    parsed = [_parse(spec) for spec in specs]
+    parsed = list(map(_parse, specs))
     paths = [spec["split"] for spec in parsed if spec["task"] == "json"]
     paths += [persona or PERSONA] * any(spec["task"] == "identity" for spec in parsed)
     files = [file for path in paths if (file := Path(path).expanduser()).is_file()]

@@ -1,14 +1,12 @@
-"""The rows that tasks are made of: from the Hugging Face hub, or from a folder.
+"""The rows that tasks are made of: from the Hugging Face hub, a folder, or a file of your own.
 
     load_rows("gsm8k", "test", task_dir="")     the hub, kept in $NANOCHAT_BASE_DIR/data/tasks
     load_rows("gsm8k", "test", task_dir=DIR)    DIR/gsm8k/test.jsonl or .parquet, never the hub
 
-Rows are shuffled with a fixed seed, because several datasets are sorted by subject or origin and
-`[:500]` should be a sample; hub, folder and upstream have the same row at the same index if they
-hold the rows in the same order.
+Rows are shuffled with a fixed seed, as upstream's: several datasets are sorted by subject or
+origin, and `[:500]` should be a sample.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from nanochat_jax.common import UserError, data_dir
-from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS
+from nanochat_jax.data.local import read_jsonl
+from nanochat_jax.tasks.base import SHUFFLE_SEED, SPLITS, Conversation
+from nanochat_jax.tokenizer.chat import check
 
 
 class Source(NamedTuple):
@@ -69,7 +69,10 @@ def load_rows(name: str, split: str, task_dir: str = "") -> Sequence[dict[str, A
     if files[0].suffix == ".parquet":
         paths = [str(file) for file in files]
         return _load(source, "parquet", "copy it again", data_files=paths, split="train")
-    rows = [row for file in files for row in read_rows(file, source.row)]
+    rows = []
+    for where, row in [line for file in files for line in read_jsonl(file)]:
+        _check_row(where, row, source.row)
+        rows.append({column: row[column] for column in source.row})
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))  # Dataset.shuffle's
     return [rows[i] for i in order]
 
@@ -86,7 +89,7 @@ def _load(source: Source, path: str, advice: str, **what: Any) -> Sequence[dict[
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{origin} cannot be read ({reason}); {advice}") from None
     # A column has one type, so the first row speaks for all, but for missing values.
-    _check(origin, rows[0] if len(rows) else None, source.row)
+    _check_row(origin, rows[0] if len(rows) else None, source.row)
     if empty := [column for column in source.row if rows.data.column(column).null_count]:
         raise UserError(f"{origin}: got rows without {', '.join(empty)}, expected all; {advice}")
     return rows.select_columns(list(source.row)).shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
@@ -104,35 +107,25 @@ def _find_files(source: Source, split: str, folder: Path) -> list[Path]:
     return found[0]
 
 
-def read_rows(path: Path, example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The columns of `example` of each row of a .jsonl file; UserError for a row not like it."""
-    for where, row in read_jsonl(path):
-        _check(where, row, example)
-        yield {column: row[column] for column in example}
+def read_conversations(path: str | Path) -> Iterator[Conversation]:
+    """Conversations of your own, one a line of a .jsonl file: {"messages": [...]} or the list.
 
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path:line", value) of each line that is not blank."""
-    try:
-        lines = enumerate(path.read_bytes().splitlines(), start=1)
-    except OSError as error:
-        raise UserError(
-            f"got {path} ({error.strerror}), expected a .jsonl file; correct the path"
-        ) from None
-    for where, line in [(f"{path}:{number}", line) for number, line in lines if line.strip()]:
+    UserError, with file and line, for one that breaks the rules of tokenizer/chat.py or in which
+    the assistant says nothing.
+    """
+    for where, value in read_jsonl(Path(path).expanduser()):
+        conversation = {"messages": value} if isinstance(value, list) else value
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not JSON ({error}), expected one JSON value a line; correct the line"
-            ) from None
-        yield where, value
+            if len(check(conversation)) < 2:
+                raise UserError("got no message of the assistant, expected one to learn from")
+        except UserError as error:
+            raise UserError(f"{where}: {error}; correct or remove the line") from None
+        yield conversation
 
 
-def _check(where: str, row: Any, example: Mapping[str, Any]) -> None:
+def _check_row(where: str, row: Any, example: Mapping[str, Any]) -> None:
     columns = row if isinstance(row, dict) else {}
-    wrong = [name for name in example if not _has_type_of(columns.get(name), example[name])]
-    if wrong:
+    if wrong := [n for n, like in example.items() if not _has_type_of(columns.get(n), like)]:
         raise UserError(
             f"{where}: {', '.join(wrong)} wrong or missing: got {repr(row)[:100]}, expected a row "
             f"like {dict(example)}; correct it"

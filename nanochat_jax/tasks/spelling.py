@@ -7,10 +7,9 @@
                                       The letter r appears 3 times in strawberry.
                                       #### 3
 
-A model sees tokens, not letters; here it learns which letters a token holds. It counts twice: by
-hand, numbering the letter while it spells, and with the calculator. The call has double quotes:
-after a single one the tokenizer looks for an English contraction and would cut 'scream' into 's and
-cream. Answers spell in lower case. No word of the test split is in a training example.
+A model sees tokens, not letters; here it learns which letters a token holds. The call has double
+quotes, because after a single one the tokenizer would cut 'scream' into 's and cream. Answers spell
+in lower case. No word of the test split is in a training example.
 """
 
 import random
@@ -19,15 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
 
-from nanochat_jax.tasks.base import Conversation, GeneratedTask, messages, read_toml, split_of
+from nanochat_jax.tasks import base
+from nanochat_jax.tasks.base import Conversation, GeneratedTask, messages, split_of
 from nanochat_jax.tasks.gsm8k import NumberTask, solution_parts
 from nanochat_jax.tools.calculator import calculate
 
 WORDS = Path(__file__).with_name("words.txt").read_text().split()  # everyday English ones
-_SPLIT_WORDS = {
-    split: [word for word in WORDS if split_of(word) == split] for split in ("train", "test")
-}
-_LANGUAGES = read_toml("spelling.toml")  # English first
+_SPLIT_WORDS = {split: [word for word in WORDS if split_of(word) == split] for split in base.SPLITS}
+_LANGUAGES = base.read_toml("spelling.toml")  # English first
 _ENGLISH_FRAC = 0.7
 _IN_WORD_FRAC = 0.75  # how often the letter asked for is one of the word's
 _QUOTES = ("{}", "{}", "{}", "'{}'", '"{}"', "“{}”")

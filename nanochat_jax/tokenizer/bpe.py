@@ -2,11 +2,9 @@
 
     text -> split pattern -> pieces -> bytes -> merges, lowest rank first -> ids
 
-Invariants:
-- ids 0..n-1 are the mergeable tokens, the single bytes among them; the special tokens come last.
+- Ids 0..n-1 are the mergeable tokens, the single bytes among them; the special tokens come last.
 - Text never yields a special id, even when it spells one out: only `special_id` hands them out.
-- A string is well-formed before it is encoded or trained on: surrogate pairs are joined and lone
-  surrogates become U+FFFD. Everything else comes back from `decode` unchanged.
+- Lone surrogates, which no UTF-8 text holds, become U+FFFD. All else comes back from `decode`.
 - On disk there is one JSON file, whose SHA-256 is `Tokenizer.sha256()`. Nothing is ever unpickled.
 
 The split pattern is GPT-4's (cl100k_base), except that digits go in pairs and not in threes, which
@@ -18,8 +16,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -61,34 +57,24 @@ MIN_VOCAB_SIZE = NUM_BYTE_TOKENS + len(SPECIAL_TOKENS)
 MAX_STRETCH_CHARS = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """An immutable encoder; safe to share between threads and to send to worker processes.
 
     Raises ValueError unless the ranks are 0..n-1 and hold all single bytes, and for a bad pattern.
     """
 
-    ranks: dict[bytes, int] = field(repr=False)
-    pattern: str = field(default=SPLIT_PATTERN, repr=False)
-    special: dict[str, int] = field(init=False, repr=False)
-    _encoding: tiktoken.Encoding = field(init=False, repr=False)
-
-    def __post_init__(self):
-        num_ranks = len(self.ranks)
-        if sorted(self.ranks.values()) != list(range(num_ranks)):
-            raise ValueError(f"token ids are not 0..{num_ranks - 1}, each once")
-        if missing := sum(bytes([byte]) not in self.ranks for byte in range(NUM_BYTE_TOKENS)):
+    def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN):
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError(f"token ids are not 0..{len(ranks) - 1}, each once")
+        if missing := sum(bytes([byte]) not in ranks for byte in range(NUM_BYTE_TOKENS)):
             raise ValueError(f"{missing} of the {NUM_BYTE_TOKENS} single-byte tokens are missing")
-        special = {name: num_ranks + i for i, name in enumerate(SPECIAL_TOKENS)}
-        encoding = tiktoken.Encoding(
-            "nanochat-jax", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special
+        self.ranks, self.pattern = ranks, pattern
+        self._tokens = sorted(ranks, key=ranks.__getitem__)
+        self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(self.special)
+        self._encoding = tiktoken.Encoding(
+            "nanochat-jax", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
-        object.__setattr__(self, "special", special)
-        object.__setattr__(self, "_encoding", encoding)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.ranks) + len(self.special)
 
     @property
     def bos_id(self) -> int:
@@ -123,15 +109,11 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Bytes that each id stands for, int32 [vocab_size]; 0 for specials. For bits per byte."""
-        table = np.zeros(self.vocab_size, np.int32)
-        for token, rank in self.ranks.items():
-            table[rank] = len(token)
-        return table
+        return np.array([*map(len, self._tokens), *[0] * len(self.special)], np.int32)
 
     def to_json(self) -> str:
         """The canonical form: the same tokenizer gives the same text, byte for byte."""
-        by_rank = sorted(self.ranks.items(), key=itemgetter(1))
-        ranks = [[token.hex(), rank] for token, rank in by_rank]
+        ranks = [[token.hex(), rank] for rank, token in enumerate(self._tokens)]
         content = {"pattern": self.pattern, "ranks": ranks, "special": self.special}
         return json.dumps(content, separators=(",", ":")) + "\n"
 
@@ -147,13 +129,10 @@ class Tokenizer:
         path, to_do = Path(directory) / FILE_NAME, "train it with scripts/tok_train.py"
         content = read_json(path, to_do)
         try:
-            rows, special = content["ranks"], content["special"]
-            ranks = {bytes.fromhex(token): rank for token, rank in rows}
-            if len(ranks) != len(rows):
-                raise ValueError(f"{len(rows) - len(ranks)} tokens appear twice")
+            ranks = {bytes.fromhex(token): rank for token, rank in content["ranks"]}
             tokenizer = Tokenizer(ranks, content["pattern"])
-            if special != tokenizer.special:
-                raise ValueError(f"special tokens are {special}, not {tokenizer.special}")
+            if content["special"] != tokenizer.special:
+                raise ValueError(f"special tokens that are not {tokenizer.special}")
         except (KeyError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"{path}: got {reason}, expected {LAYOUT}; {to_do}") from None
@@ -163,7 +142,6 @@ class Tokenizer:
 def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> Iterator[str]:
     """Cut a long text where the split pattern cuts anyway: before a blank that follows a non-blank.
 
-    No alternative of the pattern runs across such a place, so the ids are those of the whole text.
     Only where there is none for `max_chars` (a megabyte of blanks, say) is the cut arbitrary.
     """
     if len(text) <= max_chars:
@@ -172,10 +150,10 @@ def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> Iterator[str]:
     at_most = f".{{1,{max_chars}}}"
     pieces = re.compile(rf"{at_most}(?:\Z|(?<=\S)(?= ))|{at_most}", re.DOTALL)
     # Well-formed before it is cut, which could part a surrogate pair.
-    yield from (match[0] for match in pieces.finditer(_well_formed(text)))
+    yield from (match[0] for match in pieces.finditer(well_formed(text)))
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # surrogates: the same treatment tiktoken gives them
@@ -197,8 +175,7 @@ def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a vocabulary of `vocab_size` tokens, specials included; smaller if the text runs out.
 
-    Deterministic: the most frequent pair is merged first, the one with the lower ids when equal.
-    Raises UserError when `vocab_size` does not hold the bytes and specials, or there is no text.
+    The most frequent pair is merged first, of equals the one with the lower ids.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -211,7 +188,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         nonlocal num_chars
         for text in texts:
             num_chars += len(text)
-            yield from stretches(_well_formed(text))
+            yield from stretches(well_formed(text))
 
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)

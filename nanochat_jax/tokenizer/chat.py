@@ -7,9 +7,8 @@ Assistant content is a string or a list of parts {"type", "text"}:
     python          <|python_start|> text <|python_end|>, trained: the model calls the tool
     python_output   <|output_start|> text <|output_end|>, not trained: the tool answers
 
-Invariants: roles alternate, the user first; mask 1 stands on exactly what the assistant says, its
-<|assistant_end|> included; a leading system message becomes the start of the first user message.
-Whatever else a conversation or a message carries beside these keys is left alone.
+Roles alternate, the user first; a leading system message becomes the start of the first user
+message; mask 1 stands on exactly what the assistant says, its <|assistant_end|> included.
 """
 
 import itertools
@@ -32,25 +31,14 @@ IGNORE = -1  # a target that adds nothing to the loss
 
 
 def render_conversation(
-    tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int = 2048
-) -> tuple[list[int], list[int]]:
-    """Ids and loss mask (1 = trained), both cut to `max_tokens`. Raises UserError if malformed."""
-    ids, mask = render_whole(tokenizer, conversation)
-    return ids[:max_tokens], mask[:max_tokens]
-
-
-def render_whole(
     tokenizer: Tokenizer, conversation: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """As `render_conversation`, never cut."""
+    """Ids and loss mask (1 = trained). Raises UserError if malformed."""
     return _render(tokenizer, check(conversation))
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Mapping[str, Any]) -> list[int]:
-    """The prompt for the last answer: all before it, never cut, and <|assistant_start|>.
-
-    A conversation that ends with a user message is prompted as it is.
-    """
+    """The prompt for the last answer: all before it, and <|assistant_start|>."""
     turns = check(conversation)
     ids, _ = _render(tokenizer, turns[:-1] if turns[-1][0] == "assistant" else turns)
     return [*ids, tokenizer.special_id("<|assistant_start|>")]
@@ -61,8 +49,7 @@ def cut_at_turn(
 ) -> tuple[list[int], list[int]]:
     """A rendered conversation without the turns that end beyond `max_tokens`.
 
-    When not even the first answer ends in time, the beginning of that answer; nothing at all when
-    no trained token is left.
+    Of the first answer, if it is too long itself, the beginning; nothing if no token is trained.
     """
     if len(ids) <= max_tokens:
         return ids, mask
@@ -146,9 +133,8 @@ def check(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _is_part(part: Any) -> bool:
-    # Looked up in a tuple: a type that is not hashable is none of them.
-    is_known = isinstance(part, Mapping) and part.get("type") in tuple(PARTS)
-    return is_known and isinstance(part.get("text"), str)
+    types = tuple(PARTS)  # a type that is not hashable is none of them
+    return isinstance(part, Mapping) and part.get("type") in types and type(part.get("text")) is str
 
 
 def _short(value: Any) -> str:

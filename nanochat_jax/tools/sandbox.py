@@ -1,16 +1,15 @@
 r"""Run programs that a model wrote, each in a process of its own that can harm nothing else.
 
     run_program("print(6 * 7)")     Outcome(status="ok", stdout="42\n", stderr="")
-    statement()                     lines that say what is enforced on this machine, and why not
 
 A program gets the standard library, an empty folder, no input and no environment. It stands behind
 bubblewrap, where `bwrap` works, and the layers of sandbox_child.py. Our own code mounts nothing and
 makes no namespaces: no refused call can change the machine. What the system refuses is found once
 per process; no program runs without one of the others.
 
-"ok" means that the last line was reached, told by a secret that the program's text cannot contain.
-A program that knows this harness can read the secret in its own process, or return objects that
-equal everything; a hole in the kernel lets it do more. For hostile code use a virtual machine.
+A program that knows this harness can read the secret that says "ok" in its own process, or return
+objects that equal everything; a hole in the kernel lets it do more. For hostile code use a virtual
+machine.
 """
 
 import json
@@ -74,16 +73,11 @@ class Limits(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a program ended."""
+    """How a program ended. ok: its last line was reached, and its exit status is 0. exit: status 0
+    before its last line. error: an exception, a signal, another status. timeout: killed at
+    wall_secs or cpu_secs. memory: an uncaught MemoryError. output: more than output_bytes."""
 
-    status: Literal[
-        "ok",  # its last line was reached, and it ended with exit status 0
-        "exit",  # exit status 0 before its last line: sys.exit(), os._exit(0)
-        "error",  # an exception, a signal, or another exit status
-        "timeout",  # killed at wall_secs or cpu_secs
-        "memory",  # an uncaught MemoryError
-        "output",  # wrote more than output_bytes
-    ]
+    status: Literal["ok", "exit", "error", "timeout", "memory", "output"]
     stdout: str  # cut at output_bytes, like stderr
     stderr: str
 
@@ -107,9 +101,8 @@ def run_programs(
 ) -> list[Outcome]:
     """Outcomes in the order of the sources, `workers` (one per usable CPU) at a time.
 
-    A program that times out beside others runs once more alone, and that outcome counts. UserError
-    where a protection in `require` is not enforced. All layers hold but those in `missing` (which
-    `find_missing` finds); LayerRefusedError where one cannot.
+    A program that times out beside others runs once more alone. UserError where a protection in
+    `require` is not enforced, LayerRefusedError where a layer that is not `missing` is not on.
     """
     missing = find_missing() if missing is None else missing
     for name in require:

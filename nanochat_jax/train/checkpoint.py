@@ -8,9 +8,8 @@
     checksums.json     SHA-256 and size of every file above; written last
   checkpoints/scores.json   {step: validation bpb}, from which the best is known
 
-A step directory without checksums.json is an unfinished save: it is not listed, and it is removed
-at the next start. The newest `keep` checkpoints and the best one are kept. A damaged one is
-renamed, and the one before it is used.
+A step directory without checksums.json is an unfinished save, removed at the next start. A damaged
+checkpoint is renamed, and the one before it is used.
 """
 
 import hashlib
@@ -82,13 +81,11 @@ def restore_params(directory: Path, step: int, shardings=None) -> dict[str, jax.
     path, standard = step_dir(directory, step).absolute() / "arrays", ocp.StandardCheckpointHandler
     handler = ocp.CompositeCheckpointHandler(params=standard(), state=standard())
     with ocp.Checkpointer(handler) as checkpointer:
-        saved = checkpointer.metadata(path).item_metadata["params"]
+        saved, target = checkpointer.metadata(path).item_metadata["params"], {}
         first = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = shardings or dict.fromkeys(saved, first)
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
-            for name, leaf in saved.items()
-        }
+        for name, leaf in saved.items():
+            place = shardings[name] if shardings else first
+            target[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
         return checkpointer.restore(path, args=restore)["params"]
 
@@ -104,10 +101,8 @@ def digest(params: dict[str, jax.Array]) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one stage.
-
-    host_info: written to the host.json of each. on_save: called when a save has begun.
-    """
+    """The checkpoints of one stage: the newest `keep` and the best. host_info: written to the
+    host.json of each. on_save: called when a save has begun."""
 
     def __init__(
         self, directory: Path, keep: int, host_info: dict | None = None, on_save=lambda: None
@@ -127,16 +122,14 @@ class Checkpoints:
     def save(self, state: TrainState, host: dict[str, Any], data_state: dict[str, Any]) -> None:
         """Begin to save a state by path (Owners.to_paths); waits only for an earlier save."""
         self.wait()
-        step = int(state.step)
-        folder = step_dir(self.directory, step)
+        folder = step_dir(self.directory, int(state.step))
         if (folder / CHECKSUMS).exists():
             return
         try:
             write_json(folder / f"data_{jax.process_index()}.json", data_state)
             if jax.process_index() == 0:
                 write_json(folder / "host.json", host | self.host_info)
-            items = _items(ocp.args.StandardSave, state)
-            self._orbax.save(folder / "arrays", args=items, force=True)
+            self._orbax.save(folder / "arrays", _items(ocp.args.StandardSave, state), force=True)
         except OSError as error:
             raise _disk_error(folder, error) from error
         self._saving = self._finisher.submit(self._finish, folder)
@@ -182,10 +175,11 @@ class Checkpoints:
     def _finish(self, folder: Path) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            sums = {}
-            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                entry = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
-                sums[str(file.relative_to(folder))] = entry
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            sums = {
+                str(f.relative_to(folder)): {"sha256": sha256_file(f), "bytes": f.stat().st_size}
+                for f in files
+            }
             write_json(folder / CHECKSUMS, sums)
             prune(self.directory, self.keep)
 
@@ -216,9 +210,8 @@ def _disk_error(folder: Path, error: OSError) -> UserError:
 
 def _items(kind: Callable, state: TrainState):
     """The two parts of a checkpoint as `kind`, an argument of Orbax."""
-    return ocp.args.Composite(
-        params=kind(state.params), state=kind(_flat(state._replace(params={})))
-    )
+    rest = kind(_flat(state._replace(params={})))
+    return ocp.args.Composite(params=kind(state.params), state=rest)
 
 
 def _flat(tree) -> dict[str, Any]:

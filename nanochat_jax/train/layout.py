@@ -1,12 +1,8 @@
 """The layout of a step: how many rows it works on at once, how much of a block it recomputes.
 
-  candidates()   every layout that a stage may take, the fastest first
-  LayoutRecord   layout.json in the stage's folder: the layout taken, those that ran out of memory
-  choose()       the first that fits by the compiler's count of bytes
-
-All layouts give the same result up to rounding. A continued run takes the recorded one again, and
-so repeats the uninterrupted run to the last bit. A layout that ran out of memory is recorded with
-the bytes that the compiler had counted; later ones must need less.
+All layouts give the same result up to rounding. The first that fits is taken and recorded in
+layout.json, so that a continued run repeats the uninterrupted one to the last bit. One that ran out
+of memory is recorded with the bytes that the compiler had counted; later ones must need less.
 """
 
 import math
@@ -47,7 +43,7 @@ def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Lay
 
 
 class LayoutRecord:
-    """The layout that a stage has taken, and those that ran out of memory; same on all processes.
+    """The layout that a stage has taken, and the bytes of those that ran out of memory.
 
     made_for: what else memory depends on, as JSON returns it. A record made for something else, or
     for other candidates, is ignored and replaced.
@@ -56,18 +52,11 @@ class LayoutRecord:
     def __init__(self, path: Path, made_for: dict[str, Any], layouts: list[Layout]):
         self.path, self.layouts = path, layouts
         self.made_for = made_for | {"candidates": [list(layout) for layout in layouts]}
-        # Bytes of those that ran out of memory, else 0; the one taken. Process 0 has read the file.
-        too_large, taken = np.zeros(len(layouts), np.float32), np.int32(-1)
-        if jax.process_index() == 0 and path.exists():
-            saved = _read(path)
-            if saved["made_for"] == self.made_for:
-                for entry in saved["too_large"]:
-                    too_large[layouts.index(_of(entry))] = entry["bytes"]
-                taken = np.int32(layouts.index(_of(saved["taken"])) if saved["taken"] else -1)
-        too_large, taken = multihost_utils.broadcast_one_to_all((too_large, taken))
-        sizes = zip(layouts, too_large.tolist(), strict=True)
-        self.too_large = {layout: int(size) for layout, size in sizes if size}
-        self.taken = layouts[int(taken)] if taken >= 0 else None
+        saved = _read(path) if path.exists() else {}
+        if saved.get("made_for") != self.made_for:
+            saved = {"taken": None, "too_large": []}
+        self.too_large = {_of(entry): entry["bytes"] for entry in saved["too_large"]}
+        self.taken = _of(saved["taken"]) if saved["taken"] else None
 
     def left(self) -> list[Layout]:
         """Those still to be tried: from the one taken on, or after those that ran out of memory."""
@@ -78,9 +67,8 @@ class LayoutRecord:
         """Record the layout taken; num_bytes: what a step needs, by the compiler's analysis."""
         self.taken = layout
         if jax.process_index() == 0:
-            # At least 1 where the compiler does not tell: 0 means "did not run out of memory".
-            taken = layout._asdict() | {"bytes": max(1, num_bytes)}
-            too_large = [one._asdict() | {"bytes": size} for one, size in self.too_large.items()]
+            sizes = {layout: num_bytes} | self.too_large
+            taken, *too_large = (one._asdict() | {"bytes": size} for one, size in sizes.items())
             record = {"made_for": self.made_for, "taken": taken, "too_large": too_large}
             write_json(self.path, record)
 
@@ -104,11 +92,8 @@ def choose(
     """The first layout left that fits, which the record takes; UserError when none does.
 
     compile: compiles the step in a layout, returns the bytes it needs. held_bytes: weights,
-    gradients and optimizer state.
-
-    A layout is skipped when a lower bound of its bytes does not fit: bytes grow with the rows, from
-    more than held_bytes on, so the line from there to a layout with more rows and the same remat
-    lies below them.
+    gradients and optimizer state. Bytes grow with the rows, from more than held_bytes on: a layout
+    is not compiled when the line from there to one with more rows shows that it cannot fit.
     """
     left = record.left()
     # A layout that ran out of memory shows that there is less than the device says.
@@ -138,8 +123,7 @@ def choose(
         if math.isfinite(needed):
             known[layout.remat] = layout.rows, needed
     if not left:
-        said = f"{record.path} says that every layout ran out of memory"
-        raise UserError(f"{said}; {ADVICE}, or delete it")
+        raise UserError(f"{record.path}: every layout ran out of memory; {ADVICE}, or delete it")
     raise too_little_memory(f"with {left[-1]} a step needs", needed, available)
 
 
@@ -157,8 +141,7 @@ def _of(entry: dict[str, Any]) -> Layout:
 
 def _read(path: Path) -> dict[str, Any]:
     cure = f"delete {path}; the layout is then chosen anew"
-    record, keys = read_json(path, cure), {"made_for", "taken", "too_large"}
-    if not isinstance(record, dict) or record.keys() != keys:
-        wanted = ", ".join(sorted(keys))
-        raise UserError(f"{path} got {str(record)[:40]!r}, expected {wanted}; {cure}")
+    record = read_json(path, cure)
+    if not isinstance(record, dict) or record.keys() != {"made_for", "taken", "too_large"}:
+        raise UserError(f"{path} got {str(record)[:40]!r}, expected the record of a layout; {cure}")
     return record

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -43,22 +43,13 @@ class Evaluation(NamedTuple):
     at_start: bool = False  # before the first step too
 
 
-class Batches(Protocol):
-    def __next__(self) -> Any: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-    def start_prefetch(self) -> None: ...
-    def counts(self) -> dict[str, int]: ...
-    def close(self) -> None: ...
-
-
 class Trainee:
     """What fit() asks of a stage."""
 
     num_steps: int
     save_every: int
     lr_multiplier: Callable[[int], Any]
-    batches: Batches
+    batches: Any  # next() gives a batch; get_state() what a checkpoint keeps to go on from there
     evaluations: list[Evaluation]
     on_policy = False  # batches are made with the current parameters, on the devices
 
@@ -102,7 +93,7 @@ def fit(
         if pending is None:
             return
         done_step, values, batch, waited = pending
-        pending = None
+        pending, own = None, batch.get("metrics", {})
         with in_the_step():
             values = {name: value.item() for name, value in jax.device_get(values).items()}
         lap, secs = (now := time.perf_counter()), now - lap
@@ -113,11 +104,10 @@ def fit(
         loop_state.wait_secs += waited
         ema = loop_state.loss_ema / (1 - EMA_DECAY ** (done_step + 1))
         lr = float(stage.lr_multiplier(done_step))
-        timing = {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-        timing |= {} if stage.on_policy else {"wait_secs": waited}
-        own = batch.get("metrics", {})
         values |= {**own, "loss_ema": ema, "lr_mult": lr, "epoch": batch["epoch"]}
-        metrics.write("train", done_step, **values, **timing)
+        values |= {"step_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
+        values |= {} if stage.on_policy else {"wait_secs": waited}
+        metrics.write("train", done_step, **values)
         shown = {"loss": ema, "lr": lr} | {k: v for k, v in own.items() if "_frac" not in k}
         tokens = batch["inputs"].size * jax.process_count()
         console.step(done_step, shown, tokens=tokens, secs=secs)
@@ -130,13 +120,14 @@ def fit(
     def evaluate(due: list[Evaluation]) -> None:
         params = owners.by_path(state.params) if due else {}
         for evaluation in due:
-            began = time.perf_counter()
+            began, name = time.perf_counter(), evaluation.name
             values = evaluation.run(params)
-            secs = time.perf_counter() - began
-            timing = {"eval_secs": secs, "elapsed_secs": loop_state.elapsed_secs}
-            metrics.write("eval", step, name=evaluation.name, **values, **timing)
             numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
-            console.line(f"step {step:05d} {evaluation.name}: {' '.join(numbers)} ({secs:.1f}s)")
+            timing = {"eval_secs": time.perf_counter() - began}
+            timing["elapsed_secs"] = loop_state.elapsed_secs
+            metrics.write("eval", step, name=name, **values, **timing)
+            spent = f"({timing['eval_secs']:.1f}s)"
+            console.line(f"step {step:05d} {name}: {' '.join(numbers)} {spent}")
             for sample in values.get("samples", []):
                 console.line(f"  {sample['prompt']!r} -> {sample['text']!r}")
             if "val_bpb" in values:
@@ -150,12 +141,9 @@ def fit(
                 report()
                 watch.turn(state)
                 lap = time.perf_counter()  # writing a trace is not the next step's time
-            last, first = step == stage.num_steps, step == 0
-            due = [e for e in stage.evaluations if last or _is_due(step, e.every_steps)]
-            if first and not last:
-                due = [e for e in stage.evaluations if e.at_start]
-            stop = asked_to_stop(step)
-            if due or stop or last or (not first and _is_due(step, stage.save_every)):
+            last, stop = step == stage.num_steps, asked_to_stop(step)
+            due = [e for e in stage.evaluations if last or _is_due(step, e.every_steps, e.at_start)]
+            if due or stop or last or _is_due(step, stage.save_every):
                 report()
                 if stop or step > start:  # what was resumed from is already there
                     save()
@@ -217,8 +205,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(signum, handler)
 
 
-def _is_due(step: int, every_steps: int) -> bool:
-    return bool(every_steps) and step % every_steps == 0
+def _is_due(step: int, every_steps: int, at_start: bool = False) -> bool:
+    return at_start if step == 0 else every_steps > 0 and step % every_steps == 0
 
 
 def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkpoints) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,8 +32,7 @@ class OutOfMemory(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a jax.errors.JaxRuntimeError says so, in the words of XLA, CUDA or NCCL."""
-    said = str(error).lower()
-    return any(words in said for words in ("resource_exhausted", "out_of_memory", "out of memory"))
+    return re.search("resource_exhausted|out.of.memory", str(error), re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -70,10 +70,8 @@ def compile_lowered(lowered):
 def compiled_bytes(compiled) -> int:
     """Peak bytes per device of a compiled function; 0 where the compiler does not tell."""
     m = compiled.memory_analysis()
-    if m is None:
-        return 0
-    arguments = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return int(arguments + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
+    sizes = "argument_size", "output_size", "temp_size", "generated_code_size"
+    return int(sum(getattr(m, f"{s}_in_bytes") for s in sizes) - m.alias_size_in_bytes) if m else 0
 
 
 def available_bytes(mesh: Mesh) -> float:
@@ -81,10 +79,8 @@ def available_bytes(mesh: Mesh) -> float:
     share the machine's memory."""
     devices = mesh.local_mesh.devices.flat
     if devices[0].platform == "cpu":
-        free = psutil.virtual_memory().available
-        limit = hardware.memory_bytes()  # a container's, where there is one
-        if limit:
-            free = min(free, limit - psutil.Process().memory_info().rss)
+        free_in_container = hardware.memory_bytes() - psutil.Process().memory_info().rss
+        free = min(psutil.virtual_memory().available, free_in_container)
         return free // mesh.local_mesh.size
     stats = [device.memory_stats() for device in devices]
     return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s), default=math.inf)
@@ -100,8 +96,8 @@ def held_bytes(state: TrainState) -> int:
 
 def require_memory(state: TrainState, mesh: Mesh) -> None:
     """UserError when weights, gradients and optimizer state alone do not fit; costs nothing."""
+    what = "weights, gradients and optimizer state alone need"
     if (needed := held_bytes(state)) > (available := available_bytes(mesh)):
-        what = "weights, gradients and optimizer state alone need"
         raise too_little_memory(what, needed, available)
 
 

@@ -80,10 +80,8 @@ class Console:
         self._steps, self._tokens, self._secs = 0, 0, 0.0  # since the last line
         self._first: tuple[int, float] | None = None  # (step, time) that the ETA counts from
         self._line_at = -float("inf")
-        visible = sys.stderr.isatty() and os.environ.get("NANOCHAT_PROCESS_INDEX", "0") == "0"
-        self._bar = tqdm(
-            total=num_steps, initial=start_step, unit="step", disable=not visible, leave=False
-        )
+        hidden = not sys.stderr.isatty() or os.environ.get("NANOCHAT_PROCESS_INDEX", "0") != "0"
+        self._bar = tqdm(total=num_steps, initial=start_step, disable=hidden, leave=False)
 
     def step(self, step: int, values: dict[str, float], *, tokens: int, secs: float) -> None:
         """values: what to show, in order; tokens: time steps worked on, of all rows."""
@@ -95,24 +93,21 @@ class Console:
         self._first = self._first or (done, now)  # the first step has to warm up
         if self._bar.disable and now < self._line_at + SECS_BETWEEN_LINES and done < self.num_steps:
             return
-        rate, since = self._tokens / self._secs, self._first
-        flops = rate * self.flops_per_token
-        mean = (now - since[1]) / (done - since[0]) if done > since[0] else secs
-        left = mean * (self.num_steps - done)
+        rate, (first, began) = self._tokens / self._secs, self._first
+        mfu = f"{rate * self.flops_per_token / self.peak_flops:.1%}" if self.peak_flops else "n/a"
+        left = (self.num_steps - done) * ((now - began) / (done - first) if done > first else secs)
         shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
         eta = f"eta {format_secs(left)}"
         if self.later_tokens:
             eta += f", of the run about {format_secs(left + self.later_tokens / rate)}"
         self.line(
             f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
-            f"dt {self._secs / self._steps * 1e3:.0f} ms | {rate:,.0f} tok/s | "
-            f"mfu {f'{flops / self.peak_flops:.1%}' if self.peak_flops else 'n/a'} | {eta}"
+            f"dt {self._secs / self._steps * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {mfu} | {eta}"
         )
         self._steps, self._tokens, self._secs, self._line_at = 0, 0, 0.0, now
 
     def line(self, text: str) -> None:
-        write = log if self._bar.disable else self._bar.write
-        write(text)
+        (log if self._bar.disable else self._bar.write)(text)
 
     def close(self) -> None:
         self._bar.close()
@@ -121,9 +116,8 @@ class Console:
 def format_secs(secs: float) -> str:
     """95 -> 1m35s, 7260 -> 2h01m."""
     minutes, secs = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
 
 

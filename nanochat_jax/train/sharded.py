@@ -5,8 +5,8 @@
 
 Matrices of the blocks that have the same shape form a stack, which is split by matrix: a device has
 all of a matrix that it owns, so Muon sends nothing. Tables and head are split by rows. Scalars and
-the smear gate lie everywhere. Leading dims are padded with zeros to a multiple of the number of
-devices; padding gets a gradient of 0 and stays 0 under every optimizer here.
+the smear gate lie everywhere. Leading dims are padded with zeros, which stay 0 under every
+optimizer here, to a multiple of the number of devices.
 
 This is the idea of ZeRO (arXiv 1910.02054): once a step the weights are gathered, each device adds
 up the gradient of its own rows, and the sum over all devices goes back to the owner.
@@ -67,13 +67,11 @@ class Owners:
         """Owned -> by path."""
         by_path = {}
         for name, paths in self.members.items():
-            whole = owned[name]
-            if isinstance(whole, optax.MaskedNode):
-                by_path |= dict.fromkeys(paths, whole)
-            elif _is_stack(name):
-                by_path |= {path: whole[index] for index, path in enumerate(paths)}
-            else:
-                by_path[name] = whole[: self.rows[name]]
+            for index, path in enumerate(paths):
+                whole = owned[name]
+                if not isinstance(whole, optax.MaskedNode):
+                    whole = whole[index] if _is_stack(name) else whole[: self.rows[path]]
+                by_path[path] = whole
         return {path: by_path[path] for path in self.rows}
 
     def owned(self, tree):

@@ -6,13 +6,10 @@
   scatter: the sum over all shards, each owner its share        }
   clip -> optimizer, every device on what it owns -> new shares
 
-Between gather and scatter nothing is sent, except over the tensor axis, which is left to the
-compiler; after them only a few norms are.
-
-The loss is weighted by trained tokens over the global batch, so no split into microbatches or
-devices changes it. A batch may bring weights of its own for its tokens instead: the advantages of
-RL. When a loss, gradient or update is not finite, the state stays as it was and metrics["finite"]
-is false; the loop reads it a step later and stops.
+Between gather and scatter only the compiler sends something, over the tensor axis. The loss is
+weighted by trained tokens over the global batch, so no split into microbatches or devices changes
+it; a batch of RL brings weights of its own, the advantages. When a loss, gradient or update is not
+finite, the state stays as it was and metrics["finite"] is false.
 """
 
 import time
@@ -54,8 +51,7 @@ def make_train_step(
     """The jitted (state, batch) -> (state, metrics); the state given is consumed (donated).
 
     device_batch_size: rows that a row shard works on at once; the rest is accumulated.
-    remat: how much of a block is recomputed, one of model.gpt.REMAT.
-    loss_sum: what the loss is computed with, another form for benchmarks.
+    remat: one of model.gpt.REMAT. loss_sum: the loss; benchmarks take another.
     metrics: loss (before the update), grad_norm, update_norm, tokens (trained ones), finite.
     """
     config, mesh = replace(owners.config, remat=remat), owners.mesh
@@ -142,26 +138,23 @@ def step_for_widths(
 
     state: an abstract_state. options: of make_train_step.
     """
-    kinds = {"inputs": jnp.int32, "targets": jnp.int32}
-    kinds |= {"weights": jnp.float32} if has_token_weights else {}
-    sharding, compiled = NamedSharding(owners.mesh, ROWS), {}
+    mesh, compiled = owners.mesh, {}
 
     def compile(layout: Layout, width: int):
         rows_at_once, remat = layout
         step = make_train_step(owners, tx, device_batch_size=rows_at_once, remat=remat, **options)
-        batch = {
-            name: jax.ShapeDtypeStruct((rows, width), dtype, sharding=sharding)
-            for name, dtype in kinds.items()
-        }
+        ids = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=NamedSharding(mesh, ROWS))
+        batch = {"inputs": ids, "targets": ids}
+        batch |= {"weights": ids.update(dtype=jnp.float32)} if has_token_weights else {}
         compiled.pop(width, None)  # one that did not fit
         log(f"compiling train_step for {rows} x {width} tokens, {layout} ...")
         began = time.monotonic()
-        with jax.set_mesh(owners.mesh):
+        with jax.set_mesh(mesh):
             compiled[width] = compile_lowered(step.lower(state, batch))
         log(f"compiled train_step in {time.monotonic() - began:.1f}s")
         return compiled_bytes(compiled[width])
 
-    free = partial(available_bytes, owners.mesh)
+    free = partial(available_bytes, mesh)
     layout = choose(record, partial(compile, width=widest), held_bytes(state), free)
 
     def step(state_now: TrainState, batch: Batch):
@@ -184,11 +177,7 @@ def global_norm(tree) -> jax.Array:
 
 def put_batch(batch: dict, mesh: Mesh) -> Batch:
     """This process's rows of inputs, targets and, if any, weights as global arrays."""
-    sharding = NamedSharding(mesh, ROWS)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, batch[name], (len(batch[name]) * jax.process_count(), batch[name].shape[1])
-        )
-        for name in ("inputs", "targets", "weights")
-        if name in batch
-    }
+    arrays = {name: batch[name] for name in ("inputs", "targets", "weights") if name in batch}
+    rows, width = batch["inputs"].shape
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, ROWS))
+    return {name: put(a, (rows * jax.process_count(), width)) for name, a in arrays.items()}

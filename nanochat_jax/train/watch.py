@@ -1,7 +1,4 @@
-"""Traces of chosen steps, and what slows a run down: programs compiled again, idle devices.
-
-Nothing here changes what is computed.
-"""
+"""Traces of chosen steps, and what slows a run down: programs compiled again, idle devices."""
 
 import os
 import threading
@@ -33,8 +30,7 @@ class Watch:
     """Watches the steps of a loop, which calls turn() before some, and idle_secs() and
     dispatched() in each.
 
-    profile: steps to trace, counted from 0 as in metrics.jsonl; coming: the steps that will run.
-    folder: of the traces, one for each process. say: prints a line.
+    profile: steps to trace into `folder`, from 0; coming: the steps that will run. say: prints.
     """
 
     def __init__(self, profile: range, folder: Path, coming: range, say: Callable[[str], None]):
@@ -76,11 +72,10 @@ class Watch:
     def dispatched(self, step: int, shape: tuple[int, ...], results: Any) -> None:
         """Note that a step was dispatched; warn if it was compiled again for a known shape."""
         if self._compiled and shape in self._shapes:
+            names, secs = ", ".join(self._compiled), sum(self._compiled.values())
             self.say(
-                f"warning: step {step + 1:05d} compiled {', '.join(self._compiled)} again, "
-                f"{sum(self._compiled.values()):.1f}s, though its batch has a shape seen before: a "
-                "shape, type or Python value that the step depends on has changed; "
-                "JAX_EXPLAIN_CACHE_MISSES=1 says which"
+                f"warning: step {step + 1:05d} compiled {names} again, {secs:.1f}s, though its "
+                "batch has a shape seen before; JAX_EXPLAIN_CACHE_MISSES=1 says what has changed"
             )
         self._shapes.add(shape)
         self._end = self._waiter.submit(_end_of, results)

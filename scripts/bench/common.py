@@ -270,8 +270,7 @@ def reached(work: float, ms: float, limit: str) -> dict:
     """`work` in `ms` as a rate: bytes/s if limit is "copy", FLOP/s of "bf16" or "fp8" products."""
     rate, best = 1e3 * work / ms, peaks().get(limit)
     unit = "TB/s" if limit == "copy" else "TFLOP/s"
-    found = {"value": rate / 1e12, "unit": unit, "rate": rate, "limit": limit}
-    return found | {"of_peak": rate / best if best else None}
+    return {"value": rate / 1e12, "unit": unit, "of_peak": rate / best if best else None}
 
 
 @functools.cache
@@ -294,15 +293,13 @@ def table(rows: list[dict]) -> str:
     """The columns that any row has."""
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = [names, *([cell(name, row.get(name)) for name in names] for row in rows)]
-    left = [index for index, name in enumerate(names) if COLUMNS[name] == "{}"]
-    return "\n".join(aligned(lines, left))
+    return "\n".join(aligned(lines, [n for n, name in enumerate(names) if COLUMNS[name] == "{}"]))
 
 
 def cell(column: str, value) -> str:
-    if value is None:
-        return ""
-    large = column == "value" and value >= 1e3
-    return ("{:,.0f}" if large else COLUMNS[column]).format(value)
+    large = column == "value" and (value or 0) >= 1e3
+    form = "{:,.0f}" if large else COLUMNS[column]
+    return "" if value is None else form.format(value)
 
 
 def parser(doc: str | None, secs: float) -> argparse.ArgumentParser:

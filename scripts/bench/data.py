@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nanochat_jax import config as cfg
 from nanochat_jax.common import run_main
 from nanochat_jax.data.lanes import DataOrder
-from nanochat_jax.data.pipeline import train_batches
+from nanochat_jax.data.pipeline import TrainBatches
 from nanochat_jax.data.shards import write_shard
 from nanochat_jax.data.sources import Corpus
 from nanochat_jax.tokenizer import bpe
@@ -36,7 +36,7 @@ def run(config: cfg.Recipe, shard: Path, num_tokens: int) -> list[dict]:
     tokenizer = bpe.train(islice(corpus.texts(), TEXTS), config.tokenizer.vocab_size)
     batch_rows = d.num_lanes * config.base.device_batch_size
     order = DataOrder(corpus, tokenizer, seq_len, d.packing, d.buffer_docs, d.num_lanes)
-    batches = train_batches(order, batch_rows=batch_rows, prefetch=d.prefetch_batches)
+    batches = TrainBatches(order, batch_rows=batch_rows, prefetch=d.prefetch_batches)
     for _ in range(d.prefetch_batches + 2):  # buffers filled, threads running
         next(batches)
     num_batches = max(1, num_tokens // (batch_rows * seq_len))

@@ -6,43 +6,41 @@
 For some counts of texts at once, each with a prompt of its own, in turn in one run:
   engine       the whole job, greedy; also sampled (temperature 1, top-k 50)
   one by one   the first texts through an engine of one slot, taken in proportion
-  naive        the first tokens by full forward passes (naive.py), taken in proportion
+  naive        the first tokens by full forward passes, taken in proportion
   a token      what each one after the first takes; its bytes are the weights that are multiplied
                with and the cache
-and prefill of prompts as long as the recipe's rows, without what it need not compute in the last
-layer and the head.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import run_main
-from nanochat_jax.inference import decode
-from nanochat_jax.inference.engine import PREFILL_ROWS, Engine, Request
+from nanochat_jax.inference.engine import Engine, Request
 from nanochat_jax.model.accounting import matmul_params
-from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.kv_cache import capacity
 from scripts.bench import common
 from scripts.bench.common import Shape
-from scripts.bench.kernels import visible_pairs
-from scripts.bench.naive import generate_greedy
 
 ONE_BY_ONE = 4  # texts
+LENGTH_STEP = 64  # naive rows are padded to a multiple of it, so that few shapes are compiled
 
 
 def run(shape: Shape, secs: float, counts: Sequence[int], *, rivals: bool = True) -> list[dict]:
-    """Rows for each count of texts at once, and of prefill; rivals: also of what is slower."""
-    config, share = shape.model, secs / (len(counts) + 1)
+    """Rows for each count of texts at once; rivals: also of what is slower."""
+    config, share = shape.model, secs / len(counts)
     params = common.random_params(config)
     rows = [row for n in counts for row in measure(config, params, n, share, rivals)]
-    return common.named(shape.name, [*rows, prefill(config, params, share)])
+    return common.named(shape.name, rows)
 
 
 def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bool) -> list[dict]:
@@ -77,25 +75,35 @@ def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bo
     return [row | {"what": f"{row['what']}, {count} at once"} for row in rows]
 
 
-def prefill(config: GPTConfig, params: dict, secs: float) -> dict:
-    """Computing whole prompts, as many as the engine takes at once, of the recipe's length."""
-    count, T, D = PREFILL_ROWS[0], config.seq_len, config.model_dim
-    params = {path: value.astype(config.compute_dtype) for path, value in params.items()}
-    ids = common.random_batch(0, count, T, config.vocab_size)["inputs"]
-    times = common.turns({"": lambda: decode.prefill(config, params, ids)}, secs)[""]
-    linear = matmul_params(config) - D * config.padded_vocab_size - 10 * D * D
-    pairs = sum(visible_pairs(T, config.sees(layer)) for layer in range(config.num_layers - 1))
-    work, ms = count * (2 * linear * T + 4 * D * pairs), times["ms"]
-    row = {"what": f"prefill, {count} x {T:,}"} | times | common.reached(work, ms, "bf16")
-    return row | {"value": 1e3 * count * T / ms, "unit": "tok/s"}
-
-
 def step_bytes(engine: Engine) -> int:
     """What a decoding step has to read: weights that are multiplied with, keys and values."""
     c = engine.config
     kept = sum(capacity(c, layer, engine.length) for layer in range(c.num_layers))
     values = matmul_params(c) + engine.slots * kept * 2 * c.num_kv_heads * c.head_dim
     return values * jnp.dtype(c.compute_dtype).itemsize
+
+
+def generate_greedy(
+    config: GPTConfig, params: dict, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The most likely max_new_tokens ids after each prompt (ids, not empty), by running the whole
+    model over prompt and answer for each: what the engine is tested and measured against."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = -(-(lengths.max() + max_new_tokens) // LENGTH_STEP) * LENGTH_STEP
+    ids = np.zeros((len(prompts), width), np.int32)  # what lies right of the text is never seen
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    rows = np.arange(len(prompts))
+    for position in lengths + np.arange(max_new_tokens)[:, None]:  # of the next token in each row
+        ids[rows, position] = _next(config, params, ids, position)
+    return [row[n : n + max_new_tokens].tolist() for row, n in zip(ids, lengths, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _next(config: GPTConfig, params: dict, ids: jax.Array, position: jax.Array) -> jax.Array:
+    model = bind(config, params)
+    last = model.hidden(ids)[jnp.arange(len(ids)), position - 1]  # [B, D]
+    return jnp.argmax(model.logits(last), axis=-1)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from nanochat_jax.common import UserError
 from nanochat_jax.data import conversations as conv
 from nanochat_jax.data.conversations import TRAINED, ChatBatches, Rendered, row_ranges
 from nanochat_jax.tasks.registry import Mixture
-from nanochat_jax.tokenizer.chat import IGNORE, render_whole
+from nanochat_jax.tokenizer.chat import IGNORE, render_conversation
 
 SEQ_LEN = 12
 lengths = st.lists(st.integers(0, SEQ_LEN + 1), min_size=1, max_size=40).filter(any)
@@ -157,7 +157,7 @@ def test_rendered_tokens_are_those_of_each_conversation(tiny_tokenizer, train_on
     data, mixed = render(tiny_tokenizer, train_on=train_on), Mixture(SPECS)
     for c, conversation in enumerate(mixed):
         tokens = data.tokens[data.offsets[c] : data.offsets[c + 1]]
-        ids, mask = render_whole(tiny_tokenizer, conversation)
+        ids, mask = render_conversation(tiny_tokenizer, conversation)
         assert (tokens & (TRAINED - 1)).tolist() == ids
         assert (tokens >= TRAINED).tolist() == [train_on == "all" or bool(m) for m in mask]
         assert data.names[c].decode() == mixed.name(c)

@@ -42,8 +42,8 @@ def record(directory, sizes):
 def test_found_when_all_shards_are_there_with_their_sizes():
     dataset = datasets.get("fineweb_edu")
     names = [*dataset.train_names(2), dataset.validation]
-    record(dataset.directory, dict.fromkeys(names, 10))
-    expected = [dataset.directory / name for name in names]
+    record(datasets.directory("fineweb_edu"), dict.fromkeys(names, 10))
+    expected = [datasets.directory("fineweb_edu") / name for name in names]
     assert datasets.find("fineweb_edu", num_shards=2) == (expected[:2], expected[2])
     assert datasets.find("fineweb_edu", num_shards=1) == (expected[:1], expected[2])
     assert datasets.find("fineweb_edu", num_shards=3) is None
@@ -53,11 +53,12 @@ def test_found_when_all_shards_are_there_with_their_sizes():
 
 def test_table_tells_what_is_on_the_disk():
     dataset = datasets.get("fineweb_edu")
-    record(dataset.directory, dict.fromkeys([*dataset.train_names(2), dataset.validation], 10))
+    names = [*dataset.train_names(2), dataset.validation]
+    record(datasets.directory("fineweb_edu"), dict.fromkeys(names, 10))
     lines = datasets.table().splitlines()
     by_name = {line.split()[0]: line for line in lines[1:]}
     assert list(by_name) == ["climbmix", "fineweb_edu", "local", "demo"]
-    told = {"climbmix": "0 of", "fineweb_edu": "3 of", "local": "none", "demo": "none"}
+    told = {"climbmix": "0 of", "fineweb_edu": "3 of", "local": " 0 ", "demo": " 0 "}
     assert all(told[name] in line for name, line in by_name.items())
 
 

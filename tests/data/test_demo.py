@@ -18,7 +18,7 @@ TALK = [
 
 
 def conversation(*extra):
-    return {"messages": [[{"text": text}] for text in [*TALK, *extra]]}
+    return {"messages": [[{"text": text, "sender": "a"}] for text in [*TALK, *extra]]}
 
 
 INDECENT = ["write to me at someone@example.org please", "I am @someone there", "what the hell"]

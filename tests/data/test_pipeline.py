@@ -5,13 +5,12 @@ from collections import Counter
 from itertools import cycle, groupby, islice
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.data.lanes import DataOrder
 from nanochat_jax.data.packing import BestFit, Document
-from nanochat_jax.data.pipeline import eval_batches, merge_states, train_batches
+from nanochat_jax.data.pipeline import TrainBatches, eval_batches, merge_states
 from nanochat_jax.data.sources import Corpus
 
 SEQ_LEN = 48
@@ -19,12 +18,12 @@ SEQ_LEN = 48
 
 @pytest.fixture
 def make(corpus_paths, tiny_tokenizer):
-    """train_batches over the corpus; closed at the end of the test."""
+    """TrainBatches over the corpus; closed at the end of the test."""
     made = []
 
     def make(paths=corpus_paths, packing="best_fit", buffer_docs=7, num_lanes=1, **settings):
         order = (Corpus(paths), tiny_tokenizer, SEQ_LEN, packing, buffer_docs, num_lanes)
-        made.append(train_batches(DataOrder(*order), **{"batch_rows": 4, **settings}))
+        made.append(TrainBatches(DataOrder(*order), **{"batch_rows": 4, **settings}))
         return made[-1]
 
     yield make
@@ -58,7 +57,7 @@ def test_one_lane_is_the_packer_over_all_documents(make, corpus_paths, tiny_toke
     documents = iter(
         Document((group, row), np.array(tiny_tokenizer.encode(text, bos=True), np.int32))
         for group in range(len(corpus.row_groups))
-        for row, text in enumerate(corpus.read(group).texts)
+        for row, text in enumerate(corpus.read(group))
     )
     packer, batches, cropped = BestFit(SEQ_LEN + 1, 7), make(), 0
     for batch in take(batches, 10):
@@ -146,16 +145,13 @@ def test_every_document_once_an_epoch(make, corpus_paths, packing, num_lanes):
     assert sorted(everything) == sorted(documents_of_lane(corpus, 0, 1))
 
 
-def test_empty_and_bad_documents_are_counted(make, tmp_path, write_parquet):
-    raw = [b"a fine day", b"", b"   \n", b"caf\xe9", b"x " * 500, None]
-    texts = pa.array(raw, pa.binary()).view(pa.string())
+def test_empty_documents_are_counted(make, tmp_path, write_parquet):
+    texts = ["a fine day", "", "   \n", "x " * 500, None]
     batches = make([write_parquet(tmp_path / "shard_00000.parquet", texts)], packing="stream")
     while next(batches)["epoch"] == 0:
         pass
     counts = batches.counts()
-    passes = counts["documents"] // 6
-    assert counts["empty_documents"] >= 3 * passes > 0
-    assert counts["repaired_documents"] >= passes
+    assert counts["empty_documents"] >= 3 * (counts["documents"] // 5) > 0
     assert counts["cropped_tokens"] == 0
 
 

@@ -14,7 +14,7 @@ from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.tasks.base import Task, messages
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tokenizer.chat import render_for_completion
-from scripts.bench.naive import generate_greedy
+from scripts.bench.infer import generate_greedy
 
 # A context shorter than some prompts, windows and all.
 CONFIG = GPTConfig(384, 2, 32, 2, 1, 48, window_pattern="SL", extras=True)
@@ -73,8 +73,9 @@ def test_categorical_is_the_best_letter_of_each_prompt_alone(tiny_tokenizer, par
 
     task = quiz(best[:6] + ["none of them"] * 3)
     for rows, devices in ((8, jax.devices()), (3, jax.devices()[:1])):
-        ours, seen = (CONFIG, make_mesh(devices=devices), params, tiny_tokenizer, task), {}
-        score = chat.categorical(*ours, batch_rows=rows, progress=seen.__setitem__)
+        mesh, seen = make_mesh(devices=devices), {}
+        more = {"batch_rows": rows, "progress": seen.__setitem__}
+        score = chat.categorical(CONFIG, mesh, params, tiny_tokenizer, task, **more)
         assert (score.num_correct, score.num_problems, score.accuracy) == (6, 9, 6 / 9)
         assert [example["answer"] for example in score.examples] == best[: len(score.examples)]
         assert max(seen) == 9 and set(seen.values()) == {9}
@@ -96,7 +97,6 @@ class Scripted:
 
     def __init__(self, tokenizer, answers, finish="stop"):
         self.tokenizer, self.answers, self.finish = tokenizer, answers, finish
-        self.requests = []
 
     def generate(self, requests, on_finish):
         self.requests = list(requests)

@@ -21,7 +21,6 @@ from nanochat_jax.eval.core_tasks import (
     find_spans,
     make_candidates,
     read_tasks,
-    render,
     to_example,
 )
 from nanochat_jax.interop.upstream import params_from_upstream
@@ -158,14 +157,10 @@ def naive(tokenizer, params):
         }
 
 
-LAYOUTS = [  # device_batch_tokens, tile_tokens, mesh
-    (64, 3, {"devices": 1}),
-    (400, 100, {"devices": 1}),
-    (128, 64, {"devices": 8, "fsdp": 2, "tensor": 2}),
-]
-
-
-@pytest.mark.parametrize("batch_tokens, tile_tokens, axes", LAYOUTS)
+@pytest.mark.parametrize(
+    "batch_tokens, tile_tokens, axes",
+    [(64, 3, {"devices": 1}), (128, 64, {"devices": 8, "fsdp": 2, "tensor": 2})],
+)
 def test_shared_batches_give_the_verdicts_of_one_by_one(
     tokenizer, params, naive, batch_tokens, tile_tokens, axes
 ):
@@ -182,12 +177,6 @@ def test_shared_batches_give_the_verdicts_of_one_by_one(
     verdicts = {correct for examples in naive.values() for correct, _, _ in examples}
     assert verdicts == {True, False}  # the examples show both, and empty spans
     assert any(math.isnan(loss) for _, _, losses in naive["bare"] for loss in losses)
-
-
-def test_prompts_are_those_of_the_protocol():
-    for task in tasks():
-        for index in range(len(task.items)):
-            assert render(task, index) == naive_prompts(task.label, index)
 
 
 CHOICE, SCHEMA, TEXT = KINDS
@@ -285,12 +274,12 @@ def test_core_is_the_mean_of_centred_scores(bundle, params, tokenizer, mesh, nai
     for label in ("bare", "schemas"):
         accuracy = np.mean([correct for correct, _, _ in naive[label]])
         assert result["tasks"][label]["accuracy"] == pytest.approx(accuracy)
-    for i, score in enumerate(result["tasks"].values()):
+    scores = list(result["tasks"].values())
+    for i, score in enumerate(scores):
         assert score["centered"] == pytest.approx((score["accuracy"] - i / 10) / (1 - i / 10))
-    centred = [score["centered"] for score in result["tasks"].values()]
-    assert result["core"] == pytest.approx(np.mean(centred)) and "core_partial" not in result
-    assert result["missing"] == [] and result["partial"] == {}
-    assert sum(score["secs"] for score in result["tasks"].values()) == pytest.approx(result["secs"])
+    assert result["core"] == pytest.approx(np.mean([score["centered"] for score in scores]))
+    assert "core_partial" not in result and result["missing"] == [] and result["partial"] == {}
+    assert sum(score["secs"] for score in scores) == pytest.approx(result["secs"])
     assert json.loads(json.dumps(result)) == result
 
 
@@ -299,23 +288,20 @@ def test_part_of_the_tasks_is_not_core(bundle, params, tokenizer, mesh):
     (bundle / "eval_data" / "some" / "schemas.jsonl").unlink()
     result = run(bundle, params, tokenizer, mesh, max_per_task=3, num_examples=wanted)
     assert result["missing"] == ["schemas", "coqa"] and result["partial"] == {"bare": "5 of 6"}
-    centred = [score["centered"] for score in result["tasks"].values()]
-    assert result["core_partial"] == pytest.approx(np.mean(centred)) and "core" not in result
-    assert [score["num_examples"] for score in result["tasks"].values()] == [3] * 4
+    scores = result["tasks"].values()
+    assert result["core_partial"] == pytest.approx(np.mean([s["centered"] for s in scores]))
+    assert "core" not in result and [score["num_examples"] for score in scores] == [3] * 4
 
 
 @pytest.mark.parametrize(
     "name, old, new, said",
     [
-        ("core.yaml", "icl_tasks", "other", "core.yaml"),
         ("core.yaml", "type: schema", "type: riddle", "riddle"),
         ("core.yaml", "num_fewshot: [2]", "shots: 2", "num_fewshot"),
         ("core.yaml", "[2]", "[5]", "choices"),
         ("eval_meta_data.csv", "Random", "Rnd", "eval_meta_data.csv"),
-        ("eval_meta_data.csv", "texts", "text", "texts"),
         ("eval_data/some/texts.jsonl", '"continuation"', '"end"', "texts.jsonl:1"),
         ("eval_data/some/choices.jsonl", '"gold": 1', '"gold": 3', "choices.jsonl:1"),
-        ("eval_data/some/choices.jsonl", '" A cat"', "7", "choices.jsonl:1"),
         ("eval_data/some/schemas.jsonl", "}\n", "\n", "schemas.jsonl:1"),
     ],
 )

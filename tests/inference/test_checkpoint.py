@@ -12,7 +12,7 @@ from nanochat_jax.config import CONFIGS, load
 from nanochat_jax.train.checkpoint import Checkpoints, step_dir
 from nanochat_jax.train.state import TrainState
 from scripts import chat_cli as script
-from scripts.bench.naive import generate_greedy
+from scripts.bench.infer import generate_greedy
 
 NAME = "test_chat_model"
 RECIPE = ["--config=configs/tiny.py", f"--config.run.name={NAME}"]

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.engine import Engine, prompt_batches
-from nanochat_jax.inference.scheduler import Completion, Request, Text, Tool
-from nanochat_jax.model.gpt import bind
+from nanochat_jax.inference import decode
+from nanochat_jax.inference.engine import PREFILL_TOKENS, Engine
+from nanochat_jax.inference.scheduler import Completion, Request, Tool
+from nanochat_jax.model import kv_cache
+from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.model import read_case
 from nanochat_jax.parity.reference import read
-from scripts.bench.naive import generate_greedy
+from scripts.bench.infer import generate_greedy
 
 ONE = make_mesh(devices=jax.devices()[:1])
 MAX_LEN = 128
+SEES_ALL = GPTConfig(60, 2, 32, 4, 2, seq_len=512, compute_dtype="float32", extras=True)
 
 
 def make_engine(config, params, mesh=ONE, *, slots=4, max_len=MAX_LEN, stop_ids=(), **kw) -> Engine:
@@ -107,30 +110,76 @@ def test_a_stream_is_the_answer_in_pieces_and_can_be_left(classic, random_params
     request = Request([1, 2, 3], 30, temperature=1.0, seed=3)
     (whole,) = engine.generate([request])
     events = list(engine.stream(request))
-    assert [len(event.tokens) for event in events] == [1, 8, 8, 8, 5]
+    assert max(len(event.tokens) for event in events) <= 8
     assert sum((event.tokens for event in events), []) == whole.tokens
-    assert [event.finish for event in events] == [""] * 4 + ["length"]
+    assert [event.finish for event in events] == [""] * (len(events) - 1) + ["length"]
     for event in engine.stream(request):
-        engine.scheduler.cancel(event.id)
+        engine.cancel(event.id)
         break
-    assert not engine.scheduler.busy()
+    assert not engine.busy()
     same(engine.generate([request]), [whole])
+
+
+def count_computed(engine) -> list[int]:
+    """A list that grows by how many tokens of prompts each call computes."""
+    counts, extend = [], engine._extend
+
+    def counted(piece, *rest):
+        counts.append(int(piece.count.sum()))
+        return extend(piece, *rest)
+
+    engine._extend = counted
+    return counts
 
 
 def test_prompts_alike_are_computed_once(classic, random_params):
     engine = make_engine(classic, random_params(classic), slots=6)
     asked = [Request([9, 8, 7, 6], 10, temperature=1.0, seed=seed) for seed in range(5)]
     asked.append(Request([5], 10, temperature=1.0))  # a single id needs none
-    texts = {slot: Text(slot, r, list(r.prompt)) for slot, r in enumerate(asked)}
-    [(ids, lengths, rows, slots)] = prompt_batches(texts, (4, 1), 6, MAX_LEN)
-    assert ids.shape == (1, 32) and ids[0, :3].tolist() == [9, 8, 7] and lengths == [3]
-    assert (rows.tolist(), slots.tolist()) == ([0] * 6, [0, 1, 2, 3, 4, 6])
-    same([engine.generate([request])[0] for request in asked], engine.generate(asked))
+    expected = [engine.generate([request])[0] for request in asked]
+    counts = count_computed(engine)
+    same(engine.generate(asked), expected)
+    assert counts == [3]
+
+
+@pytest.mark.parametrize("window", ["L", "SL"])
+def test_the_next_turn_of_a_chat_is_computed_from_where_the_last_one_ended(window, random_params):
+    config = replace(SEES_ALL, window_pattern=window)
+    params, prompt = random_params(config), list(range(40))
+    engine = make_engine(config, params, max_len=512)
+    said = list(engine.stream(Request(prompt, 20)))
+    others = [Request([n] * 30, 4) for n in range(3)]  # go to the slots that are free
+    ids = [engine.submit(request) for request in others]
+    while engine.busy():
+        engine.step()
+    turn = prompt + sum((piece.tokens for piece in said), []) + [1, 2, 3, 4]
+    counts = count_computed(engine)
+    (ours,) = [sum((p.tokens for p in engine.stream(Request(turn, 20))), [])]
+    assert counts == [4] and len(ids) == 3  # the last token of the answer, and three of the turn
+    (expected,) = make_engine(config, params, max_len=512).generate([Request(turn, 20)])
+    assert ours == expected.tokens
+
+
+def test_new_prompts_do_not_hold_up_those_who_write(classic, random_params):
+    """At most PREFILL_TOKENS and a piece of each step are theirs; the first come first."""
+    config = replace(classic, seq_len=2048)
+    engine = make_engine(config, random_params(config), max_len=2048)
+    writer = engine.submit(Request([1, 2, 3], 200))
+    engine.step()
+    for _ in range(3):
+        engine.submit(Request([5] * 700, 1))
+    counts, finished = count_computed(engine), []
+    while len(finished) < 3:
+        before, pieces = sum(counts), engine.step()
+        assert sum(counts) - before <= PREFILL_TOKENS + 128
+        assert [len(piece.tokens) > 0 for piece in pieces if piece.id == writer] == [True]
+        finished += [piece.id for piece in pieces if piece.finish]
+    assert sum(counts) == 699  # equal prompts: one is computed
 
 
 def test_the_cache_is_updated_in_place(modern, random_params):
     engine = make_engine(modern, random_params(modern))
-    engine.scheduler.submit(Request([1, 2, 3], 20))
+    engine.submit(Request([1, 2, 3], 20))
     engine.step()
     before = engine._cache
     engine.step()
@@ -162,7 +211,8 @@ def test_a_tool_is_called_and_its_words_are_forced(said, modern, random_params):
         calls.append(ids)
         return said
 
-    engine = make_engine(modern, params, burst=5, tool=Tool(start, end, run))
+    tool = {"tools": {"it": Tool(start, end, run)}, "tool": "it"}
+    engine = make_engine(modern, params, burst=5, **tool)
     company = Request([7], 60, temperature=1.0)  # rows next to it are not touched
     answer, _ = engine.generate([Request(prompt, 60, **way), company])
     last_open = max(i for i, t in enumerate(free.tokens[:closed]) if t == start)
@@ -190,3 +240,95 @@ def test_what_fails_leaves_an_engine_that_is_as_good_as_new(classic, random_para
         engine.generate([good])
     engine.load(params)
     same(engine.generate([good]), expected)
+
+
+def test_what_goes_wrong_in_one_text_ends_that_text(classic, random_params):
+    """One prompt has an id whose embedding is not a number."""
+    params = random_params(classic)
+    good = Request([1, 2, 3], 20, temperature=1.0)
+    params["wte.table"][50] = np.nan
+    params["lm_head.kernel"][:, 50] = 0
+    engine = make_engine(classic, params)
+    bad = [Request([4, 50, 6], 20), Request([4, 50, 6], 20, prompt_logprobs=True)]
+    ids = [engine.submit(request) for request in (*bad, good)]
+    answers = {id: Completion() for id in ids}
+    while engine.busy():
+        for piece in engine.step():
+            answers[piece.id].add(piece)
+    for id in ids[:2]:
+        assert answers[id].finish == "error" and "not finite" in answers[id].reason
+    assert answers[ids[2]].finish == "length" and len(answers[ids[2]].tokens) == 20
+
+
+def test_log_probabilities_of_prompts_and_alternatives(modern, random_params):
+    """Against the whole forward pass; also of a prompt that fills the context."""
+    params = random_params(modern)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(60, size=n).tolist() for n in (1, 7, 40, MAX_LEN, 40)]
+    news = [3, 3, 5, 0, 0]
+    asked = [
+        Request(prompt, new, prompt_logprobs=True, top_logprobs=2 + i)
+        for i, (prompt, new) in enumerate(zip(prompts, news, strict=True))
+    ]
+    answers = make_engine(modern, params).generate(asked)
+    forward = jax.jit(lambda params, ids: jax.nn.log_softmax(bind(modern, params)(ids)))
+    for request, answer, new in zip(asked, answers, news, strict=True):
+        text = [*request.prompt, *answer.tokens]
+        padded = np.array([text + [0] * (MAX_LEN - len(text))])
+        expected = np.asarray(forward(params, padded))[0]
+        assert len(answer.tokens) == new == len(answer.top)
+        told = answer.prompt + list(zip(answer.logprobs, answer.top, strict=True))
+        assert len(told) == len(text) - 1
+        for at, (logprob, top) in enumerate(told):
+            np.testing.assert_allclose(logprob, expected[at, text[at + 1]], atol=1e-5)
+            best = np.argsort(-expected[at])[: request.top_logprobs]
+            assert [id for id, _ in top] == best.tolist()
+            np.testing.assert_allclose([p for _, p in top], expected[at, best], atol=1e-5)
+
+
+def test_biases_penalties_and_ids_that_are_never_said(classic, random_params):
+    """Against the same choice made a token at a time from full forward passes."""
+    params, prompt = random_params(classic), [3, 1, 4]
+    (plain,) = make_engine(classic, params).generate([Request(prompt, 30)])
+    never = max(set(plain.tokens), key=plain.tokens.count)
+    engine = make_engine(classic, params, never_ids=[never], burst=4)
+    ways = [{"logit_bias": {7: 3.5, 9: -100.0, never: 100.0}}, {"presence_penalty": 2.0}]
+    ways += [{"frequency_penalty": 1.5}, {"temperature": 0.7, "seed": 3}, {}]
+    answers = engine.generate([Request(prompt, 30, **way) for way in ways])
+    forward = jax.jit(lambda params, ids: bind(classic, params)(ids))
+    for way, answer in zip(ways, answers, strict=True):
+        assert never not in answer.tokens
+        text = list(prompt)
+        for token in answer.tokens if "temperature" not in way else []:
+            ids = np.array([text + [0] * (40 - len(text))])
+            logits = np.array(forward(params, ids))[0, len(text) - 1]
+            for id, value in way.get("logit_bias", {}).items():
+                logits[id] += value
+            count = np.bincount(text[len(prompt) :], minlength=60)
+            logits -= way.get("presence_penalty", 0) * (count > 0)
+            logits -= way.get("frequency_penalty", 0) * count
+            logits[never] = -np.inf
+            assert token == logits.argmax()
+            text.append(token)
+
+
+def test_after_the_warm_up_nothing_is_compiled(modern, random_params):
+    """Whatever is asked: short and long, greedy and sampled, alone and many, scored."""
+    config = replace(modern, seq_len=512)
+    engine = make_engine(config, random_params(config), slots=3, max_len=300)
+    told = []
+    engine.warm_up(lambda done, of: told.append((done, of)))
+    assert told == [(i + 1, len(told)) for i in range(len(told))]
+    programs = [decode.burst, decode.extend, kv_cache.resize, kv_cache.copy]
+    before = [program._cache_size() for program in programs]
+    extras = [{"logit_bias": {3: 1.0}, "top_logprobs": 3}, {"prompt_logprobs": True}]
+    for i, r in enumerate(requests(18, max_new_tokens=3)):
+        long = replace(r, prompt=[*r.prompt] * (1 + 7 * (i % 4 == 3)))
+        long = replace(long, prompt=long.prompt[:280], **(extras[i % 3] if i % 3 < 2 else {}))
+        engine.submit(long)
+        engine.step()
+    for _ in range(2):
+        while engine.busy():
+            engine.step()
+        engine.generate([Request([4], 3), Request([5] * 290, 2), Request([5] * 290, 2)])
+    assert [program._cache_size() for program in programs] == before

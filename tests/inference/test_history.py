@@ -55,7 +55,7 @@ def test_an_answer_reads_back_as_it_was_rendered(tiny_tokenizer, parts, portion)
             joined[-1]["text"] += text
         else:
             joined.append({"type": kind, "text": text})
-    ids, _ = render_conversation(tiny_tokenizer, messages("?", joined), 10**6)
+    ids, _ = render_conversation(tiny_tokenizer, messages("?", joined))
     ids = ids[ids.index(tiny_tokenizer.special_id("<|assistant_start|>")) + 1 :]
     pieces, content = read(
         tiny_tokenizer, [ids[i : i + portion] for i in range(0, len(ids), portion)]

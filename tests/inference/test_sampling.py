@@ -1,39 +1,52 @@
 """Sampling against probabilities worked out in NumPy, over many seeds."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from nanochat_jax.inference.sampling import Needs, Settings, argmax, noise, sample, threefry
+from nanochat_jax.inference.sampling import (
+    Settings,
+    argmax,
+    most_likely,
+    noise,
+    sample,
+    threefry,
+)
+from nanochat_jax.model.sharding import make_mesh
 
 LOGITS = np.array([1.2, -0.3, 2.0, 0.1, 1.9, -2.0, 0.6, 1.2], np.float32)
 DRAWS = 4000
 
 
 def plain_probs(temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Probability of each id, one id after the other."""
-    order = sorted(range(len(LOGITS)), key=lambda i: -LOGITS[i])
-    weights = {i: np.exp(float(LOGITS[i]) / temperature) for i in order[: top_k or None]}
-    total, kept, so_far = sum(weights.values()), {}, 0.0
-    for i, weight in weights.items():  # most likely first
-        if so_far < top_p:
+    """Probability of each id, one id after the other; equals are kept or dropped together."""
+    above = [sum(LOGITS > logit) for logit in LOGITS]
+    weights = np.exp(LOGITS.astype(float) / temperature) * (np.array(above) < (top_k or 99))
+    kept = {}
+    for i, weight in enumerate(weights):
+        if weights[LOGITS > LOGITS[i]].sum() < top_p * weights.sum() and weight:
             kept[i] = weight
-        so_far += weight / total
     return np.array([kept.get(i, 0.0) for i in range(len(LOGITS))]) / sum(kept.values())
 
 
-def draw(ways, seeds, positions, needs: Needs) -> np.ndarray:
+def draw(ways, seeds, positions, said=None, mesh=None) -> np.ndarray:
     """Ids [ways, DRAWS]; all ways stand in one batch."""
     rows = len(ways) * DRAWS
-    temperature, top_k, top_p = (np.repeat(column, DRAWS) for column in zip(*ways, strict=True))
+    columns = [np.repeat(column, DRAWS) for column in zip(*ways, strict=True)]
+    temperature, top_k, top_p, presence, frequency = [*columns, *np.zeros((2, rows))][:5]
     seed = np.zeros((rows, 2), np.uint32)
     seed[:, 1] = np.tile(seeds, len(ways))
-    settings = Settings(seed, np.float32(temperature), np.int32(top_k), np.float32(top_p))
+    floats = (np.float32(column) for column in (top_p, presence, frequency))
+    settings = Settings(seed, np.float32(temperature), np.int32(top_k), *floats)
     position = jnp.asarray(np.tile(positions, len(ways)), jnp.int32)
     logits = jnp.broadcast_to(LOGITS, (rows, len(LOGITS)))
-    drawn = jax.jit(sample, static_argnums=3)(logits, settings, position, needs)
+    said = jnp.broadcast_to(np.zeros_like(LOGITS) if said is None else said, logits.shape)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        drawn = jax.jit(sample)(logits, said, settings, position)
     return np.asarray(drawn).reshape(len(ways), DRAWS)
 
 
@@ -44,7 +57,7 @@ WAYS = [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (0.7, 0, 0.6), (1.5, 5, 0.8
 def test_ids_come_up_as_often_as_they_should(vary):
     count, still = np.arange(DRAWS), np.zeros(DRAWS, int)
     seeds, positions = (count, still) if vary == "seed" else (still, count)
-    drawn = draw(WAYS, seeds, positions, Needs(untruncated=True, candidates=8))
+    drawn = draw(WAYS, seeds, positions)
     for way, ids in zip(WAYS, drawn, strict=True):
         probs, found = plain_probs(*way), np.bincount(ids, minlength=len(LOGITS))
         assert not found[probs == 0].any(), way
@@ -58,13 +71,52 @@ def test_truncation_and_company_do_not_change_the_noise():
     """A draw that truncation allows is the draw itself; temperature 0 is the largest."""
     seeds, positions = np.arange(DRAWS), np.full(DRAWS, 5)
     ways = [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.0, 3, 0.5), (0.0, 0, 1.0)]
-    free, three, *greedy = draw(ways, seeds, positions, Needs(True, 8))
+    free, three, *greedy = draw(ways, seeds, positions)
     allowed = np.isin(free, np.flatnonzero(plain_probs(1.0, 3, 1.0)))
     assert 0.3 < allowed.mean() < 0.9
     np.testing.assert_array_equal(three[allowed], free[allowed])
     assert (np.array(greedy) == LOGITS.argmax()).all()
-    np.testing.assert_array_equal(draw(ways[:1], seeds, positions, Needs(True, 0))[0], free)
-    np.testing.assert_array_equal(draw(ways[1:2], seeds, positions, Needs(False, 4))[0], three)
+    np.testing.assert_array_equal(draw(ways[:1], seeds, positions)[0], free)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    np.testing.assert_array_equal(draw(ways[1:2], seeds, positions, mesh=mesh)[0], three)
+
+
+def test_what_was_said_becomes_less_likely():
+    said, seeds = np.array([0, 0, 3, 0, 1, 0, 0, 0], np.float32), np.arange(DRAWS)
+    (ours,) = draw([(1.0, 0, 1.0, 0.5, 0.25)], seeds, np.zeros(DRAWS, int), said)
+    lowered = LOGITS - 0.5 * (said > 0) - 0.25 * said
+    expected = DRAWS * np.exp(lowered) / np.exp(lowered).sum()
+    chi_square = np.sum((np.bincount(ours, minlength=8) - expected) ** 2 / expected)
+    assert chi_square < 7 + 4 * 14**0.5
+
+
+@pytest.mark.parametrize("top_k, top_p", [(30, 1.0), (0, 0.3), (40, 0.7)])
+def test_thresholds_of_large_vocabularies(top_k, top_p):
+    """No draw lies outside what sorting keeps, and all of that is drawn from."""
+    rng = np.random.default_rng(0)
+    logits = (15 * np.tanh(rng.standard_normal(300) / 3)).astype(np.float32)
+    order = np.argsort(-logits)
+    probs = np.exp(logits[order].astype(np.float64))[: top_k or None]
+    kept = order[: len(probs)][np.cumsum(probs) - probs < top_p * probs.sum()]
+    rows = 4_000
+    seed = np.stack([np.zeros(rows), np.arange(rows)], 1).astype(np.uint32)
+    column = lambda value, dtype: np.full(rows, value, dtype)  # noqa: E731
+    zero, settings = column(0, np.float32), (seed, column(9.0, np.float32), column(top_k, np.int32))
+    settings = Settings(*settings, column(top_p, np.float32), zero, zero)
+    hot = jnp.broadcast_to(9 * logits, (rows, len(logits)))  # temperature 9 of 9 x logits
+    drawn = jax.jit(sample)(hot, jnp.zeros_like(hot), settings, jnp.zeros(rows, jnp.int32))
+    assert set(np.asarray(drawn).tolist()) == set(kept.tolist())
+
+
+def test_the_most_likely_ids_come_in_order():
+    logprobs = jax.random.normal(jax.random.key(0), (3, 2, 50))
+    ids, values = jax.jit(most_likely)(logprobs, jnp.int32(4))
+    expected = np.argsort(-np.asarray(logprobs), axis=-1)[..., :4]
+    np.testing.assert_array_equal(ids[..., :4], expected)
+    np.testing.assert_array_equal(
+        values[..., :4], np.take_along_axis(np.asarray(logprobs), expected, -1)
+    )
+    assert not ids[..., 4:].any()
 
 
 def test_threefry_is_the_one_under_jax_random():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_jax.inference.tools import make_tool
+from nanochat_jax.inference.tools import make_tools
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,8 @@ from nanochat_jax.inference.tools import make_tool
 def test_a_value_is_framed_as_in_training_and_what_has_none_forces_nothing(
     said, answer, tiny_tokenizer
 ):
-    tool, special = make_tool("calculator", tiny_tokenizer), tiny_tokenizer.special_id
+    tool = make_tools(["calculator"], tiny_tokenizer)["calculator"]
+    special = tiny_tokenizer.special_id
     assert (tool.start_id, tool.end_id) == (special("<|python_start|>"), special("<|python_end|>"))
     forced = tiny_tokenizer.decode(tool.run(tiny_tokenizer.encode(said)))
     assert forced == (f"<|output_start|>{answer}<|output_end|>" if answer else "")

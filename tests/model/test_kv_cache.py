@@ -37,10 +37,14 @@ def test_attention_over_cache_and_burst_is_attention_over_the_history(window):
 
     length, start = 16, np.array([0, 3, 11])
     cache = kv_cache.empty_cache(config, B, length)
-    prompts = [jnp.swapaxes(a[:, :12], 1, 2) for a in (k, v)]
-    cache = kv_cache.insert(
-        cache, [tuple(prompts)], jnp.asarray(start), jnp.arange(B), jnp.array([0, 1, 2])
-    )
+    for first in range(0, 12, STEPS):  # prompts, a piece at a time, all its queries at once
+        piece = slice(first, first + STEPS)
+        new = tuple(jnp.swapaxes(jnp.asarray(a[:, piece]), 1, 2) for a in (k, v))
+        at = jnp.full(B, first)
+        y = attend(jnp.asarray(q[:, piece]), cache[0], new, window=window, start=at, step=0)
+        longer = start >= first  # of these all that lies before is in the cache
+        np.testing.assert_allclose(y[longer], expected[longer, piece], atol=1e-5)
+        cache = merge(cache, [new], at, jnp.clip(start - first, 0, STEPS))
     rounds = 0
     while start.max() + STEPS <= T:
         if start.max() + STEPS > length:
@@ -76,20 +80,14 @@ def test_what_a_ring_holds():
             ring[written % size] = written
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_a_prompt_goes_to_the_slots_it_was_meant_for_and_no_others(window):
-    config, T = config_of(window), 8
-    cache = jax.tree.map(lambda a: a - 7, kv_cache.empty_cache(config, 4, 16))
-    fresh = jnp.arange(2 * K * T * H, dtype=jnp.float32).reshape(2, K, T, H)
-    lengths, missing = jnp.array([8, 6]), 4
-    source, slots = jnp.array([1, 0, 1, 0]), jnp.array([0, 2, 3, missing])
-    cache = kv_cache.insert(cache, [(fresh, -fresh)], lengths, source, slots)
-    keys, values = (np.asarray(a) for a in cache[0])
-    size = keys.shape[2]
-    assert size == (window or 16)
-    assert (keys[1] == -7).all()
-    for slot, row in ((0, 1), (2, 0), (3, 1)):
-        for position in range(max(0, int(lengths[row]) - size), int(lengths[row])):
-            kept = keys[slot, :, position % size]
-            np.testing.assert_array_equal(kept, fresh[row, :, position])
-            np.testing.assert_array_equal(values[slot, :, position % size], -kept)
+def test_slots_are_taken_put_back_and_copied_and_others_stay_as_they_are():
+    shape, missing = (4, K, 16, H), 4
+    a = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    cache = [(jnp.asarray(a), jnp.asarray(-a))]
+    slots = jnp.array([2, missing, 0])
+    rows = kv_cache.take_slots(cache, slots)
+    cache = kv_cache.put_slots(cache, slots, jax.tree.map(lambda a: a + 1, rows))
+    expected = a + np.array([1, 0, 1, 0], np.float32)[:, None, None, None]
+    np.testing.assert_array_equal(cache[0][0], expected)
+    copied = kv_cache.copy(cache, jnp.array([1, 2, 3]), jnp.array([0, 3, missing]))
+    np.testing.assert_array_equal(copied[0][0], expected[[1, 1, 2, 2]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.parity.folder import NOT_COVERED, compare_files, compare_folder, table
+from nanochat_jax.parity.folder import compare_files, compare_folder
 from nanochat_jax.parity.model import (
     MAX_ROUNDED_SIGNS,
     STEP_TOLERANCE,
@@ -32,9 +32,7 @@ def test_the_goldens_are_green_and_all_of_them_is_accounted_for(capsys):
     lines = capsys.readouterr().out.splitlines()
     told = {line.split()[0] for line in lines[1:-2]}
     assert told == {path.name for path in GOLDENS.iterdir()} - {"README.md"}
-    assert sum("not covered yet" in line for line in lines[:-1]) == len(NOT_COVERED)
-    whats = ("logits", "grad/*, tiled", "rl_grad/*", "bpb", "greedy_long_tokens", "opt/param4/*")
-    for what in (*whats, "lm_own_items: correct"):
+    for what in ("logits", "grad/*, tiled", "bpb", "greedy_long_tokens", "lm_own_items: correct"):
         assert any(what in line and " ok" in line for line in lines), what
 
 
@@ -55,7 +53,7 @@ def test_each_change_is_a_miss_that_is_named(tmp_path):
     (tmp_path / "modern.npz").write_bytes(b"not an archive")
     (tmp_path / "more.json").write_text("{}")
     rows, not_covered = compare_folder(tmp_path, None)
-    assert not_covered == [] and table(rows, []).splitlines()[-1].startswith("NO parity: ")
+    assert not_covered == []
     missed = misses(rows)
     assert set(missed) == {
         ("tokenizer.json", "all"),
@@ -65,8 +63,7 @@ def test_each_change_is_a_miss_that_is_named(tmp_path):
         ("classic.npz", "greedy_tokens"),
         ("classic.npz", "trajectory_loss"),
         ("classic.npz", "new_array"),
-        ("classic.npz", "bpb"),
-        ("classic.npz", "token_bytes"),
+        ("classic.npz", "compare_losses"),  # bpb is not there
         ("classic.json", "config.new_size"),
         ("classic.json", "optimizer.adam_eps"),
         ("modern.npz", "all"),
@@ -80,13 +77,10 @@ def test_each_change_is_a_miss_that_is_named(tmp_path):
     assert "blocks.1.mlp.c_fc.kernel" in missed["classic.npz", "opt/param2/*"].note
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+def test_missing_folders_are_errors_and_missing_files_misses(tmp_path):
     for args in ([tmp_path / "nowhere"], [tmp_path, f"--core-data={tmp_path}/nowhere"]):
         with pytest.raises(UserError, match="nowhere"):
             script.main([str(arg) for arg in args])
-
-
-def test_missing_files_give_exit_status_1(tmp_path):
     assert script.main([str(tmp_path)]) == 1
 
 
@@ -99,9 +93,8 @@ def modern_arrays() -> Reference:
     "change, what, note",
     [
         (lambda groups: groups[2].update(lr_after_dim_scaling=0.7), "lr", "group 2"),
-        (lambda groups: groups[3].update(betas=[0.8, 0.9]), "settings", "group 3 (resid) betas"),
+        (lambda groups: groups[3].update(betas=[0.8, 0.9]), "settings", "group 3 (resid).betas"),
         (lambda groups: groups[8].update(ns_steps=6), "settings", "ns_steps: got 5, reference 6"),
-        (lambda groups: groups[0].update(kind="muon"), "settings", "group 0 (unembed) kind"),
         (lambda groups: groups[7].update(momentum=0.9), "settings", "momentum"),
         (lambda groups: groups[8]["params"].pop(), "members", ""),
         (lambda groups: groups.pop(5), "members", ""),
@@ -131,27 +124,6 @@ def test_scaling_misses_are_named(tmp_path):
         *("models: params", "models: new_column", "schedules_1000_iterations.muon_momentum"),
         "more",
     }
-
-
-def test_scaling_of_other_depths_lengths_and_ratios(tmp_path):
-    """The numbers written out: every width is 64 times the depth, up to whole heads of 128."""
-    weights, model = 12 * 3 * 192**2, {"vocab": 512, "depth": 3, "n_embd": 192, "n_head": 2}
-    model |= {"head_dim": 96, "params": weights + 2 * 512 * 192}
-    model |= {"flops_per_token": 6 * (weights + 512 * 192) + 12 * 3 * 192 * 1024}
-    model |= {"num_iterations_ratio40": 40 * (weights + 2 * 512 * 192) // 2**19}
-    start = {"lr_multiplier": 1.0, "lr_multiplier_warm": 0.2, "muon_momentum": 0.85}
-    start |= {"mid_lr_multiplier_at_progress": 1.0, "sft_rl_lr_multiplier": 1.0}
-    later = {"lr_multiplier": 0.2, "lr_multiplier_warm": 0.75, "muon_momentum": 0.865}
-    later |= {"mid_lr_multiplier_at_progress": 0.5, "sft_rl_lr_multiplier": 0.1}
-    schedules = {
-        "base": {"warmup_ratio": 0.0, "warmdown_ratio": 0.5, "final_lr_frac": 0.0},
-        "warm": {"warmup_ratio": 0.1, "warmdown_ratio": 0.2, "final_lr_frac": 0.5},
-        "rows": [{"it": 0} | start, {"it": 45} | later],
-    }
-    table = {"note": "seq_len 1024", "models": [model], "schedules_50_iterations": schedules}
-    (tmp_path / "classic_scaling.json").write_text(json.dumps(table))
-    rows = compare_files(tmp_path, ("classic_scaling.json",))
-    assert not misses(rows) and sum(row.compared for row in rows) == 6 + 10
 
 
 def test_a_few_cautious_signs_may_differ_by_the_decay_and_by_nothing_else():
@@ -216,15 +188,3 @@ def test_objects_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "f.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError):
         read(tmp_path / "f.npz")
-
-
-def test_a_second_case_of_other_sizes_is_read_from_its_files():
-    """Window pattern, GQA and depth of the files, the generation's own constants of the recipe."""
-    sizes = {"sequence_len": 640, "vocab_size": 70, "n_layer": 1, "n_head": 6, "n_kv_head": 2}
-    sizes |= {"n_embd": 48, "window_pattern": "sl"}
-    settings = Reference("modern.json", {f"config.{key}": value for key, value in sizes.items()})
-    arrays = Reference("modern.npz", {"state/x0_lambdas": np.ones(1)})
-    config = read_case(arrays, settings, "modern").config
-    assert (config.windows, config.padded_vocab_size, config.head_dim) == ((640,), 128, 8)
-    assert (config.window_pattern, config.num_kv_heads) == ("SL", 2)
-    assert (config.rope_base, config.qk_scale, config.extras) == (100_000.0, 1.2, True)

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from nanochat_jax.parity.folder import compare_files
-from nanochat_jax.tokenizer.bpe import train
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FILES = ("tokenizer.json", "text.json")
@@ -35,37 +33,29 @@ def changed(key, change):
     return TEXT | {key: change(copy.deepcopy(TEXT[key]))}
 
 
-def with_field(key, field, value, index=0):
-    return changed(
-        key, lambda rows: [*rows[:index], rows[index] | {field: value}, *rows[index + 1 :]]
-    )
+def with_field(key, field, value):
+    return changed(key, lambda rows: [rows[0] | {field: value}, *rows[1:]])
 
 
 @pytest.mark.parametrize(
     "key, text",
     [
         ("vocab_size", changed("vocab_size", lambda size: size + 1)),
-        ("special_tokens", changed("special_tokens", lambda ids: ids | {"<|bos|>": 0})),
         ("special_tokens", changed("special_tokens", lambda ids: ids | {"<|new|>": 2048})),
         ("first_100_merges", changed("first_100_merges", lambda merges: merges[::-1])),
         ("last_merge", changed("last_merge", lambda merge: merge + "00")),
         ("encode", with_field("encode", "ids", [1])),
-        ("encode_bos", with_field("encode_bos", "ids", [1])),
         ("conversations", with_field("conversations", "mask", [])),
-        ("conversations", with_field("conversations", "for_completion", [], index=3)),
+        ("conversations", with_field("conversations", "for_completion", [])),
         ("sft_collate", changed("sft_collate", lambda batch: batch | {"targets": []})),
         ("gsm_extract", with_field("gsm_extract", "out", "11")),
-        ("extract_program", with_field("extract_program", "out", "11")),
-        ("extract_imports", with_field("extract_imports", "out", "11")),
         ("calculator", with_field("calculator", "out", None)),
         ("mixture", changed("mixture", lambda rows: rows[::-1])),
         # What cannot be compared is a miss too.
         ("surprise", TEXT | {"surprise": [1]}),
         ("calculator", with_field("calculator", "unit", "m")),
         ("calculator", TEXT | {"calculator": []}),
-        ("calculator", TEXT | {"calculator": 5}),
         ("encode", TEXT | {"encode": [{"text": "a"}]}),
-        ("conversations", with_field("conversations", "conversation", {"messages": []}, index=3)),
         ("mixture", {key: value for key, value in TEXT.items() if key != "mixture"}),
     ],
 )
@@ -80,30 +70,3 @@ def test_another_tokenizer_misses(tmp_path):
     assert "pattern" in misses(tmp_path, TOKENIZER | {"pattern": r"\S+|\s+"})
     assert misses(tmp_path, TOKENIZER | {"surprise": 1}) == ["surprise"]
     assert misses(tmp_path, TOKENIZER | {"ranks": []}) == ["all"]
-
-
-def test_a_folder_of_other_sizes(tmp_path):
-    """A byte-level tokenizer, so that every id below can be written down without one."""
-    tokenizer = train(iter(["ab"]), 265)
-    bos, user_start, user_end, assistant_start, assistant_end = range(256, 261)
-    pairs = [("z", i) for i in range(4)] + [("m", i) for i in range(3, 9, 3)]
-    random.Random(42).shuffle(pairs)
-    conversation = {"messages": [{"role": r, "content": "hi"} for r in ("user", "assistant")]}
-    prompt = [bos, user_start, 104, 105, user_end, assistant_start]
-    ids, mask = [*prompt, 104, 105, assistant_end][:8], [0] * 6 + [1] * 2
-    rendered = {"conversation": conversation, "max_tokens": 8, "for_completion": prompt}
-    batch = {"inputs": [ids[:7]] * 2, "targets": [[-1] * 5 + [104, 105]] * 2}
-    text = TEXT | {
-        "vocab_size": 265,
-        "special_tokens": tokenizer.special,
-        "first_100_merges": [],
-        "last_merge": "ff",
-        "encode": [{"text": "a1", "ids": [97, 49]}],
-        "encode_bos": [{"text": "a1", "ids": [bos, 97, 49]}],
-        "conversations": [rendered | {"ids": ids, "mask": mask}],
-        "sft_collate": {"rows": [0, 0]} | batch,
-        "mixture": [list(pair) for pair in pairs],
-    }
-    # Without a single merge there is none to compare, which must not pass for a comparison.
-    missed = misses(tmp_path, json.loads(tokenizer.to_json()), text)
-    assert missed == ["first_100_merges", "last_merge"]

@@ -6,10 +6,10 @@ import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.base import messages
-from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer, solution_parts
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tasks.registry import open_task
+from nanochat_jax.tasks.sources import read_conversations
 from nanochat_jax.tokenizer.chat import render_conversation, render_for_completion
 
 
@@ -89,7 +89,7 @@ def test_own_conversations_in_both_forms(tmp_path):
     path = tmp_path / "own.jsonl"
     lines = [json.dumps({"messages": PARTS, "source": "me"}), "", json.dumps(HI)]
     path.write_text("\n".join(lines))
-    assert [conversation["messages"] for conversation in CustomJSON(path)] == [PARTS, HI]
+    assert [conversation["messages"] for conversation in read_conversations(path)] == [PARTS, HI]
 
 
 NO_ANSWER = (HI[:1], HI[::-1], [HI[0], {"role": "assistant"}])
@@ -101,7 +101,7 @@ def test_own_conversations_are_checked_when_opened(tmp_path, line):
     path = tmp_path / "own.jsonl"
     path.write_text(f"{json.dumps(HI)}\n\n{line}\n")
     with pytest.raises(UserError) as error:
-        CustomJSON(path)
+        list(read_conversations(path))
     assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
 
 

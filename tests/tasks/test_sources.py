@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
+from nanochat_jax.data.local import read_jsonl
 from nanochat_jax.tasks.registry import open_task
-from nanochat_jax.tasks.sources import SOURCES, load_rows, read_jsonl
+from nanochat_jax.tasks.sources import SOURCES, load_rows
 
 ROOT = Path(__file__).parents[2]
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]

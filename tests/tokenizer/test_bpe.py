@@ -189,7 +189,6 @@ def with_ranks(change):
         with_ranks(lambda ranks: 5),
         with_ranks(lambda ranks: [["zz", 0], *ranks[1:]]),
         with_ranks(lambda ranks: [[ranks[0][0], "0"], *ranks[1:]]),
-        with_ranks(lambda ranks: [*ranks, ranks[7]]),
         with_ranks(lambda ranks: ranks[:-1]),
         with_ranks(lambda ranks: [*ranks[:-2], ranks[-1]]),
         with_ranks(lambda ranks: [["616263", 0], *ranks[1:]]),
