@@ -73,9 +73,13 @@ def main() -> int:
     from nanochat_jax.model.sharding import make_mesh
     from nanochat_jax.report import live
     from nanochat_jax.serve.worker import Pool
+    from nanochat_jax.stages.evals import progress_bar
 
     found, model, mesh, params, tokenizer = open_model(config, args.stage or None)
-    base, tool = found.stage == "base", args.tool or "calculator"
+    base = found.stage == "base"
+    # What a chat may ask for, first what it gets unasked; programs only where --tool says so.
+    tools = ("none",) if base else (args.tool or "calculator", "calculator", "none")
+    tools = tuple(dict.fromkeys(tools))
     max_len = args.max_len or model.seq_len
     if max_len > model.seq_len:
         raise UserError(f"--max-len got {max_len}, expected at most the model's {model.seq_len}")
@@ -86,16 +90,17 @@ def main() -> int:
     if copies * num > len(devices):
         raise UserError(f"--engines got {copies}, expected at most {len(devices) // num}")
     engines = []
-    for first in range(0, copies * num, num):
-        own = make_mesh(data=1, tensor=num, devices=devices[first : first + num])
-        engine = make_engine(
-            model, own, tokenizer, base=base, tool=tool, slots=args.slots, max_len=max_len
-        )
+    for number in range(copies):
+        own = make_mesh(data=1, tensor=num, devices=devices[number * num : (number + 1) * num])
+        sizes = {"slots": args.slots, "max_len": max_len}
+        able = [tool for tool in tools if tool != "none"]
+        engine = make_engine(model, own, tokenizer, base=base, tools=able, **sizes)
         engine.load(params)
+        with progress_bar(f"compiling, engine {number + 1} of {copies}") as progress:
+            engine.warm_up(progress)
         engines.append(engine)
     limits = {"max_queue": args.max_queue, "per_client": args.per_client}
     pool = Pool(engines, **limits, timeout_secs=args.timeout_secs)
-    tools = ("none",) if base else tuple(dict.fromkeys((tool, "calculator", "none")))
     made = server.Served(config.run.name, found.stage, found.step, max_len, model.vocab_size, tools)
     app = server.make_app(pool, tokenizer, made, access, int(time.time()))
     app.router.routes.extend(live.ROUTES)

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 from nanochat_jax.inference.history import AnswerReader
-from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.inference.scheduler import Completion, Top
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
 # The engine's words for how a text ended, and OpenAI's. What is missing here is an error.
@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
     id: int
     logprob: float | None  # None: the first token of a text
-    top: Sequence[tuple[int, float]]  # the likeliest ids
+    top: Sequence[tuple[int, float]]  # the likeliest ids, if asked for
     start: int  # where its text begins in the answer, in characters
 
 
@@ -53,6 +53,8 @@ class Answer:
     _held: str = ""  # may be the beginning of a stop string
     _kind: str = "text"
     _parts: list[dict[str, Any]] = field(default_factory=list)
+    _num_parts: int = 0
+    _last_type: str = ""
     _scores: list[Score] = field(default_factory=list)
 
     def __post_init__(self):
@@ -62,7 +64,7 @@ class Answer:
         """What a piece adds, up to the first stop string: then `finish` is "stop"."""
         assert not self.finish, "the answer has ended"
         sent = self.num_sent
-        tops = getattr(piece, "top", None) or [()] * len(piece.tokens)
+        tops = piece.top or [()] * len(piece.tokens)
         for id, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
             start, self.num_tokens = self.num_chars, self.num_tokens + 1
             for kind, text in self._reader.feed([id]):
@@ -78,7 +80,7 @@ class Answer:
             if not self.finish:
                 self.finish = piece.finish
                 self._send(self._held)
-        parts, self._parts = join(self._parts), []
+        parts, self._parts = self._numbered(join(self._parts)), []
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         assert len(text) == self.num_sent - sent, (text, self.num_sent, sent)
         return Delta(text, parts, self._scores_sent(), self.finish)
@@ -118,6 +120,15 @@ class Answer:
         if text:
             self._parts.append({"type": "text", "text": text})
             self._held, self.num_sent = self._held[len(text) :], self.num_sent + len(text)
+
+    def _numbered(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the `index` of the answer's part that each belongs to: OpenAI's client needs it to
+        put lists together."""
+        for part in parts:
+            if part.get("new") or part["type"] != self._last_type:
+                self._num_parts, self._last_type = self._num_parts + 1, part["type"]
+            part["index"] = self._num_parts - 1
+        return parts
 
     def _scores_sent(self) -> list[Score]:
         """Those of the tokens whose text is out; after the end no others follow."""
@@ -174,15 +185,15 @@ def text_logprobs(tokenizer: Tokenizer, scores: Sequence[Score]) -> dict[str, An
 
 
 def echo(
-    tokenizer: Tokenizer, ids: Sequence[int], added: int, scored: Any
+    tokenizer: Tokenizer, ids: Sequence[int], added: int, scored: Sequence[tuple[float, Top]] | None
 ) -> tuple[str, list[Score]]:
-    """The text of a prompt and, from the engine's PromptScores, what is known of its tokens but the
-    first `added`."""
+    """The text of a prompt and, from the engine's scores of all ids but the first, those of the
+    ids but the first `added`."""
     answer, text, scores = Answer(tokenizer, chat=False), "", []
     for place, id in enumerate(ids):
-        if scored and place >= added:
-            top = scored.top[place] if scored.top else ()
-            scores.append(Score(id, scored.logprobs[place], top, answer.num_chars))
+        if scored is not None and place >= added:
+            logprob, top = scored[place - 1] if place else (None, ())
+            scores.append(Score(id, logprob, top, answer.num_chars))
         text += answer.feed(Completion([id], [0.0], [False])).text
     return text + answer.feed(Completion(finish="length")).text, scores
 

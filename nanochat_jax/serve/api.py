@@ -159,7 +159,7 @@ class Writing:
             delta = answer.feed(completion)
             self.meter.tokens.labels("answer").inc(answer.num_tokens - before)
             if delta.finish and delta.finish not in FINISH:
-                raise _failure(delta.finish, getattr(completion, "reason", ""))
+                raise _failure(delta.finish, completion.reason)
             if delta.finish:
                 open -= 1
                 if not completion.finish:
@@ -176,9 +176,8 @@ class Writing:
         if index in self.echoed:
             return delta
         self.echoed.add(index)
-        scored = getattr(piece, "prompt", None) if self.envelope.logprobs else None
         ids, added = self.prompts[index // (self.body.n or 1)]
-        text, scores = echo(self.tokenizer, ids, added, scored)
+        text, scores = echo(self.tokenizer, ids, added, piece.prompt)
         answer.offset = len(text)
         later = [score._replace(start=score.start + len(text)) for score in delta.scores]
         return Delta(text + delta.text, delta.parts, scores + later, delta.finish)
@@ -260,5 +259,4 @@ def _failure(finish: str, reason: str) -> ApiError:
         return ApiError(408, words, kind="timeout_error", code="timeout", headers=no_retry)
     if finish == "cancelled":
         return ApiError(499, "the client has left", code="cancelled")
-    words = f"the answer failed: {reason or 'the engine has stopped'}"
-    return ApiError(500, words, kind="server_error", code="engine_error")
+    return ApiError(500, f"the answer failed: {reason}", kind="server_error", code="engine_error")

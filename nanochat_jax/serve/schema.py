@@ -6,7 +6,6 @@ refused. Whatever is wrong with a body is the client's mistake, told as OpenAI t
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 """
 
-import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.scheduler import Request
 from nanochat_jax.tokenizer.bpe import Tokenizer
-from nanochat_jax.tokenizer.chat import PARTS, render_for_completion, render_whole
+from nanochat_jax.tokenizer.chat import PARTS, render_conversation, render_for_completion
 
 MAX_CHARS, MAX_MESSAGES, MAX_CHOICES, MAX_STOP_CHARS = 1_000_000, 2_000, 128, 200
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's; a chat's answer may fill the context
@@ -230,7 +229,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         turns.append({"role": role, "content": content})
     try:
         if turns[-1]["role"] == "assistant":
-            ids, _ = render_whole(tokenizer, {"messages": turns})
+            ids, _ = render_conversation(tokenizer, {"messages": turns})
             return ids[:-1]  # without <|assistant_end|>
         return render_for_completion(tokenizer, {"messages": turns})
     except UserError as error:
@@ -257,7 +256,15 @@ def check_chars(texts: Sequence[str]) -> None:
 def to_requests(
     body: Sampling, prompts: Sequence[list[int]], tools: Sequence[str], max_len: int, vocab: int
 ) -> list[Request]:
-    """body.n requests for each prompt, in order."""
+    """body.n requests for each prompt, in order. tools: allowed ones, first the one meant when the
+    body names none."""
+    settings = _settings(body, tools, vocab)
+    if isinstance(body, ChatBody):
+        most = body.max_completion_tokens or body.max_tokens or max_len
+    else:
+        most = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        if not settings["prompt_logprobs"]:
+            most = max(most, 1)  # echo alone: the engine writes one, which is not shown
     for ids in prompts:
         if len(ids) >= max_len:
             raise ApiError(
@@ -269,54 +276,40 @@ def to_requests(
             )
         if max(ids) >= vocab:
             raise _bad("prompt", f"got token id {max(ids)}, expected 0 to {vocab - 1}")
-    settings = _settings(body, tools, vocab)
-    room = max_len if isinstance(body, ChatBody) else DEFAULT_MAX_TOKENS
-    most = body.max_tokens if body.max_tokens is not None else room
-    if isinstance(body, ChatBody) and body.max_completion_tokens:
-        most = body.max_completion_tokens
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    choices = [(ids, choice) for ids in prompts for choice in range(body.n or 1)]
     try:
+        # What does not fit into the context ends with "context".
         return [
-            Request(
-                ids,
-                max(1, min(most, max_len)),  # what does not fit ends with "context"
-                seed=(seed + choice) % 2**64,
-                **settings,
-            )
-            for ids in prompts
-            for choice in range(body.n or 1)
+            Request(ids, min(most, max_len), seed=(seed + choice) % 2**64, **settings)
+            for ids, choice in choices
         ]
     except UserError as error:
         raise _bad(None, str(error)) from None
 
 
 def _settings(body: Sampling, tools: Sequence[str], vocab: int) -> dict[str, Any]:
-    """How the engine samples; what it cannot do yet is refused."""
-    temperature, top_k = body.temperature, max(0, body.top_k or 0)
+    """What the engine is to do beyond writing, by Request's names."""
+    temperature, top_k = body.temperature, body.top_k
     if temperature is None:
-        temperature, top_k = TEMPERATURE, TOP_K if body.top_k is None else top_k
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": body.top_p or 1.0}
-    asked: dict[str, Any] = {
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
+        temperature, top_k = TEMPERATURE, TOP_K if top_k is None else top_k
+    settings = {
+        "temperature": temperature,
+        "top_k": max(0, top_k or 0),
+        "top_p": body.top_p or 1.0,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": _bias(body.logit_bias or {}, vocab),
     }
     if isinstance(body, ChatBody):
-        asked["top_logprobs"] = body.top_logprobs
-        asked["tool"] = body.tool
-        if body.tool is not None and body.tool not in tools:
-            raise _bad("tool", f"got {body.tool!r:.80}, expected one of {', '.join(tools)}")
-    elif isinstance(body, CompletionBody):
-        asked["top_logprobs"] = body.logprobs
-        asked["prompt_logprobs"] = body.echo and body.logprobs is not None
-    known = {field.name for field in dataclasses.fields(Request)}
-    for name, value in asked.items():
-        if not value:
-            continue
-        if name not in known:
-            raise _unsupported(name, f"this engine has no {name} yet; leave it out")
-        settings[name] = value
-    return settings
+        tool = tools[0] if body.tool is None else body.tool
+        if tool not in tools:
+            raise _bad("tool", f"got {tool!r:.80}, expected one of {', '.join(tools)}")
+        return settings | {"tool": tool, "top_logprobs": body.top_logprobs or 0}
+    assert isinstance(body, CompletionBody)
+    scored = bool(body.echo) and body.logprobs is not None
+    more = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": scored}
+    return settings | {"tool": "none"} | more
 
 
 def _bias(bias: Mapping[str, float], vocab: int) -> dict[int, float]:

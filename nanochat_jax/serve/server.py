@@ -19,14 +19,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from nanochat_jax.common import UserError
-from nanochat_jax.serve import schema
+from nanochat_jax.serve import markdown, schema
 from nanochat_jax.serve.api import Api, Meter, Served
 from nanochat_jax.serve.guard import Guard, error_response
 from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody
@@ -84,11 +84,13 @@ def make_app(
         open_paths.add(path)
         _serve_file(app, path, file)
 
-    @app.post("/v1/chat/completions")
+    streamed: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/chat/completions", responses=streamed)
     async def chat_completions(body: ChatBody, http: Request):
         return await api.complete(body, http)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=streamed)
     async def completions(body: CompletionBody, http: Request):
         return await api.complete(body, http)
 
@@ -123,8 +125,6 @@ def make_app(
 
     @app.post("/render")
     async def render(body: schema.RenderBody):
-        from nanochat_jax.serve import markdown  # pyright: ignore[reportAttributeAccessIssue]
-
         schema.check_chars([body.text])
         return {"html": await asyncio.to_thread(markdown.render, body.text)}
 
@@ -134,9 +134,9 @@ def make_app(
             raise ApiError(503, f"the server is {state}", kind="server_error", code=state)
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics():
-        return Response(generate_latest(meter.registry), media_type="text/plain; version=0.0.4")
+        return generate_latest(meter.registry).decode()
 
     @app.exception_handler(ApiError)
     async def told(_, error: ApiError):
@@ -201,17 +201,14 @@ class Server(uvicorn.Server):
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Bound, not listening yet: so that a port that is taken is told before the model is loaded."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        sock.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"{host}:{port} cannot be listened at ({error}); try another --port"
-        ) from None
+        sock.close()
+        what = f"--host={host} --port={port} cannot be listened at"
+        raise UserError(f"{what} ({error}); is it this machine's, and free?") from None
     return sock
 
 
@@ -227,8 +224,7 @@ def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str]) -
     return Access(key, (), tuple(origins))
 
 
-def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one."""
+def http_server(app: FastAPI, pool: Pool) -> Server:
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -236,7 +232,12 @@ def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=FLUSH_SECS,
     )
-    server = Server(config, pool)
+    return Server(config, pool)
+
+
+def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
+    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one."""
+    server = http_server(app, pool)
     server.run(sockets=[sock])
     if server.force_exit:
         os._exit(1)  # threads of engines may be in the middle of a step

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.scheduler import Completion, Request
 
-TOOL_POLL_SECS = 0.005  # how often a thread looks again whose texts all wait for a tool
 RETRY_SECS = 1  # when to ask again, as told to those who are sent away
 
 
@@ -97,24 +96,18 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            idle = False
-            while self._read_inbox(idle):
+            while self._read_inbox():
                 self._end_late_ones()
-                pieces = self.engine.step()
-                idle = not pieces
-                self._tell([(self._mine[piece.id], piece) for piece in pieces])
+                self._tell([(self._mine[piece.id], piece) for piece in self.engine.step()])
         except Exception as error:  # told to all clients and by /health
             traceback.print_exc()
             self._to_loop(self._pool.bury, self, f"{type(error).__name__}: {error}")
 
-    def _read_inbox(self, idle: bool) -> bool:
+    def _read_inbox(self) -> bool:
         """Do what was asked; sleep while there is nothing to do. False: stop."""
         while True:
             try:
-                if not self.engine.scheduler.busy():
-                    message = self.inbox.get()
-                else:
-                    message = self.inbox.get(timeout=TOOL_POLL_SECS if idle else 0)
+                message = self.inbox.get(block=not self.engine.busy())
             except queue.Empty:
                 return True
             if message is None:
@@ -122,20 +115,19 @@ class Worker:
             job, wanted = message
             if not wanted:
                 for id in [id for id, mine in self._mine.items() if mine is job]:
-                    self.engine.scheduler.cancel(id)
+                    self.engine.cancel(id)
                 continue
             try:
-                self._mine[self.engine.scheduler.submit(job.request)] = job
+                self._mine[self.engine.submit(job.request)] = job
             except UserError as error:
-                log(f"error: the engine refused a request: {error}")
-                self._tell([(job, Completion(finish="error"))])
+                self._tell([(job, Completion(finish="error", reason=str(error)))])
 
     def _end_late_ones(self) -> None:
         now = time.monotonic()
         for id, job in self._mine.items():
             if now > job.ticket.deadline and not job.timed_out:
                 job.timed_out = True
-                self.engine.scheduler.cancel(id)
+                self.engine.cancel(id)
 
     def _tell(self, pieces: list[tuple[Job, Completion]]) -> None:
         for place, (job, piece) in enumerate(pieces):
@@ -229,7 +221,8 @@ class Pool:
     def bury(self, worker: Worker, error: str) -> None:
         """A worker has died: its texts end."""
         worker.error = error
-        self.deliver([(job, Completion(finish="error")) for job in worker.jobs])
+        end = Completion(finish="error", reason="the engine has stopped")
+        self.deliver([(job, end) for job in worker.jobs])
 
     async def drained(self) -> None:
         """Take nothing more and wait until all answers are written."""
