@@ -9,8 +9,7 @@ of a core. ROUTES are mounted by scripts/report.py --serve and by the chat serve
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -37,21 +36,20 @@ HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
 
 
 class Kept:
-    """Things made from files: made again when the files have changed, but not all the time."""
+    """Things by name, made again when what they are made from has changed, but not all the time."""
 
     def __init__(self):
-        self._made: dict[Any, tuple[list, float, Any]] = {}
+        self._made: dict[Any, tuple[Any, float, Any]] = {}
         self._lock = threading.Lock()  # drawing is not thread-safe; two readers want the same
 
-    def get(self, key: Any, sources: Iterable[Path], make: Callable[[], Any]) -> Any:
+    def get(self, name: Any, source: Any, make: Callable[[], Any]) -> Any:
         with self._lock:
-            at = [path.stat() if path.exists() else None for path in sources]
-            stamp, began = [s and (s.st_mtime_ns, s.st_size) for s in at], time.thread_time()
-            old, until, value = self._made.get(key, (None, 0.0, None))
-            if old != stamp and until < time.monotonic():
+            made_from, until, value = self._made.get(name, (None, 0.0, None))
+            if made_from != source and until < time.monotonic():
+                began = time.thread_time()
                 value = make()
                 until = time.monotonic() + (time.thread_time() - began) / SHARE
-                self._made[key] = stamp, until, value
+                self._made[name] = source, until, value
                 if len(self._made) > MOST_KEPT:
                     del self._made[next(iter(self._made))]
             return value
@@ -68,13 +66,25 @@ def run_names() -> list[str]:
 
 def kept_stage(run: str, name: str) -> Stage:
     folder = run_dir(run)
-    return STAGES.get(
-        (folder, name), files(folder, name).values(), lambda: read_stage(folder, name)
-    )
+    at = [path.stat() if path.exists() else None for path in files(folder, name).values()]
+    source = [found and (found.st_mtime_ns, found.st_size) for found in at]
+    return STAGES.get((folder, name), source, lambda: read_stage(folder, name))
 
 
-def sources(runs: list[str], stage: str) -> list[Path]:
-    return [path for run in runs for path in files(run_dir(run), stage).values()]
+def kept_charts(run: str, stage: Stage) -> list[tuple[str, str, str]]:
+    def make():
+        return list(plots.charts(stage, plots.draw))
+
+    return CHARTS.get((run_dir(run), stage.name), stage, make)
+
+
+def kept_comparison(runs: list[str], name: str) -> list[tuple[str, str, str]]:
+    stages = [kept_stage(run, name) for run in runs]
+
+    def make():
+        return list(plots.compared(stages, plots.draw))
+
+    return CHARTS.get((base_dir(), name, tuple(runs)), stages, make)
 
 
 def now(run: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -135,13 +145,6 @@ def run_page(request: Request) -> Response:
         return page(500, False, {"name": name, "problems": [unreadable(name, error)]})
 
 
-def kept_charts(run: str, stage: Stage) -> list[tuple[str, str, str]]:
-    def make():
-        return list(plots.charts(stage, plots.draw))
-
-    return CHARTS.get((run_dir(run), stage.name), sources([run], stage.name), make)
-
-
 def unreadable(run: str, error: Exception) -> str:
     traceback.print_exception(error)
     return f"What run {run} has written cannot be shown: {type(error).__name__}: {shown(error)}"
@@ -171,14 +174,6 @@ def list_page(request: Request) -> Response:
     facts["charts"] = {stage: group for stage, group in charts.items() if group}
     is_training = any(row["now"] and row["now"]["state"] == "training" for row in rows)
     return page(200, is_training, facts)
-
-
-def kept_comparison(runs: list[str], stage: str) -> list[tuple[str, str, str]]:
-    def make():
-        found = [kept_stage(run, stage) for run in runs]
-        return list(plots.compared(found, plots.draw))
-
-    return CHARTS.get((base_dir(), stage, tuple(runs)), sources(runs, stage), make)
 
 
 def script(_: Request) -> Response:

@@ -27,7 +27,7 @@ MOST_POINTS = 1_000  # of a curve: more than a screen shows
 NEEDED = {"train": ("step", "tokens", "step_secs", "elapsed_secs"), "eval": ("step",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """The tokenizer or a training stage, with the evaluations of what it made."""
 

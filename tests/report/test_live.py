@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -87,26 +88,37 @@ def test_a_page_follows_its_file_and_leaves_out_a_line_that_is_being_written(run
     assert "step 5 of 20" in site.get("/report/a").text
 
 
-def test_what_is_slow_to_make_is_made_seldom(runs):
-    write(runs / "file", "1")
+def busy(secs):
+    began = time.thread_time()
+    while time.thread_time() < began + secs:
+        pass
+
+
+def test_what_is_slow_to_make_is_made_seldom():
     kept, made = live.Kept(), []
 
     def make():
-        began = time.thread_time()
-        while time.thread_time() < began + 0.02:
-            pass
+        busy(0.02)
         made.append(time.monotonic())
         return len(made)
 
-    while len(made) < 3:  # the file never rests
-        write(runs / "file", "1" * (1 + time.monotonic_ns() % 1000))
-        kept.get("key", [runs / "file"], make)
+    while len(made) < 3:  # its source never rests
+        kept.get("name", time.monotonic(), make)
     assert made[2] - made[1] >= 0.02 / live.SHARE
     time.sleep(0.5)
-    kept.get("key", [runs / "file"], make)
-    before = len(made)
-    time.sleep(0.5)
-    assert kept.get("key", [runs / "file"], make) == before == len(made)  # it rests
+    assert [kept.get("name", "rests", make) for _ in range(3)] == [4, 4, 4]
+
+
+def test_curves_come_to_the_last_step_though_reading_is_slow(runs, site, monkeypatch):
+    def slow(*args):
+        busy(0.02)
+        return read_stage(*args)
+
+    monkeypatch.setattr(live, "read_stage", slow)
+    for done, wait in ((2, 0.0), (3, 0.0), (3, 0.6)):
+        write_stage(runs / "a", "base", steps(done)) if not wait else time.sleep(wait)
+        page = site.get("/report/a").text
+    assert "(2, 9.3)" in page  # the moving average of step 2
 
 
 @pytest.mark.parametrize("begun", [(), ("tokenizer",), ("tokenizer", "base")])
@@ -236,3 +248,33 @@ def test_a_port_that_is_taken_is_one_line(served):
     command = [sys.executable, "scripts/report.py", "--serve", f"--port={port}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and port in done.stderr
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+def test_in_a_browser_the_page_follows_and_the_reader_keeps_the_place(served, runs):
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="finds barriers")
+    address, process, _ = served
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab, wrong = browser.new_page(viewport={"width": 400, "height": 500}), []
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.goto(address)
+        place = (
+            "[scrollY, document.querySelectorAll('[open]').length, document.activeElement.nodeName]"
+        )
+        tab.evaluate("document.querySelector('details:last-of-type').open = true; scrollTo(0, 900)")
+        tab.evaluate("document.querySelector('summary').focus({ preventScroll: true })")
+        before = tab.evaluate(place)
+        write_stage(runs / "tiny", "base", steps(12))
+        driver.expect(tab.locator(".now")).to_contain_text("step 12 of 20", timeout=20_000)
+        assert tab.evaluate(place) == before and before[1:] == [1, "SUMMARY"]
+        assert not axe.Axe().run(tab).response["violations"] and not wrong
+        process.terminate()
+        driver.expect(tab.locator("#gone")).to_be_visible(timeout=20_000)
+        browser.close()
