@@ -191,12 +191,13 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     if run.is_main:
         write_json(folder / "config.json", config.to_dict())
     run.keep_derived()
+    # The rate of on-policy steps says nothing of later ones: it counts the time of sampling.
+    later_tokens = 0.0 if stage.on_policy else plan.later_tokens(config, name)
+    info.values["later_tokens"] = later_tokens
     flops, peak = _tell_cost(stage, info, record)
     first, steps = int(state.step), parse_steps(config.run.profile)
     tracker = config.run.tracker, config.run.name
     metrics = MetricsLog(folder / "metrics.jsonl", first, *tracker, run.is_main)
-    # The rate of on-policy steps says nothing of later ones: it counts the time of sampling.
-    later_tokens = 0.0 if stage.on_policy else plan.later_tokens(config, name)
     console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
     with closing(metrics), closing(console):
