@@ -96,8 +96,7 @@ def main() -> int:
         able = [tool for tool in tools if tool != "none"]
         engine = make_engine(model, own, tokenizer, base=base, tools=able, **sizes)
         engine.load(params)
-        with progress_bar(f"compiling, engine {number + 1} of {copies}") as progress:
-            engine.warm_up(progress)
+        engine.warm_up(progress_bar(f"compiling, engine {number + 1} of {copies}"))
         engines.append(engine)
     limits = {"max_queue": args.max_queue, "per_client": args.per_client}
     pool = Pool(engines, **limits, timeout_secs=args.timeout_secs)
