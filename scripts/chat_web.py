@@ -104,8 +104,8 @@ def main() -> int:
     app = server.make_app(pool, tokenizer, made, access, int(time.time()))
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    log(f"ready after {time.monotonic() - began:.1f} s: {made.id} at http://{shown}:{port}")
-    server.serve(app, pool, sock)
+    greeting = f"ready after {time.monotonic() - began:.1f} s: {made.id} at http://{shown}:{port}"
+    server.serve(app, pool, sock, greeting)
     return 0
 
 

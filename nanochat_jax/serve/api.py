@@ -18,7 +18,7 @@ from starlette.types import Scope
 from nanochat_jax.common import log
 from nanochat_jax.inference.scheduler import Completion
 from nanochat_jax.serve import schema
-from nanochat_jax.serve.answers import FINISH, Answer, Delta, Envelope, echo, join, usage
+from nanochat_jax.serve.answers import FINISH, Answer, Delta, Envelope, add_part, echo, usage
 from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody
 from nanochat_jax.serve.worker import RETRY_SECS, Pool, Refused, Ticket
 from nanochat_jax.tokenizer.bpe import Tokenizer
@@ -133,7 +133,9 @@ class Writing:
         chat = isinstance(body, ChatBody)
         logprobs = bool(body.logprobs) if chat else body.logprobs is not None
         self.envelope = Envelope(api.served.id, api.tokenizer, chat=chat, logprobs=logprobs)
-        self.answers = [Answer(api.tokenizer, body.stops, chat=chat) for _ in ticket.jobs]
+        self.answers = [
+            Answer(api.tokenizer, body.stops, chat=chat, scored=logprobs) for _ in ticket.jobs
+        ]
         self.echoed: set[int] = set()  # texts whose prompt is out
         self.num_prompt = sum(len(ids) for ids, _ in prompts)
 
@@ -220,7 +222,9 @@ class Writing:
         choices = []
         for index, deltas in enumerate(seen):
             text = "".join(delta.text for delta in deltas)
-            parts = join([part for delta in deltas for part in delta.parts])
+            parts: list[dict[str, Any]] = []
+            for part in (part for delta in deltas for part in delta.parts):
+                add_part(parts, part)
             parts = [{"type": part["type"], "text": part["text"]} for part in parts]
             scores = [score for delta in deltas for score in delta.scores]
             one = Delta(text, parts, scores, deltas[-1].finish)

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat_jax.common import UserError
+from nanochat_jax.common import UserError, log
 from nanochat_jax.serve import markdown, schema
 from nanochat_jax.serve.api import Api, Meter, Served
 from nanochat_jax.serve.guard import Guard, error_response
@@ -183,9 +183,14 @@ def _serve_file(app: FastAPI, path: str, file: Path) -> None:
 class Server(uvicorn.Server):
     """uvicorn that finishes the answers when it is asked to end, and ends when asked again."""
 
-    def __init__(self, config: uvicorn.Config, pool: Pool):
-        super().__init__(config)
-        self.pool, self.asked = pool, 0
+    def __init__(self, app: FastAPI, pool: Pool, greeting: str = ""):
+        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=FLUSH_SECS, **quiet))
+        self.pool, self.greeting, self.asked = pool, greeting, 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        log(self.greeting)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.asked += 1
@@ -224,20 +229,12 @@ def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str]) -
     return Access(key, (), tuple(origins))
 
 
-def http_server(app: FastAPI, pool: Pool) -> Server:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=FLUSH_SECS,
-    )
-    return Server(config, pool)
+def serve(app: FastAPI, pool: Pool, sock: socket.socket, greeting: str) -> None:
+    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one.
 
-
-def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one."""
-    server = http_server(app, pool)
+    greeting: a line for the log, once clients are heard.
+    """
+    server = Server(app, pool, greeting)
     server.run(sockets=[sock])
     if server.force_exit:
         os._exit(1)  # threads of engines may be in the middle of a step

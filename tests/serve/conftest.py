@@ -22,7 +22,7 @@ from nanochat_jax.inference.scheduler import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access, http_server, make_app, open_socket
+from nanochat_jax.serve.server import Access, Server, make_app, open_socket
 from nanochat_jax.serve.worker import Pool
 
 MAX_LEN = 160
@@ -155,7 +155,7 @@ def serving(engines, tokenizer, *, stage="sft", access=None, tools=("none",), **
     served = Served("test", stage, 7, engines[0].max_len, vocab, tools)
     app = make_app(pool, tokenizer, served, access or Access(hosts=("127.0.0.1",)))
     sock = open_socket("127.0.0.1", 0)
-    server = http_server(app, pool)
+    server = Server(app, pool, "listening")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     while not server.started:

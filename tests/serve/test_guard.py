@@ -103,6 +103,7 @@ def test_too_many_characters_are_400_before_they_are_tokenized(serve):
 def test_logs_have_no_text_and_no_key(serve, capfd):
     server = serve(access=Access("s3cret", HOSTS))
     server.key = "s3cret"
+    capfd.readouterr()
     server.chat("words of mine")
     server.post("/v1/completions?words=mine", {"prompt": "words of mine"})
     server.get("/v1/words%0Aof%0Amine")
@@ -143,7 +144,7 @@ pool = Pool([Scripted(tokenizer, step_secs=0.02)], max_queue=4, per_client=4, ti
 app = make_app(pool, tokenizer, Served("test", "sft", 7, 160, 265, ("none",)), Access())
 sock = open_socket("127.0.0.1", 0)
 print("port", sock.getsockname()[1], flush=True)
-serve(app, pool, sock)
+serve(app, pool, sock, "listening")
 """
 
 
