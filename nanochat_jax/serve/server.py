@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from nanochat_jax.tokenizer.bpe import Tokenizer
 PAGE = Path(__file__).parent / "page"
 PAGE_SUFFIXES = (".html", ".css", ".js", ".svg")
 FLUSH_SECS = 10  # at the end, for clients to fetch what is written
+IDLE_SECS = 60  # after which a connection closes; clients ask several times over one
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,8 +68,11 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_):
         pool.start()
-        yield
-        await pool.close()
+        with renderer:
+            yield
+            await pool.close()
+
+    renderer = ThreadPoolExecutor(1, "render")  # of its own: Markdown holds up nothing else
 
     app = FastAPI(
         title="nanochat-jax",
@@ -126,7 +131,8 @@ def make_app(
     @app.post("/render")
     async def render(body: schema.RenderBody):
         schema.check_chars([body.text])
-        return {"html": await asyncio.to_thread(markdown.render, body.text)}
+        loop = asyncio.get_running_loop()
+        return {"html": await loop.run_in_executor(renderer, markdown.render, body.text)}
 
     @app.get("/health")
     async def health():
@@ -184,8 +190,15 @@ class Server(uvicorn.Server):
     """uvicorn that finishes the answers when it is asked to end, and ends when asked again."""
 
     def __init__(self, app: FastAPI, pool: Pool, greeting: str = ""):
-        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=FLUSH_SECS, **quiet))
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=IDLE_SECS,
+            timeout_graceful_shutdown=FLUSH_SECS,
+        )
+        super().__init__(config)
         self.pool, self.greeting, self.asked = pool, greeting, 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -56,7 +56,6 @@ class Ticket:
     client: str
     deadline: float  # of time.monotonic()
     jobs: list[Job] = field(default_factory=list)
-    open: int = 0  # texts that have not ended
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
 
     async def next(self, timeout: float | None = None) -> Piece | None:
@@ -194,7 +193,7 @@ class Pool:
                 f"{self.clients[client]} answers for this client are being written or wait, at "
                 f"most {self.per_client} may; ask again when one has ended",
             )
-        ticket = Ticket(client, time.monotonic() + self.timeout_secs, open=len(requests))
+        ticket = Ticket(client, time.monotonic() + self.timeout_secs)
         self.clients[client] += len(requests)
         for index, request in enumerate(requests):
             alive = [worker for worker in self.workers if not worker.error]
@@ -212,7 +211,6 @@ class Pool:
                 continue  # buried meanwhile
             if piece.finish:
                 job.worker.jobs.remove(job)
-                job.ticket.open -= 1
                 self.clients[job.ticket.client] -= 1
                 if not self.clients[job.ticket.client]:
                     del self.clients[job.ticket.client]
