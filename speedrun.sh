@@ -55,10 +55,30 @@ main() {
   number=0 child="" interrupted=""
   trap 'pass_signal INT' INT
   trap 'pass_signal TERM' TERM HUP
+  watch
   stages
-  printf '\nAll done in %s. Talk to it:' "$(duration $SECONDS)"
-  printf ' %q' "$PY" "$ROOT/scripts/chat_cli.py" "${arguments[@]}"
-  echo
+  printf '\nAll done in %s. Talk to it in the browser, or here:\n' "$(duration $SECONDS)"
+  local script
+  for script in chat_web.py chat_cli.py; do
+    printf ' %q' "$PY" "$ROOT/scripts/$script" "${arguments[@]}"
+    echo
+  done
+}
+
+watch() { # a page about the run, on a free port of this machine; it prints its address
+  if [[ "${SLURM_PROCID:-}${OMPI_COMM_WORLD_RANK:-}${JOB_COMPLETION_INDEX:-}" == *[1-9]* ]]; then
+    return # of several processes one shows it
+  fi
+  in_own_job report.py --serve --port=0 --until=$$ "${arguments[@]}"
+  # The run neither waits for it nor depends on it; whatever ends the run ends it too.
+  trap "kill $child 2>/dev/null || true" EXIT
+}
+
+in_own_job() { # script and arguments -> $child; a kill, a closed terminal or Ctrl-C come from us
+  set -m
+  "$PY" "$ROOT/scripts/$1" "${@:2}" &
+  child=$!
+  set +m
 }
 
 pick_recipe() { # number of GPUs -> $recipe, $reason
@@ -80,10 +100,7 @@ stage() { # what it does, script and arguments ... ; stops everything unless it 
   local what=$1 script=$2 start=$SECONDS status=0
   local name="[$((number += 1))/$(declare -f stages | grep -c 'stage "')]"
   printf '\n%s %s (%s since the start)\n' "$name" "$what" "$(duration $SECONDS)"
-  set -m # a job of its own: a kill, a closed terminal or Ctrl-C come from us, and it can save
-  "$PY" "$ROOT/scripts/$script" "${@:3}" "${arguments[@]}" &
-  child=$!
-  set +m
+  in_own_job "$script" "${@:3}" "${arguments[@]}"
   signalled=yes
   while [[ -n "$signalled" ]]; do # a signal ends `wait`, while the stage is still saving
     signalled="" status=0

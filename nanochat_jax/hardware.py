@@ -62,12 +62,8 @@ ACCELERATORS = (
     Accelerator(("v100", "pcie"), 112e12, 16 * GB, 900e9, 0.55),
     Accelerator(("v100",), 125e12, 16 * GB, 900e9, 0.55),
     Accelerator(("t4",), 65e12, 16 * GB, 300e9, 0.35),
-    Accelerator(("mi325x",), 1307.4e12, 256 * GB, 6.0e12, 2.50),
-    Accelerator(("mi300x",), 1307.4e12, 192 * GB, 5.3e12, 2.50),
     Accelerator(("tpu", "v6", "lite"), 918e12, 32 * GB, 1.64e12, 2.70),
-    Accelerator(("tpu", "v6e"), 918e12, 32 * GB, 1.64e12, 2.70),
     Accelerator(("tpu", "v5", "lite"), 197e12, 16 * GB, 819e9, 1.20),
-    Accelerator(("tpu", "v5e"), 197e12, 16 * GB, 819e9, 1.20),
     Accelerator(("tpu", "v5p"), 459e12, 95 * GB, 2.765e12, 4.20),
     Accelerator(("tpu", "v5"), 459e12, 95 * GB, 2.765e12, 4.20),
     Accelerator(("tpu", "v4"), 275e12, 32 * GB, 1.228e12, 3.22),
@@ -91,11 +87,8 @@ def usd_per_hour(device_kind: str, platform_name: str = "gpu") -> float | None:
 
 
 def compute_ceiling(platform: str, device_kind: str, num_devices: int) -> tuple[float | None, str]:
-    """FLOP/s that all devices together can reach (what MFU divides by), and what that number is.
-
-    CPU "devices" are slices of one machine, so its measured rate is not multiplied by their number.
-    """
-    if platform == "cpu":
+    """FLOP/s that all devices together can reach (what MFU divides by), and what that number is."""
+    if platform == "cpu":  # its "devices" are slices of one machine
         return measured_matmul_flops(), "measured float32 matmul rate of this machine"
     if row := find_accelerator(device_kind):
         return row.peak_flops * num_devices, f"bfloat16 peak of {num_devices} x {device_kind}"
@@ -140,21 +133,18 @@ def describe() -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
-    driver, gpu_memory = nvidia_driver_and_memory() if device.platform == "gpu" else (None, None)
-    row = find_accelerator(device.device_kind)
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
-        "device_memory_bytes": gpu_memory or (int(row.memory_bytes) if row else None),
-        "driver": driver,
+        "driver": nvidia_driver() if device.platform == "gpu" else None,
         "cpu_model": cpu_model(),
         "cpu_cores": cpu_cores(),
         "memory_bytes": memory_bytes(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
 
@@ -162,13 +152,6 @@ def cpu_model() -> str | None:
     info = Path("/proc/cpuinfo")  # Linux
     found = re.search(r"model name\s*: *(.+)", info.read_text() if info.exists() else "")
     return found[1] if found else platform.processor() or platform.machine() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_cores() -> int:
@@ -198,12 +181,11 @@ def _numbers(limit_file: Path) -> list[int]:
         return []
 
 
-def nvidia_driver_and_memory() -> tuple[str | None, int | None]:
-    """Driver version and bytes of the first NVIDIA GPU; None where nvidia-smi does not tell."""
-    ask = "nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader,nounits".split()
+def nvidia_driver() -> str | None:
+    """Its version; None where nvidia-smi does not tell."""
+    ask = "nvidia-smi --query-gpu=driver_version --format=csv,noheader".split()
     try:
         said = subprocess.check_output(ask, stderr=subprocess.DEVNULL, text=True, timeout=10)
-        driver, mebibytes = said.splitlines()[0].split(",")
-        return driver, int(mebibytes) * 2**20
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return None, None
+        return said.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None

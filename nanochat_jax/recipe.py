@@ -1,8 +1,5 @@
 """From the few numbers a recipe states to all the numbers a run needs, each with its formula.
 
-depth -> width -> parameters -> horizon -> batch -> learning rates, decay, steps. Nothing here
-touches a device.
-
 Scaling of the modern recipe: batch grows with the horizon^0.383 (arXiv 2505.13738), learning rates
 with the square root of the batch, decay so that batch/(lr * decay * horizon) stays what it is at
 depth 12 (arXiv 2405.13698).
@@ -34,26 +31,21 @@ LEAST |= dict.fromkeys("max_new_tokens chat_slots chat_samples chat_max_new_toke
 
 class Derived(NamedTuple):
     key: str
-    value: object
+    text: str  # its value
     formula: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.value:,}" if isinstance(self.value, int) else f"{self.value}"
 
 
 def resolve(config: Recipe, *, platform: str, num_devices: int) -> list[Derived]:
-    """Fill the keys that are None, in place; UserError for values that no run can have.
-
-    platform: "cpu" or "gpu".
-    """
+    """Fill the keys that are None, in place; UserError for values that no run can have. platform:
+    cpu or gpu."""
     _check_values(config)
     derived: list[Derived] = []
 
     def fill(section: str, key: str, value, formula: str) -> None:
         if config[section][key] is None:
             config[section][key] = value
-            derived.append(Derived(f"{section}.{key}", value, formula))
+            text = f"{value:,}" if isinstance(value, int) else value
+            derived.append(Derived(f"{section}.{key}", text, formula))
 
     m, b, gpu = config.model, config.base, platform == "gpu"
     fill("model", "model_dim", *model_dim(m.depth, m.aspect_ratio, m.head_dim, m.round_width))
@@ -89,10 +81,10 @@ def _check_values(config: Recipe) -> None:
 
 
 def model_dim(depth: int, aspect_ratio: int, head_dim: int, round_width: bool) -> tuple[int, str]:
-    width = depth * aspect_ratio
+    width, formula = depth * aspect_ratio, "depth * aspect_ratio"
     if not round_width:
-        return width, "depth * aspect_ratio"
-    return -(-width // head_dim) * head_dim, "depth * aspect_ratio, up to a multiple of head_dim"
+        return width, formula
+    return -(-width // head_dim) * head_dim, f"{formula}, up to a multiple of head_dim"
 
 
 def num_heads(width: int, head_dim: int, round_width: bool) -> tuple[int, str]:
@@ -198,9 +190,7 @@ def _at_depth(config: Recipe, depth: int) -> Recipe:
 
 def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: str) -> None:
     """UserError if `what` was made with another recipe, both flat; prints the changes allowed.
-
-    may_change: keys, or prefixes of keys, that decide where and how often but never what.
-    """
+    may_change: keys, or prefixes of keys, that decide where and how often but never what."""
     refused = []
     for key in [key for key in before | now if key not in REMOVED]:
         was, value = _plain(before.get(key)), _plain(now.get(key))
@@ -210,7 +200,8 @@ def refuse_changes(before: dict, now: dict, may_change: tuple[str, ...], what: s
         elif was != value:
             refused.append(line)
     if refused:
-        how = f"take back, or choose another --config.run.name; may change: {', '.join(may_change)}"
+        allowed = f" (may change: {', '.join(may_change)})" if may_change else ""
+        how = f"take these back, or choose another --config.run.name{allowed}"
         raise UserError(f"{what} was made with another recipe: {'; '.join(refused)}; {how}")
 
 
@@ -220,5 +211,4 @@ def flat_json(config: Recipe, prefix: str) -> dict:
 
 
 def _plain(value):
-    """As it comes back from JSON."""
     return list(value) if isinstance(value, tuple) else value

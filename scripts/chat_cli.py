@@ -48,7 +48,7 @@ def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
     args, config = arguments(rest), load(path, overrides)
     from nanochat_jax.inference.checkpoint import make_engine, open_model  # JAX takes long
-    from nanochat_jax.inference.scheduler import Request
+    from nanochat_jax.inference.request import Request
     from nanochat_jax.serve.terminal import Chat, Screen
 
     settings = Request((), args.max_new_tokens, args.temperature, args.top_k, seed=args.seed)

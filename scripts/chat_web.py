@@ -71,6 +71,7 @@ def main() -> int:
 
     from nanochat_jax.inference.checkpoint import make_engine, open_model
     from nanochat_jax.model.sharding import make_mesh
+    from nanochat_jax.report import live
     from nanochat_jax.serve.worker import Pool
     from nanochat_jax.stages.evals import progress_bar
 
@@ -102,10 +103,17 @@ def main() -> int:
     pool = Pool(engines, **limits, timeout_secs=args.timeout_secs)
     made = server.Served(config.run.name, found.stage, found.step, max_len, model.vocab_size, tools)
     app = server.make_app(pool, tokenizer, made, access, int(time.time()))
+    app.router.routes.extend(live.ROUTES)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    greeting = f"ready after {time.monotonic() - began:.1f} s: {made.id} at http://{shown}:{port}"
-    server.serve(app, pool, sock, greeting)
+    url = f"http://{shown}:{port}"
+    server.serve(
+        app,
+        pool,
+        sock,
+        f"ready after {time.monotonic() - began:.1f} s: {made.id}\n"
+        f"  chat, and OpenAI's API under /v1: {url}\n  report, and all runs: {url}/report",
+    )
     return 0
 
 

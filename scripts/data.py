@@ -1,13 +1,10 @@
 """Look after the training text.
 
-  python scripts/data.py list                               the datasets, what of them is here
-  python scripts/data.py ensure --config=configs/demo.py    have config.data.name, however it comes
-  python scripts/data.py download --config=configs/d20.py --config.data.num_shards=8
-  python scripts/data.py pack --config.data.local_dir=FOLDER
-  python scripts/data.py demo
-
-download fetches training shards and the validation shard, and continues what was interrupted. pack
-makes shards of your own .parquet, .jsonl, .txt and .md files, demo the demo's: again if need be.
+python scripts/data.py list                               the datasets, what of them is here
+python scripts/data.py ensure --config=configs/demo.py    have config.data.name, however it comes
+python scripts/data.py download --config=configs/d20.py --config.data.num_shards=8
+python scripts/data.py pack --config.data.local_dir=FOLDER    make shards of your own text
+python scripts/data.py demo                               make the demo's shards
 """
 
 import sys

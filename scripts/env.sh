@@ -1,7 +1,6 @@
 # Sourced by speedrun.sh and scripts/test.sh; works with bash 3.2. `ensure_env demo dev` sets $PY to a
-# Python that has the package and these extras. It makes ./.venv when that is missing and brings it up
-# to date when pyproject.toml or the constraints changed: with uv where that is installed, else with
-# venv and pip. From the environment:
+# Python that has the package and these extras. It makes ./.venv, and brings it up to date, with uv
+# where that is installed, else with venv and pip. From the environment:
 #   PYTHON=python3.12         the interpreter to make ./.venv with
 #   NANOCHAT_PYTHON=/a/python use this one as it is, and make nothing
 
@@ -21,12 +20,10 @@ duration() { # of so many seconds, as hours:minutes:seconds
 count_gpus() { # NVIDIA GPUs that this run may use
   local visible="${CUDA_VISIBLE_DEVICES-all}" total
   total=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || total=0
-  if [[ ! "${JAX_PLATFORMS:-cuda}" =~ cuda|gpu || "$visible" =~ ^(-1|NoDevFiles)?$ ]]; then
-    total=0
-  elif [[ "$visible" != all ]] && ((total > 0)); then
-    total=$(tr ',' '\n' <<<"$visible" | grep -c .)
+  if [[ ! "${JAX_PLATFORMS:-cuda}" =~ cuda|gpu || "$visible" =~ ^(-1|NoDevFiles)?$ ]]; then total=0; fi
+  if [[ "$visible" == all ]] || ((total == 0)); then echo "$total"; else
+    tr ',' '\n' <<<"$visible" | grep -c .
   fi
-  echo "$total"
 }
 
 version_of() { # "3.11.7" of an interpreter; fails when it does not run
@@ -69,9 +66,8 @@ make_venv() {
     command=(uv venv --quiet --python "${PYTHON:->=3.$MIN_MINOR,<3.15}")
   else
     [[ -n "${PYTHON:-}" ]] || pythons+=(python3.13 python3.12 python3.11 python3.14)
-    for python in "${pythons[@]}"; do
+    for python in "${pythons[@]}" ""; do
       version=$(version_of "$python") && version=${version#3.} && ((${version%%.*} >= MIN_MINOR)) && break
-      python=""
     done
     [[ -n "$python" ]] ||
       die "${PYTHON:-python3} is no Python 3.$MIN_MINOR or newer; install one (PYTHON=... names it), or uv"

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanochat_jax import hardware
 from nanochat_jax.common import UserError, log, run_main, write_json
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.launch.runtime import start_runtime
 from nanochat_jax.model import fp8
 from nanochat_jax.model.attention_check import check_attention
@@ -246,7 +247,7 @@ def difference(a, b, tolerance: float) -> float:
     return found
 
 
-def main(make_parts=make_parts) -> None:
+def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--budget", type=float, default=450.0, help="seconds, for everything")
@@ -266,9 +267,9 @@ def main(make_parts=make_parts) -> None:
     watch.daemon = True
     watch.start()
     secs = (6.0 if on_gpu() else 1.0) if args.secs is None else args.secs
-    parts = make_parts(secs, args.out)
-    chosen = [p for p in parts if not args.parts or any(word in p.name for word in args.parts)]
-    run_parts(chosen, results, args.budget)
+    words = args.parts or [""]
+    parts = [p for p in make_parts(secs, args.out) if any(word in p.name for word in words)]
+    run_parts(parts, results, args.budget)
     watch.cancel()
     results.show()
     os._exit("FAILED" in results.parts.values())  # not to wait for what may still be compiling

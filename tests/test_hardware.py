@@ -1,7 +1,6 @@
 """Which accelerator a name means, and what this machine tells about itself."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,16 +53,6 @@ def test_fp8_is_accepted_from_hopper_on(kind, capability, dtype, accepted):
             hardware.check_fp8(device, dtype)
 
 
-def test_measured_rate_is_of_this_machine_however_many_fake_devices_it_has():
-    flops, a, secs = hardware.measured_matmul_flops(), np.ones((768, 768), np.float32), []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        secs.append(time.perf_counter() - start)
-    assert 1 / 30 < flops / (2 * 768**3 / min(secs)) < 30
-    assert compute_ceiling("cpu", "cpu", 8)[0] == flops
-
-
 def test_describe_is_json_and_counts_the_fake_devices():
     machine = json.loads(json.dumps(hardware.describe()))
     assert (machine["platform"], machine["num_devices"], machine["num_processes"]) == ("cpu", 8, 1)
@@ -71,19 +60,12 @@ def test_describe_is_json_and_counts_the_fake_devices():
     assert 1 <= machine["cpu_cores"] <= 4096 and 2**28 < machine["memory_bytes"] < 2**50
 
 
-@pytest.mark.parametrize(
-    ("script", "told"),
-    [
-        ("echo '570.86.15, 81559'; echo '570.86.15, 81559'", ("570.86.15", 81559 * 2**20)),
-        ("echo 'No devices were found'; exit 6", (None, None)),
-        ("echo '570.86.15, [N/A]'", (None, None)),
-    ],
-)
-def test_driver_and_memory_come_from_nvidia_smi(tmp_path, monkeypatch, script, told):
+@pytest.mark.parametrize("script, told", [("echo 570.86.15", "570.86.15"), ("exit 6", None)])
+def test_the_driver_comes_from_nvidia_smi(tmp_path, monkeypatch, script, told):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert hardware.nvidia_driver_and_memory() == told
+    assert hardware.nvidia_driver() == told
 
 
 @pytest.mark.parametrize("quota, cpus", [("100000", 1), ("50000", 1), ("-1", hardware.cpu_cores())])

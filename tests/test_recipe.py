@@ -16,11 +16,11 @@ def resolved(name: str, platform: str = "cpu", num_devices: int = 1, **overrides
 
 def test_what_was_derived_is_told_and_what_was_given_is_kept():
     config, derived = resolved("d20.py", model__num_heads=20)
-    told = {d.key: d.value for d in derived}
+    told = {d.key: d.text for d in derived}
     assert config.model.num_heads == 20 and "model.num_heads" not in told
-    assert told["model.model_dim"] == 20 * 64
+    assert told["model.model_dim"] == "1,280" and config.model.model_dim == 20 * 64
     # 20 tokens for each of 560,988,160 parameters, 2^19 a step.
-    assert told["base.num_steps"] == 20 * 560_988_160 // 2**19 == config.base.num_steps
+    assert config.base.num_steps == 20 * 560_988_160 // 2**19
     assert recipe.resolve(config, platform="cpu", num_devices=1) == []
 
 

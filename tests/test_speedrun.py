@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,10 @@ class Clone:
         return self.bash("-c", code, "-", f"{self.root}/scripts/env.sh", *extras, **env)
 
     def calls(self) -> list[str]:
-        """What was called since the last time we asked."""
+        """What was called since the last time we asked, without the page that comes and goes."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.write_text("")
-        return lines
+        return [line for line in lines if "--serve" not in line]
 
 
 def stages(calls: list[str]) -> list[str]:
@@ -120,8 +121,10 @@ def test_every_stage_gets_the_same_recipe_and_overrides(clone):
     assert stages(calls) == STAGES
     assert all((ROOT / "scripts" / name).is_file() for name in STAGES)
     assert re.findall(r"chat_stage=(\w+)", " ".join(calls)) == ["mid", "sft", "rl"]
-    talk = shlex.split(done.stdout.splitlines()[-1])  # the command to talk to the model
-    assert talk[-4:] == [f"{clone.root}/scripts/chat_cli.py", *given]
+    for name, line in zip(
+        ("chat_web.py", "chat_cli.py"), done.stdout.splitlines()[-2:], strict=True
+    ):
+        assert shlex.split(line)[-4:] == [f"{clone.root}/scripts/{name}", *given]
 
 
 @pytest.mark.parametrize(("status", "script"), [(75, "train.py"), (3, "tok_train.py")])
@@ -142,14 +145,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_reaches_the_stage_and_its_status_is_kept(clone, sent):
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        LISTENING,
-        clone.bin / "bash",
-        clone.root / "speedrun.sh",
-    ]
+    command = [sys.executable, "-I", "-c", LISTENING, clone.bin / "bash"]
+    command += [clone.root / "speedrun.sh"]
     env = {"STOPS": "train.py", "HOW": WAITS, "NANOCHAT_PYTHON": clone.env["STUB_PYTHON"]}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, env=clone.env | env, **pipes) as process:
@@ -159,6 +156,38 @@ def test_signal_reaches_the_stage_and_its_status_is_kept(clone, sent):
         process.send_signal(sent)
         assert process.wait(timeout=20) == 75
     assert stages(clone.calls()) == STAGES[:4]
+
+
+PAGE = """#!/bin/sh
+case "$1 $2" in *version_info*) echo 3.12.1; exit ;; esac
+case "$*" in
+  *--serve*)
+    echo "$*" >>"$CALLS"
+    trap 'echo ended >>"$CALLS"; exit 9' TERM
+    sleep 9 >/dev/null 2>&1 & wait $! ;;
+  *data.py*) for i in 1 2 3 4 5 6 7 8 9; do grep -qs serve "$CALLS" || sleep 0.2; done ;;
+  *train.py*) exit 75 ;;
+esac
+"""
+
+
+def test_the_page_about_the_run_ends_with_it_and_leaves_its_status_alone(clone):
+    clone.script("a python", PAGE)
+    assert clone.run("--config=configs/tiny.py").returncode == 75
+    for _ in range(100):  # what is asked to end may take a moment
+        lines = clone.calls_file.read_text().splitlines()
+        if "ended" in lines:
+            break
+        time.sleep(0.1)
+    assert re.fullmatch(r".*report.py --serve --port=0 --until=\d+ --config=.*/tiny.py", lines[0])
+    assert lines[1:] == ["ended"]
+
+
+def test_of_several_processes_one_shows_the_page(clone):
+    clone.script("a python", PAGE)
+    for rank, shown in (("10", False), ("0", True)):
+        assert clone.run("--config=configs/tiny.py", SLURM_PROCID=rank).returncode == 75
+        assert clone.calls_file.exists() == shown
 
 
 @pytest.mark.parametrize("words", [["--depth=4"], ["--config=configs/no.py"], ["--config"]])

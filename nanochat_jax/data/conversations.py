@@ -132,8 +132,7 @@ def load_or_render(folder: Path, fingerprint: dict, make: Callable[[], Rendered]
 def row_ranges(
     offsets: np.ndarray, row_tokens: int, packing: str, buffer: int = BUFFER
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ranges [N, 2], first [rows + 1]): row r is the tokens of ranges[first[r]:first[r + 1]], one
-    after another, at most `row_tokens` (seq_len + 1)."""
+    """(ranges [N, 2], first [rows + 1]): row r is the tokens of ranges[first[r]:first[r + 1]]."""
     if packing not in PACKINGS:
         raise UserError(f"packing got {packing!r}, expected one of {', '.join(PACKINGS)}")
     if packing == "stream":  # the last token of a row is the next one's first input
@@ -151,7 +150,7 @@ def row_ranges(
 
 
 def _best_fit(lengths: list[int], row_tokens: int, buffer: int) -> Iterator[list[int]]:
-    """Groups of conversations, each a row; none is split, none is longer than a row."""
+    """The conversations of each row, by number."""
     waiting, incoming = Waiting(), iter(enumerate(lengths))
     group, room = [], row_tokens
     while True:
@@ -216,7 +215,7 @@ class ChatBatches(Iterator[dict[str, Any]]):
         return {"inputs": inputs, "targets": targets, "doc_ids": doc_ids, "epoch": 0}
 
     def width(self, number: int) -> int:
-        """Time steps of a batch: the same on all processes."""
+        """Time steps of a batch, the same on all processes."""
         if self._packing != "rows":
             return self._seq_len
         ranges = self._ranges[number * self._batch_rows :][: self._batch_rows]  # one a row
@@ -254,7 +253,4 @@ class ChatBatches(Iterator[dict[str, Any]]):
 
 def bucket(length: int, longest: int) -> int:
     """The width that holds `length`: MIN_WIDTH times a power of two, at most `longest`."""
-    width = MIN_WIDTH
-    while width < length:
-        width *= 2
-    return min(width, longest)
+    return min(MIN_WIDTH << ((int(length) - 1) // MIN_WIDTH).bit_length(), longest)

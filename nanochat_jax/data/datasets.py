@@ -2,8 +2,7 @@
 
     $NANOCHAT_BASE_DIR/data/<name>/shard_00000.parquet ...   and dataset.json, what is known of them
 
-Which shard is validation is fixed by name: here for what is downloaded, in dataset.json for what is
-made on this machine. It never depends on what else is on the disk, and is never a training shard.
+Which shard is validation is fixed by name and never depends on what else is on the disk.
 """
 
 from dataclasses import dataclass

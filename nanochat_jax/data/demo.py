@@ -4,9 +4,8 @@
     pydoc topics: the language reference that the interpreter brings along   --+--> documents
     docstrings of the standard library and of packages we depend on          --+
 
-Docstrings come from syntax trees of source files that are not run; only paragraphs of prose count.
-Conversations with profanity or anything that identifies a person are dropped whole. What is kept
-is a function of the installed packages alone. Words and patterns are in demo.toml.
+Docstrings come from syntax trees of source files that are not run. What is kept is a function of
+the installed packages alone. Words and patterns are in demo.toml.
 """
 
 import ast
@@ -57,6 +56,7 @@ _LIST_SECTION = _any_of(_LISTS["list_sections"], r"^{}[^\n]{{0,40}}:\s*$")
 _TYPING: dict[str, str] = _LISTS["typing"]
 _TYPING_RE = _any_of(_TYPING, r"\b{}\b(?!['-])")
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_words = re.compile(r"[a-z]+(?:'[a-z]+)?").findall
 _LAUGHTER = re.compile(r"\b(?:[ah]*(?:ha){2,}h?|(?:he){3,}|lo+l)\b", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z]+(?:['-][A-Za-z]+)*[\"')]*[.,;:!?]?\)?")
 
@@ -73,7 +73,6 @@ def build(directory: Path) -> None:
 
 
 def dataset_file() -> Path:
-    """The file of chitchat-dataset, if the package is installed."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -111,7 +110,7 @@ def talks(raw: dict[str, Any]) -> tuple[dict[str, list[tuple[str, str]]], frozen
         if is_decent(" \n ".join(chain(*texts))):
             speakers = [turn[0]["sender"] for turn in turns]
             kept[key] = list(zip(speakers, map(tidy_turn, texts), strict=True))
-            counts.update(set(_words(" ".join(text for _, text in kept[key]))))
+            counts.update(set(_words(" ".join(text for _, text in kept[key]).lower())))
     return kept, frozenset(word for word, count in counts.items() if count >= 3)
 
 
@@ -156,12 +155,8 @@ def _pieces_of_conversation(turns: list[str]) -> Iterator[list[str]]:
     yield piece
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
-
-
 def reads_like_english(text: str, known: frozenset[str]) -> bool:
-    words = _words(text)
+    words = _words(text.lower())
     if not words or len(set(words)) < 0.3 * len(words):
         return False
     letters = sum(char.isalpha() or char == " " for char in text)

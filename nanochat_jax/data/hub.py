@@ -32,6 +32,7 @@ BUNDLE = "eval_bundle"  # the folder inside the zip, and its name on our disk
 # The client's own error is derived from those of its HTTP library (which changes) and OSError.
 _NETWORK_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+WORKERS = 8  # files at a time
 WAITS_SECS = (5, 15, 30, 60)  # between our attempts, each of which is several of the client
 
 # Plain HTTP is what the tests cover; the chunk protocol also keeps a cache in the home directory.
@@ -39,12 +40,7 @@ constants.HF_HUB_DISABLE_XET = True
 
 
 def download(
-    repo_id: str,
-    names: Iterable[str],
-    directory: Path,
-    *,
-    workers: int = 8,
-    endpoint: str = constants.ENDPOINT,
+    repo_id: str, names: Iterable[str], directory: Path, *, endpoint: str = constants.ENDPOINT
 ) -> None:
     """Have the files `names` in `directory`, whole and verified; the caller has locked it."""
     manifest = read_manifest(directory) or {"repo_id": repo_id, "revision": "", "shards": {}}
@@ -80,7 +76,7 @@ def download(
     manifest["revision"], first = patiently(ask, missing[0])
     directory.mkdir(parents=True, exist_ok=True)
     log(f"{repo_id}: {len(missing)} shards of about {first['bytes'] / 1e6:,.0f} MB")
-    with ThreadPool(workers) as pool:  # its threads do not keep an interrupted process waiting
+    with ThreadPool(WORKERS) as pool:  # its threads do not keep an interrupted process waiting
         jobs = [(name, pool.apply_async(patiently, (fetch, name))) for name in missing]
         for name, job in jobs:
             while not job.ready():
@@ -92,10 +88,7 @@ def download(
 
 
 def eval_bundle(core_dir: str = "", url: str = BUNDLE_URL) -> Path:
-    """The folder of the tasks of CORE: `core_dir` if given, else upstream's zip, unpacked.
-
-    The server publishes no SHA-256: the size and the CRC of every file are checked.
-    """
+    """The folder of the tasks of CORE: `core_dir` if given, else upstream's zip, unpacked."""
     folder = Path(core_dir).expanduser() if core_dir else data_dir() / BUNDLE
     if not core_dir:
         with locked(folder):

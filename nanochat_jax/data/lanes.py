@@ -2,9 +2,8 @@
 
     Corpus --> documents of this lane --> tokens, some documents ahead --> packer --> rows
 
-A lane owns every num_lanes-th row group of the corpus (every num_lanes-th document when there are
-few row groups) and reads them in order, pass after pass. Its state is where it reads and the ids of
-the documents its packer holds; restoring tokenises those again.
+A lane owns every num_lanes-th row group of the corpus, or every num_lanes-th document when there
+are few. Its state is where it reads and which documents its packer holds.
 """
 
 from collections.abc import Iterator
@@ -51,7 +50,6 @@ class DataOrder:
                 raise UserError(f"got config.data.{name} = {value}, expected at least 1")
 
     def describe(self) -> dict[str, Any]:
-        """What a saved state must agree with to be continued."""
         names = ("seq_len", "packing", "buffer_docs", "num_lanes")
         return {"shards": self.corpus.fingerprint, **{name: getattr(self, name) for name in names}}
 
@@ -76,7 +74,6 @@ class Lane(Iterator[PackedRow]):
         return self._cursor[0]
 
     def __next__(self) -> PackedRow:
-        """The next packed row; a lane that is not endless stops when no row can be filled."""
         row = self._packer.next_row(self._documents)
         if row is None:
             raise StopIteration
@@ -97,7 +94,7 @@ class Lane(Iterator[PackedRow]):
         self._packer.restore(held, state["offset"])
 
     def _read(self) -> Iterator[Document]:
-        """The documents from the cursor on, which moves with them; empty ones are left out."""
+        """The documents that are not empty from the cursor on, which moves with them."""
         corpus, counts = self._order.corpus, self._counts
         epoch, first_group, first_row = self._cursor
         while True:
@@ -126,7 +123,7 @@ class Lane(Iterator[PackedRow]):
             epoch, first_group = epoch + 1, self._first_group
 
     def _rows(self, group: int, first_row: int) -> range:
-        """The lane's rows of a row group, those before `first_row` left out."""
+        """The lane's rows of a row group from `first_row` on."""
         _, _, num_documents, first_document = self._order.corpus.row_groups[group]
         first = (self._lane - first_document) % self._row_step
         read = -(-max(first_row - first, 0) // self._row_step)

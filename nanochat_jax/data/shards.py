@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,22 +119,17 @@ def _deal(
             number = text_hash(key)
             shard = 1 + (number - limit) * (len(files) - 1) // (HASH_RANGE - limit)
             opened[shard if number >= limit else 0].write(json.dumps([number, text]) + "\n")
+    dealt = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     if len(files) > 2 or all(file.stat().st_size for file in files):
-        for file in files:
-            yield [text for _, text in _read_lines(file)]
+        yield from ([text for _, text in documents] for documents in dealt)
         return
     # Of so few documents that one side got none, those with the smallest hash are validation.
-    few = [document for file in files for document in _read_lines(file)]
-    if len({number for number, _ in few}) < 2:
+    few = list(chain(*dealt))
+    first = min((number for number, _ in few), default=0)
+    if all(number == first for number, _ in few):
         raise UserError(
             f"got {len(few)} documents, expected at least two different ones, one for training "
             "and one for validation; add text"
         )
-    first = min(number for number, _ in few)
     yield [text for number, text in few if number == first]
     yield [text for number, text in few if number != first]
-
-
-def _read_lines(file: Path) -> list[tuple[int, str]]:
-    with file.open() as lines:
-        return [json.loads(line) for line in lines]

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from nanochat_jax.common import UserError
 
 TEXT_COLUMN = "text"
-_TEXT_TYPES = (pa.string(), pa.large_string())
 _MAKE_AGAIN = "run `python scripts/data.py download` (or `pack`, `demo`) with the same --config"
 # Lanes that share row groups need the same one at about the same time; two cover a boundary.
 _KEPT_ROW_GROUPS = 2
@@ -31,10 +30,7 @@ class RowGroup(NamedTuple):
 
 
 class Corpus:
-    """The documents of several shards, in the order of `paths`, addressed by (row group, row).
-
-    Row groups are numbered through all shards. Opening reads only the shards' footers.
-    """
+    """The documents of several shards, addressed by (row group, row). Opening reads the footers."""
 
     def __init__(self, paths: Sequence[Path]):
         if not paths:
@@ -49,11 +45,16 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when shards are added, removed, renamed or rewritten; blind to folders."""
-        return hashlib.sha256(b"".join(map(_tail, self.paths))).hexdigest()[:16]
+        """Of names, sizes and ends of the shards: footers have statistics of every column."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 65_536))
+                digest.update(f"{path.name} {size}\n".encode() + file.read())
+        return digest.hexdigest()[:16]
 
     def texts(self) -> Iterator[str]:
-        """All documents in order."""
         for group in range(len(self.row_groups)):
             yield from self.read(group)
 
@@ -73,7 +74,6 @@ class Corpus:
 
 
 def _row_group_sizes(path: Path) -> list[int]:
-    """Number of documents in each row group of a shard, from its footer."""
     try:
         with pq.ParquetFile(path) as file:
             groups = map(file.metadata.row_group, range(file.num_row_groups))
@@ -82,20 +82,15 @@ def _row_group_sizes(path: Path) -> list[int]:
         raise UserError(f"{path} does not exist; {_MAKE_AGAIN}") from None
     except (pa.ArrowException, OSError) as error:
         raise _corrupt_shard(path, error) from None
-    if TEXT_COLUMN not in schema.names or schema.field(TEXT_COLUMN).type not in _TEXT_TYPES:
+    if TEXT_COLUMN not in schema.names or schema.field(TEXT_COLUMN).type not in (
+        pa.string(),
+        pa.large_string(),
+    ):
         raise UserError(
             f"{path}: got columns {schema.names}, expected a string column named "
             f"{TEXT_COLUMN!r}; rename the column that holds the documents"
         )
     return sizes
-
-
-def _tail(path: Path) -> bytes:
-    """Name, size and end of a shard: its footer holds offsets and statistics of every column."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 65_536))
-        return f"{path.name} {size}\n".encode() + file.read()
 
 
 def _corrupt_shard(path: Path, error: Exception) -> UserError:

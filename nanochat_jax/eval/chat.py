@@ -26,7 +26,7 @@ from nanochat_jax.common import UserError, aligned, log
 from nanochat_jax.eval.passk import pass_at_k, pass_at_k_unbiased
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.history import PromptTooLong, fit_prompt
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import ROWS, num_row_shards
 from nanochat_jax.tasks.base import Conversation, Task

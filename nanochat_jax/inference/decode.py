@@ -38,7 +38,9 @@ class Piece(NamedTuple):
     ids: Column  # [n, T + 2]: the id before it (-1: none), T of the prompt, the one after it
     start: Column  # [n]: position of the first of the T
     count: Column  # [n]: how many of the T there are
-    slots: Column  # [n]: where the text lies; one that does not exist: nowhere
+    slots: Column  # [n]: where what lies before it is
+    targets: Column  # [m]: slots that get it; one that does not exist: none
+    source: Column  # [m]: which of the n they get
 
 
 class Scores(NamedTuple):
@@ -98,12 +100,12 @@ def extend(
 
     positions = start[:, None] + jnp.arange(ids.shape[1] - 2)
     x, new = model.run(ids[:, 1:-1], positions=positions, previous=ids[:, :-2], attend=attend)
-    rows = kv_cache.merge(old, new, start, jnp.asarray(piece.count))
-    scores = None
+    count, targets = jnp.asarray(piece.count), jnp.asarray(piece.targets)
+    cache, scores = kv_cache.merge(cache, new, start, count, targets, piece.source), None
     if scored:
         scores = score(model.logits(x), ids[:, 2:], num_top)
         scores = jax.lax.with_sharding_constraint(scores, P())  # every process reads them all
-    return kv_cache.put_slots(cache, piece.slots, rows), scores
+    return cache, scores
 
 
 def score(logits: jax.Array, ids: jax.Array, num_top: Column) -> Scores:

@@ -9,7 +9,6 @@ slots, burst, order or company. Equal prompts admitted together are computed onc
 compiled (`programs`), whatever is asked.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -21,15 +20,15 @@ from jax.sharding import Mesh
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.decode import Extras, Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.request import Completion, Request, Tool, Top
 from nanochat_jax.inference.sampling import Settings
-from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Text, Tool, Top
+from nanochat_jax.inference.scheduler import Scheduler, Text
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
-from nanochat_jax.model.kv_cache import capacity, copy, empty_cache, resize
+from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
 
-PIECE_ROWS = (1, 16)  # prompts computed at once
-PIECE_TOKENS = (32, 128)  # of each
-SHORTEST_CACHE = 256  # and four times, sixteen times ... as long
+PIECES = ((1, 32), (1, 128), (16, 32))  # how many prompts are computed at once, tokens of each
+SHORTEST_CACHE = 128  # and two times, four times ... as long
 BURST_SECS = 0.05  # in traffic: how long a reader waits for the next words
 PREFILL_TOKENS = 512  # in traffic: of new prompts between two bursts
 NOT_FINITE = "logits are not finite: the parameters are broken; use an earlier checkpoint"
@@ -58,16 +57,15 @@ class Engine:
     ):
         assert slots > 0 and max_len > 1 and burst > 0, (slots, max_len, burst)
         self.config, self.mesh, self.max_len = config, mesh, max_len
-        lengths = [SHORTEST_CACHE * 4**i for i in range(12)]
-        longest = max_len if max_len < 128 else _round_up(max_len, 128)
+        longest = max_len if max_len < SHORTEST_CACHE else _round_up(max_len, SHORTEST_CACHE)
+        lengths = [SHORTEST_CACHE * 2**i for i in range(20)]
         self.lengths = [*(n for n in lengths if n < longest), longest]  # of the cache
         window = min(capacity(config, layer, longest) for layer in range(config.num_layers))
         self.burst = min(burst, window)  # a ring must not lap itself
-        self.piece_tokens = sorted({min(n, window) for n in PIECE_TOKENS})
         shards = num_row_shards(mesh)
         self.slots = _round_up(slots, shards)
-        most = min(PIECE_ROWS[-1], self.slots)
-        self.piece_rows = sorted({_round_up(min(n, most), shards) for n in PIECE_ROWS})
+        fitting = ((_round_up(n, shards), min(tokens, window)) for n, tokens in PIECES)
+        self.short, self.long, self.many = fitting
         self.scheduler = Scheduler(
             self.slots, max_len, config.vocab_size, stop_ids, tools, tool, window
         )
@@ -160,18 +158,15 @@ class Engine:
         """Everything the engine may have to compile, by name; a call compiles it and writes
         nothing. The engine must be idle."""
         assert not self.busy() and self._params is not None
-        for old, length in itertools.permutations(self.lengths, 2):
-            name = f"cache of {old:,} to {length:,}"
-            yield name, lambda old=old, length=length: (self._resize(old), self._resize(length))
+        for length in [*self.lengths, *reversed(self.lengths)]:
+            yield f"room for {length:,}", lambda length=length: self._resize(length)
         for length in self.lengths:
             yield f"cache of {length:,}", lambda length=length: self._resize(length)
-            for rows, tokens in itertools.product(self.piece_rows, self.piece_tokens):
-                ids, zero = np.zeros((rows, tokens + 2), np.int32), np.zeros(rows, np.int32)
-                piece = Piece(ids, zero, zero, np.full(rows, self.slots, np.int32))
-                for scored in (False, True)[: 1 + (tokens == self.piece_tokens[-1])]:
-                    name = f"{rows} x {tokens} tokens of prompts" + ", scored" * scored
+            for shape in dict.fromkeys((self.short, self.long, self.many)):
+                piece = self._piece(*shape)
+                for scored in (False, True) if length == self.lengths[-1] else (False,):
+                    name = "{} x {} tokens of prompts".format(*shape) + ", scored" * scored
                     yield name, lambda piece=piece, scored=scored: self._extend(piece, scored, 0)
-            yield "equal prompts", lambda: self._copy([self.slots], [self.slots])
             for greedy in (True, False):
                 name = "the most likely tokens" if greedy else "sampled tokens"
                 yield name, lambda greedy=greedy: self._burst({}, {}, greedy)
@@ -189,62 +184,51 @@ class Engine:
         """Compute prompts, about `budget` tokens of them, those of the oldest requests first."""
         texts = self.scheduler.texts
         while budget > 0:
-            # Of equal prompts only the one that is furthest is computed; the others copy it.
-            leaders: dict[Hashable, int] = {}
+            equal: dict[Hashable, list[int]] = {}  # slots whose next piece is the same
             for slot, text in sorted(texts.items(), key=lambda item: item[1].id):
                 if text.cached < len(text.ids) - 1:
-                    leader = leaders.setdefault(text.prompt_key, slot)
-                    if text.cached > texts[leader].cached:
-                        leaders[text.prompt_key] = slot
-            if not leaders:
+                    equal.setdefault((text.prompt_key, text.cached), []).append(slot)
+            if not equal:
                 return
-            pieces: dict[tuple[int, bool], list[tuple[int, int]]] = {}
-            for slot in leaders.values():
-                text, widest = texts[slot], self.piece_tokens[-1]
-                count, scored = min(len(text.ids) - 1 - text.cached, widest), text.scored
-                tokens = widest if scored else next(n for n in self.piece_tokens if n >= count)
-                if budget > 0:
-                    pieces.setdefault((tokens, scored), []).append((slot, count))
-                    budget -= count
-            for (tokens, scored), group in pieces.items():
-                most = self.piece_rows[-1]
-                for first in range(0, len(group), most):
-                    self._compute(group[first : first + most], tokens, scored)
-            self._share(leaders)
+            groups, shape = list(equal.values()), self.many
+            if len(groups) < self.many[0] / 2:
+                text = texts[groups[0][0]]
+                left = len(text.ids) - 1 - text.cached
+                shape = self.long if left > 2 * self.short[1] else self.short
+            budget -= self._compute(groups[: shape[0]], *shape)
 
-    def _compute(self, parts: Sequence[tuple[int, int]], tokens: int, scored: bool) -> None:
-        """The next `count` tokens of the prompts in some slots, (slot, count) each."""
-        rows = next(n for n in self.piece_rows if n >= len(parts))
-        ids, (start, count) = np.zeros((rows, tokens + 2), np.int32), np.zeros((2, rows), np.int32)
-        slots = np.full(rows, self.slots, np.int32)  # a row that is not needed goes nowhere
-        texts = [self.scheduler.texts[slot] for slot, _ in parts]
-        for row, (text, (slot, n)) in enumerate(zip(texts, parts, strict=True)):
-            begin = text.cached
-            start[row], count[row], slots[row] = begin, n, slot
-            ids[row, 0] = text.ids[begin - 1] if begin else -1
-            ids[row, 1 : n + 2] = text.ids[begin : begin + n + 1]
-        self._make_room(int(np.max(start + count)))
-        num_top = max(text.request.top_logprobs for text in texts)
-        scores = self._extend(Piece(ids, start, count, slots), scored, num_top)
-        for row, (text, (slot, n)) in enumerate(zip(texts, parts, strict=True)):
-            text.cached += n
-            if scores:
+    def _compute(self, groups: list[list[int]], rows: int, width: int) -> int:
+        """The next piece of the prompts in some slots, one prompt a group; how many tokens."""
+        texts = [self.scheduler.texts[group[0]] for group in groups]
+        piece = self._piece(rows, width)
+        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+            begin, n = text.cached, min(len(text.ids) - 1 - text.cached, width)
+            piece.start[row], piece.count[row], piece.slots[row] = begin, n, group[0]
+            piece.ids[row, 0] = text.ids[begin - 1] if begin else -1
+            piece.ids[row, 1 : n + 2] = text.ids[begin : begin + n + 1]
+            piece.targets[group], piece.source[group] = group, row
+        scored, num_top = any(text.scored for text in texts), 0
+        self._make_room(self.lengths[-1] if scored else int(np.max(piece.start + piece.count)))
+        if scored:
+            num_top = max(text.request.top_logprobs for text in texts)
+        scores = self._extend(piece, scored, num_top)
+        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+            n, told = int(piece.count[row]), []
+            if scores and text.scored:
                 logprobs = scores.logprobs[row, :n].tolist()
-                text.scores += zip(logprobs, _alternatives(scores, row, n, text), strict=True)
-                if not np.isfinite(logprobs).all():
+                told = list(zip(logprobs, _alternatives(scores, row, n, text), strict=True))
+            for slot in group:
+                self.scheduler.texts[slot].cached += n
+                self.scheduler.texts[slot].scores += told
+                if not np.isfinite([logprob for logprob, _ in told]).all():
                     self.scheduler.fail(slot, NOT_FINITE)
+        return int(piece.count.sum())
 
-    def _share(self, leaders: dict[Hashable, int]) -> None:
-        """Give what was computed of a prompt to the slots that wait for the same."""
-        texts, source, target = self.scheduler.texts, [], []
-        for slot, text in texts.items():
-            leader = texts.get(leaders.get(text.prompt_key, -1))
-            if leader and leader.cached == len(leader.ids) - 1 and text.cached < leader.cached:
-                text.cached, text.scores = leader.cached, leader.scores
-                source.append(leaders[text.prompt_key])
-                target.append(slot)
-        if target:
-            self._copy(source, target)
+    def _piece(self, rows: int, width: int) -> Piece:
+        """Room for a piece of prompts; as it is, it goes nowhere."""
+        start, count, slots = np.zeros((3, rows), np.int32)
+        source, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
+        return Piece(np.zeros((rows, width + 2), np.int32), start, count, slots, targets, source)
 
     def _decode(self, in_traffic: bool) -> list[Completion]:
         """A burst for all texts that can write."""
@@ -281,10 +265,6 @@ class Engine:
         )
         return jax.device_get(scores)
 
-    def _copy(self, source: list[int], target: list[int]) -> None:
-        rest = [self.slots] * (self.slots - len(target))
-        self._cache = copy(self._cache, *np.array([source + rest, target + rest], np.int32))
-
     def _burst(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> Written:
         table = self._table(texts, budgets, greedy)
         self._cache, written = decode.burst(*self._static, self._params, self._cache, table)
@@ -295,16 +275,20 @@ class Engine:
         longest = max([longest, *(text.cached for text in self.scheduler.texts.values())])
         least = next(n for n in self.lengths if n >= longest)
         # Smaller only by much, so that it does not go up and down.
-        if least > self.length or 2 * longest <= least < self.length:
+        if least > self.length or least <= self.length // 4:
             self._resize(least)
 
     def _resize(self, length: int) -> None:
-        if length != self.length:
+        """Through all lengths between, so that few programs are compiled."""
+        held, at = self.scheduler.left_behind, self.lengths.index(self.length)
+        goal = self.lengths.index(length)
+        while at != goal:
+            at += 1 if goal > at else -1
+            self.length = self.lengths[at]
             with jax.set_mesh(self.mesh):
-                self._cache, self.length = resize(self.config, length, self._cache), length
-            held = self.scheduler.left_behind
-            for slot in [slot for slot, ids in held.items() if len(ids) > length]:
-                held[slot] = []
+                self._cache = resize(self.config, self.length, self._cache)
+        for slot in [slot for slot, ids in held.items() if len(ids) > length]:
+            held[slot] = []
 
     def _table(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> SlotTable:
         """What the device is told of the slots."""

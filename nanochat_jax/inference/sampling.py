@@ -93,8 +93,12 @@ def most_likely(logprobs: jax.Array, count: Column) -> tuple[jax.Array, jax.Arra
         values = values.at[..., i].set(jnp.take_along_axis(left, best, axis=-1)[..., 0])
         return jnp.where(places == best, -jnp.inf, left), ids, values
 
-    nothing = logprobs, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    return jax.lax.fori_loop(0, count, take, nothing)[1:]
+    nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return jax.lax.cond(
+        jnp.asarray(count) > 0,
+        lambda: jax.lax.fori_loop(0, count, take, (logprobs, *nothing))[1:],
+        lambda: nothing,
+    )
 
 
 def argmax(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterable
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.scheduler import Tool
+from nanochat_jax.inference.request import Tool
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import PARTS
 from nanochat_jax.tools.calculator import calculate

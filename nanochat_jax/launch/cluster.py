@@ -1,8 +1,7 @@
 """Several processes as one run: who started them, how they meet, and how they end together.
 
-Every process holds a connection to process 0. The system closes that of a process that is killed
-(TCP's keepalive finds a machine that lost its power): process 0 says which one is gone and ends,
-which ends the others. JAX's heartbeats find a process that hangs. We read the launchers' variables
+Every process holds a connection to process 0. The system closes that of a process that is killed:
+process 0 says which one is gone and ends, which ends the others. We read the launchers' variables
 ourselves, because jax.distributed takes SLURM's job for its step, gives one GPU to a process that
 is for all, and does not know Open MPI 5.
 """
@@ -65,9 +64,9 @@ def _slurm(env: Mapping[str, str]) -> Launch:
 def _openmpi(env: Mapping[str, str]) -> Launch:
     names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     size, rank, here, local_rank = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in names)
-    port = env.get("JAX_COORDINATOR_PORT", PORT)
-    coordinator = f"127.0.0.1:{port}" if here == size else ""  # it does not name other machines
-    return Launch("openmpi", coordinator, size, rank, (local_rank,) if here > 1 else ())
+    address = f"127.0.0.1:{env.get('JAX_COORDINATOR_PORT', PORT)}"  # it names no other machine
+    gpus = (local_rank,) if here > 1 else ()
+    return Launch("openmpi", address if here == size else "", size, rank, gpus)
 
 
 def _kubernetes(env: Mapping[str, str]) -> Launch:  # a pod sees its own GPUs
@@ -171,10 +170,8 @@ def join(launch: Launch) -> None:
 
 
 def watch(launch: Launch) -> None:
-    """From now on this process ends when another one does, with one line that says so.
-
-    UserError when the processes do not write to one folder.
-    """
+    """From now on this process ends when another one does, with one line that says so. UserError
+    when the processes do not write to one folder."""
     port, secret, server = 0, 0, None
     if launch.process_id == 0:
         dual = socket.has_dualstack_ipv6()

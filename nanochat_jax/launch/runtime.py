@@ -22,7 +22,8 @@ def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> str:
         cluster.join(together)
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
-    take_memory()
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both are refused
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
     # What is recomputed is chosen by the layout; XLA would do it unasked near the memory's limit.
     jax.config.update("jax_compiler_enable_remat_pass", False)
     if shutil.which("nvidia-smi") is None:  # before JAX starts its threads
@@ -33,19 +34,10 @@ def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> str:
     return f"devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)"
 
 
-def take_memory() -> None:
-    """Have JAX take MEMORY_SHARE of each GPU, unless told otherwise; before it sees the devices."""
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both are refused
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
-
-
 def keep_freed_memory() -> None:
-    """Make glibc keep the buffers that a step frees for the next one; elsewhere do nothing.
-
-    By default it returns large ones to the system, which then clears every page anew at each step:
-    an eighth to a half of a step on a CPU.
+    """Make glibc keep the buffers that a step frees for the next one; elsewhere do nothing. By
+    default it returns large ones to the system, which takes an eighth to a half of a step on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
-            mallopt(parameter, value)
+            libc.mallopt(parameter, value)

@@ -3,7 +3,6 @@
   cudnn    fused FlashAttention through jax.nn.dot_product_attention; NVIDIA, bfloat16
   xla      the same call left to the compiler; anywhere
   blocked  query blocks, each against the keys that it can see; for CPUs
-  auto     the fastest for this machine; a run takes the first that passes attention_check.py
 
 A window of w lets position i see keys i-w..i (w+1 of them, as upstream). Windows are always passed
 together with is_causal: alone, cuDNN's left window attends to the future (jax pull request 39576).

@@ -1,8 +1,8 @@
 """Which attention a run computes with: the fastest backend that gets a small problem right.
 
-A fused kernel depends on driver, library and head dim, and a model trained with a wrong mask looks
-fine until it is used. So each candidate computes outputs and gradients of a small problem with the
-model's own heads, dtype and windows, and is compared with the definition in float32.
+A model trained with a wrong mask looks fine until it is used. So each candidate computes outputs
+and gradients of a small problem with the model's own heads, dtype and windows, and is compared with
+the definition in float32.
 """
 
 import math
@@ -30,11 +30,7 @@ def check_attention(
     model: GPTConfig, backend: str, forms: dict[str, Callable] | None = None
 ) -> tuple[GPTConfig, str]:
     """(the model with the backend it will use, the same in all processes; a line that says why);
-    UserError when none passes.
-
-    backend: one of BACKENDS; auto tries them in order of speed. forms: other functions of q, k, v
-    and window to be tried instead, under these names.
-    """
+    UserError when none passes. forms: other functions of q, k, v and window to be tried instead."""
     if backend not in BACKENDS:
         expected = ", ".join(BACKENDS)
         raise UserError(f"config.model.attention got {backend!r}, expected one of {expected}")

@@ -69,36 +69,29 @@ def held(size: int, written: jax.Array) -> jax.Array:
     return last - (last - jnp.arange(size)) % size
 
 
-@partial(jax.jit, donate_argnums=0)
-def copy(cache: Cache, source, target) -> Cache:
-    """Put what slot source[i] holds into slot target[i] too, [m] of each; a target that does not
-    exist is skipped."""
-    put = lambda a: a.at[target].set(jnp.take(a, source, axis=0, mode="clip"), mode="drop")  # noqa: E731
-    return shard_cache(jax.tree.map(put, cache))
-
-
 def take_slots(cache: Cache, slots) -> Cache:
     """The cache of some slots, [n, K, S, H]; of a slot that does not exist any values."""
     return jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), cache)
 
 
-def put_slots(cache: Cache, slots, rows: Cache) -> Cache:
-    """Write back what take_slots took; a slot that does not exist is skipped."""
-    put = lambda a, new: a.at[slots].set(new, mode="drop")  # noqa: E731
-    return shard_cache(jax.tree.map(put, cache, rows))
+def merge(cache: Cache, new: Cache, start, count, slots=None, source=None) -> Cache:
+    """Write positions start .. start + count - 1, [B] each, of new keys and values [B, K, T, H],
+    where T must not exceed the smallest ring.
 
-
-def merge(cache: Cache, burst: Cache, start: jax.Array, count: jax.Array) -> Cache:
-    """Write positions start..start+count-1 of each row, [B], from a burst [B, K, steps, H], whose
-    steps must not exceed the smallest ring."""
-    step = jnp.arange(burst[0][0].shape[2])
+    By default row i of them is slot i's. Else slots [m] get rows source [m]; a slot that does not
+    exist gets nothing.
+    """
+    step = jnp.arange(new[0][0].shape[2])
 
     def put(old, new):
         size = old.shape[2]
-        at = jnp.where(step < count[:, None], (start[:, None] + step) % size, size)  # [B, steps]
-        return jax.vmap(lambda row, kv, at: row.at[:, at].set(kv, mode="drop"))(old, new, at)
+        at = jnp.where(step < count[:, None], (start[:, None] + step) % size, size)  # [B, T]
+        if slots is None:
+            return jax.vmap(lambda row, kv, at: row.at[:, at].set(kv, mode="drop"))(old, new, at)
+        rows = jnp.swapaxes(new, 1, 2)[source]  # [m, T, K, H]
+        return old.at[slots[:, None], :, at[source]].set(rows, mode="drop")
 
-    return shard_cache(jax.tree.map(put, cache, burst))
+    return shard_cache(jax.tree.map(put, cache, new))
 
 
 def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:

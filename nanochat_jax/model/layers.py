@@ -56,9 +56,8 @@ def rotary_tables(
     """cos, sin [..., H/2] in float32 for integer positions [...]; constants for NumPy's."""
     frequencies = (base ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions.astype(np.float32)[..., None] * frequencies
-    if isinstance(positions, np.ndarray):
-        return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
-    return jnp.cos(angles), jnp.sin(angles)
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    return jnp.asarray(xp.cos(angles)), jnp.asarray(xp.sin(angles))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,11 +1,7 @@
 """The optimizer: each parameter gets a label by its path, each label a transform.
 
-  muon          all matrices of the blocks, gates too
-  embed         token embedding             AdamW
-  unembed       head                        AdamW
-  value_embeds  resid  x0  smear            AdamW, modern extras
-
-The learning rates of embedding, value embeddings and head go with model_dim^-0.5 (muP).
+All matrices of the blocks, gates too, go to Muon, the rest to AdamW. The learning rates of
+embedding, value embeddings and head go with model_dim^-0.5 (muP).
 """
 
 import re

@@ -1,7 +1,4 @@
-"""Schedules as pure functions of the step, so that they live inside the jitted step.
-
-Each takes a Python int (computed in float64, for tables and tests) or a traced array (float32).
-"""
+"""Schedules as functions of the step: a Python int (computed in float64) or a traced array."""
 
 import jax
 import jax.numpy as jnp

@@ -96,13 +96,12 @@ def _compare_task(
 
 def _row_losses(task: CoreTask, tokenizer: Tokenizer, score: Score) -> list[list[float]]:
     """Mean loss over the whole rows of each example, padded with BOS to its longest."""
-    rows, counts = [], []
-    for options in make_candidates(task, tokenizer):
+    examples, rows = list(make_candidates(task, tokenizer)), []
+    for options in examples:
         longest = max(len(option.ids) for option in options)
         for option in options:
-            padding = (0, longest - len(option.ids))
-            ids = np.pad(option.ids, padding, constant_values=tokenizer.bos_id)
+            ids = np.full(longest, tokenizer.bos_id, np.int32)
+            ids[: len(option.ids)] = option.ids
             rows.append(Candidate(ids, 1, longest))
-        counts.append(len(options))
-    losses = [loss for loss, _ in score(rows)]
-    return [part.tolist() for part in np.split(np.array(losses), np.cumsum(counts)[:-1])]
+    losses = iter(score(rows))
+    return [[next(losses)[0] for _ in options] for options in examples]

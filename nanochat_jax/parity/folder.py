@@ -79,8 +79,8 @@ def table(rows: list[Row], not_covered: list[str]) -> str:
     for name in not_covered:
         cells.append((name, NOT_COVERED[name], "", "", "", "not covered yet", ""))
     misses = [row.file for row in rows if not row.ok]
-    told = f"{len(rows) - len(misses)} of {len(rows)} rows ok "
-    told += f"({sum(row.compared for row in rows):,} values compared)"
+    counted = sum(row.compared for row in rows)
+    told = f"{len(rows) - len(misses)} of {len(rows)} rows ok ({counted:,} values compared)"
     told += f", {len(not_covered)} entries not covered yet" if not_covered else ""
     told = f"NO parity: {told}, {len(misses)} misses in " if misses else f"parity: {told}"
     told += ", ".join(sorted(set(misses)))

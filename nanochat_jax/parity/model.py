@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from nanochat_jax import recipe
 from nanochat_jax.config import CONFIGS, load
 from nanochat_jax.eval.bpb import make_bpb
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.interop.upstream import our_path, params_from_upstream
 from nanochat_jax.model import accounting
 from nanochat_jax.model.gpt import GPTConfig, bind, param_shapes

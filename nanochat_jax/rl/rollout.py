@@ -13,7 +13,7 @@ import numpy as np
 from nanochat_jax.data.conversations import bucket
 from nanochat_jax.eval.chat import answer_text, seed_of
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.rl.policy import advantages, token_weights
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tokenizer.bpe import Tokenizer
@@ -34,12 +34,11 @@ def practise(
     """A batch of all processes' rows, [questions * samples, T], and metrics of the answers."""
     began = time.perf_counter()
     asked = [question for question in questions for _ in range(samples)]
-    prompts = [render_for_completion(tokenizer, task[question]) for question in questions]
-    requests = [
-        Request(prompt, seed=seed_of(*seed, place, sample), **sampling)
-        for place, prompt in enumerate(prompts)
-        for sample in range(samples)
-    ]
+    requests = []
+    for place, question in enumerate(questions):
+        prompt = render_for_completion(tokenizer, task[question])
+        seeds = [seed_of(*seed, place, sample) for sample in range(samples)]
+        requests += [Request(prompt, seed=one, **sampling) for one in seeds]
     answers = engine.generate(requests)
     texts = [answer_text(tokenizer, answer) for answer in answers]
     verdicts = task.grade(list(zip(asked, texts, strict=True)))

@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 from nanochat_jax.inference.history import AnswerReader
-from nanochat_jax.inference.scheduler import Completion, Top
+from nanochat_jax.inference.request import Completion, Top
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
 # The engine's words for how a text ended, and OpenAI's. What is missing here is an error.

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import Scope
 
 from nanochat_jax.common import log
-from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.inference.request import Completion
 from nanochat_jax.serve import schema
 from nanochat_jax.serve.answers import FINISH, Answer, Delta, Envelope, add_part, echo, usage
 from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody

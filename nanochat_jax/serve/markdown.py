@@ -16,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 MAX_CHARS = 20_000  # longer texts are shown as they are; no answer of a few thousand tokens is
-MAX_CODE_CHARS = 4_000  # longer code stays without colours
+MAX_CODE_CHARS = 3_000  # longer code stays without colours
 # Languages that get colours. A short list: some of Pygments' 500 lexers take minutes on bad input.
 LANGUAGES = {"python", "py", "bash", "sh", "json", "c", "javascript", "js", "html", "css", "sql"}
 TAGS = set(

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from nanochat_jax.common import UserError, read_json, write_json
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.history import AnswerReader, fit_prompt
-from nanochat_jax.inference.scheduler import Request
+from nanochat_jax.inference.request import Request
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import check
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 
 RETRY_SECS = 1  # when to ask again, as told to those who are sent away
 

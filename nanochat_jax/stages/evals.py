@@ -7,8 +7,7 @@ task's score as it comes, so that a long one survives a kill.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from nanochat_jax.inference.checkpoint import (
     make_engine,
     open_stage,
 )
-from nanochat_jax.inference.scheduler import Request
+from nanochat_jax.inference.request import Request
 from nanochat_jax.stages.run import Run, has_stage, start
 from nanochat_jax.stages.same import same_run
 from nanochat_jax.stages.text import run_data, run_tokenizer
@@ -108,7 +107,8 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
         if values != (asked := _with_means(values, specs)):
             _write(run, out, asked)
         return
-    tasks = {spec: _with_verdict(config, spec) for spec in wanted}  # all, before the first runs
+    kinds = ("categorical", "generative")  # all are opened before the first runs
+    tasks = {s: graded_task(config, "config.eval.chat_tasks", s, kinds) for s in wanted}
     tokenizer, params = _open(run, found)
     if not _answers(values, prompts):
         new_tokens = min(config.eval.chat_max_new_tokens, ANSWER_TOKENS)
@@ -123,11 +123,12 @@ def run_chat_eval(config: Recipe, score: Callable | None = None) -> None:
     log(chat.table({_metric(spec): chat.Score.from_json(values["tasks"][spec]) for spec in specs}))
 
 
-def _with_verdict(config: Recipe, spec: str) -> Task:
+def graded_task(config: Recipe, key: str, spec: str, kinds: Sequence[str]) -> Task:
+    """The task that `key` names; its answers can be graded."""
     task = open_task(spec, task_dir=config.data.task_dir, persona=config.data.persona)
-    if task.kind not in ("categorical", "generative"):
-        what = "expected tasks that have right answers"
-        raise UserError(f"config.eval.chat_tasks got {spec!r}, {what}; leave it out")
+    if task.kind not in kinds:
+        expected = f"expected one that is {' or '.join(kinds)}, with right answers"
+        raise UserError(f"{key} got {spec!r}, which is {task.kind}; {expected}")
     return task
 
 
@@ -150,28 +151,20 @@ def task_score(
     if spec.split()[0] == "humaneval":
         for line in statement():  # those who run programs should know
             log(f"  sandbox: {line}")
-    with progress_bar(spec) as progress:
-        shared: dict[str, Any] = {"max_problems": e.chat_problems, "progress": progress}
-        if task.kind == "categorical":
-            rows = e.device_batch_size * run.row_shards
-            model = run.model, run.mesh, params
-            score = chat.categorical(*model, tokenizer, task, batch_rows=rows, **shared)
-        else:
-            max_len = longest_prompt(tokenizer, task, range(count)) + e.chat_max_new_tokens
-            sizes = {"slots": e.chat_slots, "max_len": max_len}
-            engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
-            engine.load(params)
-            score = chat.generative(
-                engine,
-                tokenizer,
-                task,
-                max_new_tokens=e.chat_max_new_tokens,
-                num_samples=e.chat_samples,
-                temperature=e.chat_temperature,
-                top_k=e.chat_top_k,
-                seed=run.config.run.seed,
-                **shared,
-            )
+    shared: dict[str, Any] = {"max_problems": e.chat_problems, "progress": progress_bar(spec)}
+    if task.kind == "categorical":
+        rows = e.device_batch_size * run.row_shards
+        model = run.model, run.mesh, params
+        score = chat.categorical(*model, tokenizer, task, batch_rows=rows, **shared)
+    else:
+        max_len = longest_prompt(tokenizer, task, range(count)) + e.chat_max_new_tokens
+        sizes = {"slots": e.chat_slots, "max_len": max_len}
+        engine = make_engine(run.model, run.mesh, tokenizer, **sizes)
+        engine.load(params)
+        shared |= {"num_samples": e.chat_samples, "seed": run.config.run.seed}
+        shared |= {"max_new_tokens": e.chat_max_new_tokens}
+        shared |= {"temperature": e.chat_temperature, "top_k": e.chat_top_k}
+        score = chat.generative(engine, tokenizer, task, **shared)
     log(f"chat_eval: {spec} {score.accuracy:.2%} ({score.seconds:.1f}s)")
     return score
 
@@ -182,8 +175,8 @@ def longest_prompt(tokenizer: bpe.Tokenizer, task: Task, problems) -> int:
 
 def _metric(spec: str) -> str:
     """The name of a task's score: the task's, unless another split than test was asked."""
-    name, _, split = spec.strip().partition(" ")
-    return name if split.lstrip().startswith("test") else spec
+    name, *split = spec.split(maxsplit=1)
+    return name if "".join(split).startswith("test") else spec
 
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -232,9 +225,8 @@ def make_core(
     def evaluate(params: dict) -> dict[str, Any]:
         sizes = {"device_batch_tokens": e.device_batch_size * model.seq_len}
         sizes |= {"max_per_task": per_task, "tile_tokens": run.config.model.loss_tile_tokens}
-        with progress_bar("CORE") as progress:
-            ours = model, run.mesh, params, tokenizer
-            result = core.evaluate(*ours, bundle, progress=progress, **sizes)
+        ours, progress = (model, run.mesh, params, tokenizer), progress_bar("CORE")
+        result = core.evaluate(*ours, bundle, progress=progress, **sizes)
         if result["missing"] or result["partial"]:
             log(f"not CORE: missing {result['missing']}, incomplete {result['partial']}")
         names = [name for name in ("core", "core_partial") if name in result]
@@ -269,13 +261,12 @@ def make_answers(
     run: Run, tokenizer: bpe.Tokenizer, prompts: Sequence[str], new_tokens: int, *, in_chat: bool
 ) -> Callable[[dict], list[dict[str, str]]]:
     """params -> the prompts with what the model writes greedily: answers, or continued text."""
-    if in_chat:
-        users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
-        ids = [render_for_completion(tokenizer, user) for user in users]
-    else:
-        ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    if not ids:
+    if not prompts:
         return lambda params: []
+    users = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    ids = [render_for_completion(tokenizer, user) for user in users]
+    if not in_chat:
+        ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     sizes: dict[str, Any] = {"slots": len(ids), "max_len": max(map(len, ids)) + new_tokens}
     engine = make_engine(run.model, run.mesh, tokenizer, base=not in_chat, **sizes)
 
@@ -289,13 +280,14 @@ def make_answers(
     return answers
 
 
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Callable[[int, int], None]:
     """A function (done, total) that draws a bar on a terminal, and nothing elsewhere."""
-    with tqdm(desc=what, leave=False, disable=None if jax.process_index() == 0 else True) as bar:
+    bar = tqdm(desc=what, leave=False, disable=None if jax.process_index() == 0 else True)
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
 
-        yield show
+    return show

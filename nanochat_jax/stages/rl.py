@@ -5,18 +5,14 @@ from typing import Any
 
 import jax
 
-from nanochat_jax.common import UserError
-from nanochat_jax.config import Recipe
 from nanochat_jax.data.conversations import bucket
 from nanochat_jax.eval.chat import generative
 from nanochat_jax.inference.checkpoint import make_engine
 from nanochat_jax.rl.rollout import practise
-from nanochat_jax.stages.evals import longest_prompt
+from nanochat_jax.stages.evals import graded_task, longest_prompt
 from nanochat_jax.stages.run import Run, finished_parent
 from nanochat_jax.stages.text import run_tokenizer
 from nanochat_jax.stages.train import Stage
-from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.train.loop import Evaluation
 
 
@@ -57,7 +53,9 @@ class RL(Stage):
         config, r = run.config, run.config.rl
         self.parent = finished_parent(run, "rl")
         self.tokenizer = run_tokenizer(config)
-        self.task, self.val_task = (_graded_task(config, spec) for spec in (r.task, r.val_task))
+        specs = {"config.rl.task": r.task, "config.rl.val_task": r.val_task}
+        tasks = (graded_task(config, *named, ("generative",)) for named in specs.items())
+        self.task, self.val_task = tasks
         super().__init__(run)
         self.use_rows(r.questions_per_step * r.samples)
         all_steps, num_val = max(1, len(self.task) // r.questions_per_step), len(self.val_task)
@@ -93,11 +91,3 @@ class RL(Stage):
         score = generative(self.engine, self.tokenizer, self.val_task, seed=r.seed, **how)
         self.engine.unload()
         return {f"pass@{k + 1}": value for k, value in enumerate(score.pass_at_k)}
-
-
-def _graded_task(config: Recipe, spec: str) -> Task:
-    task = open_task(spec, task_dir=config.data.task_dir, persona=config.data.persona)
-    if task.kind != "generative":
-        what = "expected a generative one: its answers must be graded"
-        raise UserError(f"config.rl got the task {spec!r}, which is {task.kind}, {what}")
-    return task

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax import recipe
 from nanochat_jax.common import UserError, atomic_write, log, run_dir
-from nanochat_jax.config import Recipe
+from nanochat_jax.config import Recipe, flatten
 from nanochat_jax.inference.checkpoint import SCRIPTS, STAGES, StageCheckpoint, find_stage
 from nanochat_jax.launch import cluster
 from nanochat_jax.launch.runtime import start_runtime
@@ -81,20 +81,19 @@ def start(config: Recipe) -> Run:
 
 def has_stage(config: Recipe, name: str) -> bool:
     """Whether the recipe has this stage at all; says so if not."""
-    if not _names_tasks(config, name):
+    if name not in stages_of(config):
         log(f"{name}: this recipe has no such stage (config.{TASKS[name]} is empty)")
-        return False
-    return True
+    return name in stages_of(config)
 
 
-def _names_tasks(config: Recipe, name: str) -> bool:
-    section, _, key = TASKS.get(name, "").partition(".")
-    return name == "base" or bool(config[section][key])
+def stages_of(config: Recipe) -> list[str]:
+    keys = flatten(config)
+    return [stage for stage in STAGES if stage not in TASKS or keys[TASKS[stage]]]
 
 
 def before(config: Recipe, name: str) -> str | None:
     """The stage that `name` starts from: the nearest earlier one that the recipe has."""
-    earlier = [stage for stage in STAGES[: STAGES.index(name)] if _names_tasks(config, stage)]
+    earlier = [stage for stage in STAGES[: STAGES.index(name)] if stage in stages_of(config)]
     return earlier[-1] if earlier else None
 
 
@@ -102,9 +101,7 @@ def finished_parent(run: Run, name: str) -> StageCheckpoint:
     """The last checkpoint of the stage that `name` starts from, which must be complete."""
     earlier = before(run.config, name)
     assert earlier
-    if not (run.dir / earlier / "result.json").exists():
-        raise UserError(
-            f"{name} starts from stage {earlier}, which is not complete in {run.dir / earlier}; "
-            f"run scripts/{SCRIPTS[earlier]} with this recipe first"
-        )
+    if not ((folder := run.dir / earlier) / "result.json").exists():
+        what = f"{name} starts from stage {earlier}, which is not complete in {folder}"
+        raise UserError(f"{what}; run scripts/{SCRIPTS[earlier]} with this recipe first")
     return find_stage(run.dir, earlier)

@@ -1,9 +1,5 @@
-"""What must be as it was when a run is continued, or a stage starts from another.
-
-A checkpoint is only continued under the recipe, tokenizer and starting point it was made with, and
-a complete stage only counts if it was made from what is there now. Every refusal is a UserError
-that says what differs.
-"""
+"""What must be as it was: a checkpoint is only continued under the recipe, tokenizer and starting
+point it was made with, and a complete stage only counts if it was made from what is there now."""
 
 from pathlib import Path
 from typing import Any
@@ -62,10 +58,8 @@ def same_run(
     was, now = host["tokenizer_sha256"], tokenizer.sha256()
     if was != now:
         other = f"another tokenizer (SHA-256 {was[:12]}..., now {now[:12]}...)"
-        raise UserError(
-            f"the checkpoint in {folder} was trained with {other}; put that one back, or choose "
-            "another --config.run.name"
-        )
+        cure = "put that one back, or choose another --config.run.name"
+        raise UserError(f"the checkpoint in {folder} was trained with {other}; {cure}")
 
 
 def same_parent(saved: str | None, parent: StageCheckpoint | None, folder: Path) -> None:
@@ -75,8 +69,7 @@ def same_parent(saved: str | None, parent: StageCheckpoint | None, folder: Path)
 
 
 def same_result(run: Run, name: str) -> bool:
-    """Whether stage `name` is complete; UserError if it was made from anything but what is there
-    now."""
+    """Whether stage `name` is complete."""
     folder = run.dir / name
     if not (folder / "result.json").exists():
         return False

@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 from nanochat_jax import recipe
 from nanochat_jax.common import locked, log, read_json, run_dir, write_json
@@ -27,25 +26,21 @@ def run_tokenizer(config: Recipe) -> bpe.Tokenizer:
     """Train the tokenizer on the first characters of the training text, or load it."""
     folder = run_dir(config.run.name) / "tokenizer"
     wanted = {k: v for k, v in flatten(config).items() if k.startswith(TOKENIZER_KEYS)}
-    with locked(folder / "tokenizer.json"):  # processes that ask at once wait for the one at work
-        if not (folder / "tokenizer.json").exists():
-            return _train_tokenizer(config, folder, wanted)
-    made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
-    recipe.refuse_changes(made_with, wanted, ("data.local_dir",), f"the tokenizer in {folder}")
-    log(f"tokenizer: {folder / 'tokenizer.json'} is there")
-    return bpe.Tokenizer.load(folder)
-
-
-def _train_tokenizer(config: Recipe, folder: Path, wanted: dict[str, Any]) -> bpe.Tokenizer:
-    train_paths, _ = run_data(config)
-    t = config.tokenizer
-    log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
-    info = RunInfo(folder)
-    texts = bpe.capped(Corpus(train_paths).texts(), t.train_chars, t.doc_chars)
-    tokenizer = bpe.train(texts, t.vocab_size)
-    write_json(folder / "config.json", wanted)
-    tokenizer.save(folder)
-    info.update()
+    with locked(path := folder / "tokenizer.json"):  # who asks at the same time waits
+        if path.exists():
+            made_with = read_json(folder / "config.json", f"delete {folder} to train it again")
+            what = f"the tokenizer in {folder}"
+            recipe.refuse_changes(made_with, wanted, ("data.local_dir",), what)
+            log(f"tokenizer: {path} is there")
+            return bpe.Tokenizer.load(folder)
+        train_paths, t = run_data(config)[0], config.tokenizer
+        log(f"tokenizer: training {t.vocab_size:,} tokens on up to {t.train_chars:,} characters")
+        info = RunInfo(folder)
+        texts = bpe.capped(Corpus(train_paths).texts(), t.train_chars, t.doc_chars)
+        tokenizer = bpe.train(texts, t.vocab_size)
+        write_json(folder / "config.json", wanted)
+        tokenizer.save(folder)
+        info.update()
     log(f"tokenizer: {tokenizer.vocab_size:,} tokens in {format_secs(info.values['wall_secs'])}")
     return tokenizer
 

@@ -5,8 +5,7 @@
       Stage         what is its own: base.py, chat.py (mid and SFT), rl.py
       _train        continue or begin, compile, fit() (train/loop.py), say what happened
 
-What a stage leaves lies in $NANOCHAT_BASE_DIR/runs/<config.run.name>/. text.py makes data and
-tokenizer, evals.py evaluates, report/ reads what all of them leave.
+text.py makes data and tokenizer, evals.py evaluates, report/ reads what all of them leave.
 """
 
 from contextlib import closing, nullcontext
@@ -89,8 +88,8 @@ class Stage(Trainee):
 
 
 def optimizer(config: Recipe, model, name: str, num_steps: int):
-    """(transform, learning-rate multiplier) of stage `name`: base warms up, moves Muon's momentum
-    and lets its decay fall to 0; the later stages have rates of their own."""
+    """(transform, learning-rate multiplier) of a stage: base warms up, moves Muon's momentum and
+    lets its decay fall to 0; the later stages have rates of their own."""
     o, s, is_base = config.optim, config[name], name == "base"
     of_muon = o if is_base else s
     if o.recipe == "classic" and of_muon.weight_decay:
@@ -192,12 +191,13 @@ def _train(run: Run, stage: Stage, info: RunInfo) -> int:
     if run.is_main:
         write_json(folder / "config.json", config.to_dict())
     run.keep_derived()
+    # The rate of on-policy steps says nothing of later ones: it counts the time of sampling.
+    later_tokens = 0.0 if stage.on_policy else plan.later_tokens(config, name)
+    info.values["later_tokens"] = later_tokens
     flops, peak = _tell_cost(stage, info, record)
     first, steps = int(state.step), parse_steps(config.run.profile)
     tracker = config.run.tracker, config.run.name
     metrics = MetricsLog(folder / "metrics.jsonl", first, *tracker, run.is_main)
-    # The rate of on-policy steps says nothing of later ones: it counts the time of sampling.
-    later_tokens = 0.0 if stage.on_policy else plan.later_tokens(config, name)
     console = Console(stage.num_steps, first, flops, peak, later_tokens)
     watch = Watch(steps, folder / "profile", range(first, stage.num_steps), console.line)
     with closing(metrics), closing(console):

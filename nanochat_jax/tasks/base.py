@@ -24,8 +24,6 @@ SPLITS = ("train", "test")  # of tasks that split their examples themselves
 
 
 class Task(Sequence[Conversation]):
-    """Examples of one task in a fixed order."""
-
     kind: Literal["chat", "categorical", "generative"] = "chat"
     chance = 0.0  # accuracy of guessing
 
@@ -60,8 +58,6 @@ class RowTask(Task):
 
 
 class GeneratedTask(Task):
-    """A task that draws each example with a random generator of its own."""
-
     seed: str  # of the generators, with the split and the index
     sizes: dict[str, int]  # of the splits
 

@@ -18,8 +18,7 @@ _CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 def solution_parts(solution: str) -> list[dict[str, str]]:
     """A solution as message parts: text, and for each << >> the expression and its result."""
-    # Splitting by a pattern with two groups: text, expression, result, text, ...
-    types = ("text", "python", "python_output")
+    types = ("text", "python", "python_output")  # in turn: the pattern has two groups
     pieces = enumerate(_CALCULATION.split(solution))
     return [{"type": types[i % 3], "text": piece} for i, piece in pieces if piece or i % 3]
 

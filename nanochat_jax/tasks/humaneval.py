@@ -42,10 +42,6 @@ class HumanEval(RowTask):
 
     kind = "generative"
 
-    def __init__(self, rows: Sequence[dict[str, str]], workers: int | None = None):
-        super().__init__(rows)
-        self.workers = workers
-
     def example(self, index: int) -> Conversation:
         row = self.rows[index]
         solution = row["prompt"] + row["canonical_solution"]
@@ -54,5 +50,4 @@ class HumanEval(RowTask):
     def grade(self, answers: Sequence[tuple[int, str]]) -> list[bool]:
         """Whether each answer passes its problem's check; all run in the sandbox, in parallel."""
         programs = [program(self.rows[index], answer) for index, answer in answers]
-        outcomes = run_programs(programs, workers=self.workers)
-        return [outcome.status == "ok" for outcome in outcomes]
+        return [outcome.status == "ok" for outcome in run_programs(programs)]

@@ -40,9 +40,8 @@ def multiple_choice(
 class ARC(RowTask):
     """Science questions of school exams, Easy and Challenge (arXiv 1803.05457).
 
-        {"question": ..., "choices": {"text": [...], "label": ["A", "B", "C"]}, "answerKey": "C"}
-
-    Some number their choices 1 to 4; here all have letters. A few questions have 3 or 5 choices.
+    {"question": ..., "choices": {"text": [...], "label": ["A", "B", "C"]}, "answerKey": "C"}; some
+    exams number their choices, here all have letters. A few questions have 3 or 5 choices.
     """
 
     kind = "categorical"
@@ -55,11 +54,10 @@ class ARC(RowTask):
 
 
 class MMLU(RowTask):
-    """Exam questions of 57 subjects with 4 choices each (arXiv 2009.03300).
+    """Exam questions of 57 subjects with 4 choices (arXiv 2009.03300); its split auxiliary_train is
+    of other exams.
 
-        {"question": ..., "choices": [...], "answer": 2}
-
-    auxiliary_train, the split to learn from, is made of other datasets: ARC, MC_TEST, OBQA, RACE.
+    {"question": ..., "choices": [...], "answer": 2}
     """
 
     kind = "categorical"

@@ -1,12 +1,9 @@
-"""Tasks by name, and mixtures of them.
+"""Tasks by name, and mixtures of them, shuffled with a fixed seed.
 
-    gsm8k train                 a task and one of its splits
-    smoltalk train[:10000]      a slice of it, as Python slices
-    mmlu auxiliary_train x3     every example three times
-    identity train x2.5         every example twice, half of them (always the same) once more
-    json ~/my/chats.jsonl x2    conversations of your own
-
-A mixture lists every example as often as its specs say and shuffles the list with a fixed seed.
+gsm8k train                 a task and one of its splits
+smoltalk train[:10000]      a slice of it, as Python slices
+identity train x2.5         every example twice, half of them (always the same) once more
+json ~/my/chats.jsonl x2    conversations of your own
 """
 
 import random
@@ -69,7 +66,7 @@ class Selection(Task):
 
 
 class Mixture(Task):
-    """The examples of several specs, shuffled; arguments and errors as those of `open_task`."""
+    """The examples of several specs; arguments and errors as those of `open_task`."""
 
     def __init__(self, specs: Sequence[str], *, task_dir: str = "", persona: str = ""):
         if not specs:

@@ -7,9 +7,8 @@
                                       The letter r appears 3 times in strawberry.
                                       #### 3
 
-A model sees tokens, not letters; here it learns which letters a token holds. The call has double
-quotes, because after a single one the tokenizer would cut 'scream' into 's and cream. Answers spell
-in lower case. No word of the test split is in a training example.
+The call has double quotes, because after a single one the tokenizer would cut 'scream' into 's and
+cream. No word of the test split is in a training example.
 """
 
 import random
@@ -33,8 +32,6 @@ _CASES = (str.lower, str.lower, str.lower, str.capitalize, str.upper)
 
 
 class SpellingBee(NumberTask, GeneratedTask):
-    """How many of a letter are in a word; the answer ends in `#### count`."""
-
     seed = "spelling bee"
     sizes = {"train": 80_000, "test": 1_000}
 
@@ -48,14 +45,13 @@ class SpellingBee(NumberTask, GeneratedTask):
         count = calculate(call)
         sentence = language["count"].format(letter=letter, word=word, count=count)
         sentence = sentence.replace(" 1 times", " 1 time")
-        spelled = f"{word}: {number_letter(word, letter)}"
-        solution = f"{spelled}\n<<{call}={count}>>{sentence}\n#### {count}"
+        nth = (word[: i + 1].count(letter) if c == letter else "" for i, c in enumerate(word))
+        spelled = " ".join(f"{c}{n}" for c, n in zip(word, nth, strict=True))
+        solution = f"{word}: {spelled}\n<<{call}={count}>>{sentence}\n#### {count}"
         return messages(question, solution_parts(solution))
 
 
 class SimpleSpelling(GeneratedTask):
-    """A word in single letters."""
-
     kind = "generative"
     seed = "simple spelling"
     sizes = {"train": 200_000, "test": 1_000}
@@ -71,12 +67,6 @@ class SimpleSpelling(GeneratedTask):
             _letters(said) == _letters(self.example(index)["messages"][-1]["content"])
             for index, said in answers
         ]
-
-
-def number_letter(word: str, letter: str) -> str:
-    """A word in single letters, the letter asked for numbered: s t r1 a w b e r2 r3 y."""
-    numbered = (f"{c}{word[: i + 1].count(c)}" if c == letter else c for i, c in enumerate(word))
-    return " ".join(numbered)
 
 
 def _letters(said: str) -> list[str]:

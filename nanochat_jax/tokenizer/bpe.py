@@ -139,18 +139,16 @@ class Tokenizer:
         return tokenizer
 
 
-def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> Iterator[str]:
+def stretches(text: str, max_chars: int = MAX_STRETCH_CHARS) -> list[str]:
     """Cut a long text where the split pattern cuts anyway: before a blank that follows a non-blank.
 
     Only where there is none for `max_chars` (a megabyte of blanks, say) is the cut arbitrary.
     """
     if len(text) <= max_chars:
-        yield text
-        return
+        return [text]
     at_most = f".{{1,{max_chars}}}"
-    pieces = re.compile(rf"{at_most}(?:\Z|(?<=\S)(?= ))|{at_most}", re.DOTALL)
     # Well-formed before it is cut, which could part a surrogate pair.
-    yield from (match[0] for match in pieces.finditer(well_formed(text)))
+    return re.findall(rf"(?s){at_most}(?:\Z|(?<=\S)(?= ))|{at_most}", well_formed(text))
 
 
 def well_formed(text: str) -> str:
@@ -182,22 +180,15 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"got vocab_size {vocab_size}, expected at least {MIN_VOCAB_SIZE}: "
             f"{NUM_BYTE_TOKENS} bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
-    num_chars = 0
-
-    def pieces() -> Iterator[str]:
-        nonlocal num_chars
-        for text in texts:
-            num_chars += len(text)
-            yield from stretches(well_formed(text))
-
+    pieces = (piece for text in texts for piece in stretches(well_formed(text)))
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.train_from_iterator(pieces(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-    if not num_chars:
-        raise UserError("got no text to train the tokenizer on; download or pack data first")
+    trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     tokenizer = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+    if tokenizer.vocab_size == MIN_VOCAB_SIZE < vocab_size:
+        raise UserError("got no text with pairs to merge; download or pack data first")
     if tokenizer.vocab_size < vocab_size:
         log(
-            f"tokenizer: {num_chars:,} characters have no more pairs to merge; "
+            "tokenizer: the text has no more pairs to merge; "
             f"the vocabulary is {tokenizer.vocab_size:,} instead of {vocab_size:,}"
         )
     return tokenizer

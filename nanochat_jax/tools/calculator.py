@@ -5,7 +5,6 @@
 An expression is parsed, never run as code: numbers with + - * / // and signs, or string literals
 with count, lower and upper. It needs no timer, so it works in any thread: without powers a result
 has no more digits than its expression, and the limits below are checked before it is parsed.
-It answers as upstream's does, but also counts in 'direct' and 'open', words that upstream forbids.
 """
 
 import ast

@@ -87,7 +87,6 @@ class LayerRefusedError(RuntimeError):
 
 
 def run_program(source: str, **options) -> Outcome:
-    """Run one program; the options are those of `run_programs`."""
     return run_programs([source], **options)[0]
 
 
@@ -147,7 +146,6 @@ def protections(missing: dict[str, str]) -> dict[str, tuple[bool, str]]:
 
 
 def statement() -> list[str]:
-    """What is enforced on this system, for people."""
     return [f"{name:<10} {how}" for name, (_, how) in protections(find_missing()).items()]
 
 

@@ -1,9 +1,8 @@
 """The inside of the sandbox: this process becomes the program. Only tools/sandbox.py starts it.
 
 It puts its job's layers on itself, and on nothing else. Where the system refuses one, the parent is
-told why and the program does not start; else it is imported as the module `program`, so that what
-stands under `if __name__ == "__main__"` does not run. When its last line is reached, a secret that
-nobody has read before goes back to the parent.
+told why and the program does not start; else it is imported, so that what stands under
+`if __name__ == "__main__"` does not run. After its last line a secret goes back to the parent.
 It imports little because thousands are started. After landlock(7), seccomp(2), capabilities(7).
 """
 

@@ -30,11 +30,9 @@ class Layout(NamedTuple):
 
 
 def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Layout]:
-    """Layouts for `share` rows of a row shard, at most `most_rows` of them at once; fastest first.
-
-    For each kind of remat, from none to full: as many rows as are allowed, then fewer while a part
-    is large enough to keep a device busy. Small parts come last. remat: auto, or the only kind.
-    """
+    """Layouts for `share` rows of a row shard, at most `most_rows` of them at once; fastest first:
+    for each kind of remat, from none to full, as many rows as are allowed, then fewer while a part
+    keeps a device busy. Small parts come last. remat: auto, or the only kind."""
     allowed = [n for n in range(min(share, most_rows), 0, -1) if share % n == 0]
     busy = [n for n in allowed if n == allowed[0] or n * seq_len >= MIN_TOKENS]
     kinds = REMAT if remat == "auto" else (remat,)
@@ -43,11 +41,8 @@ def candidates(share: int, most_rows: int, seq_len: int, remat: str) -> list[Lay
 
 
 class LayoutRecord:
-    """The layout that a stage has taken, and the bytes of those that ran out of memory.
-
-    made_for: what else memory depends on, as JSON returns it. A record made for something else, or
-    for other candidates, is ignored and replaced.
-    """
+    """The layout that a stage has taken, and the bytes of those that ran out of memory. A record
+    that was not `made_for` these (what else memory depends on) and these layouts is replaced."""
 
     def __init__(self, path: Path, made_for: dict[str, Any], layouts: list[Layout]):
         self.path, self.layouts = path, layouts

@@ -80,10 +80,8 @@ def fit(
     watch: Watch,
 ) -> tuple[int, bool]:
     """Train from state.step to stage.num_steps: (step reached, whether that is the end; if not, a
-    signal stopped it and the state is saved).
-
-    Raises UserError when a loss or gradient is not finite, OutOfMemory when a step runs out of it.
-    """
+    signal stopped it and the state is saved). Raises UserError when a number is not finite,
+    OutOfMemory when a step runs out of it."""
     step = start = int(state.step)
     pending = None  # the dispatched step whose numbers have not been read yet
     lap = time.perf_counter()
@@ -168,20 +166,16 @@ def fit(
                 step += 1
                 if stage.on_policy:  # nothing to overlap: the next batch needs this step's result
                     report()
-    if loop_state.wait_secs:
-        console.line(
-            f"the devices waited {format_secs(loop_state.wait_secs)} for batches, "
-            f"{loop_state.wait_secs / loop_state.elapsed_secs:.1%} of the time in steps"
-        )
+    if waited := loop_state.wait_secs:
+        share = f"{waited / loop_state.elapsed_secs:.1%} of the time in steps"
+        console.line(f"the devices waited {format_secs(waited)} for batches, {share}")
     return step, True
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """SIGTERM or Ctrl-C asks the loop to stop at the next step; a second Ctrl-C stops at once.
-
-    When one of several processes is asked, all stop after the same step: jax.distributed passes a
-    SIGTERM on, and Ctrl-C becomes a SIGTERM.
+    """SIGTERM or Ctrl-C asks the loop to stop at the next step, a second Ctrl-C at once. Of several
+    processes all stop after the same step: jax.distributed passes SIGTERM on, Ctrl-C becomes one.
     """
     asked, several = threading.Event(), jax.process_count() > 1
 
@@ -215,9 +209,9 @@ def _stop_not_finite(step: int, values: dict, doc_ids: list, checkpoints: Checkp
     good = step_dir(checkpoints.directory, steps[-1]) if steps else "none yet"
     documents = sorted({name for row in doc_ids for name in row})
     more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+    got = ", ".join(f"{name} {values[name]}" for name in ("loss", "grad_norm", "update_norm"))
     raise UserError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, update norm "
-        f"{values['update_norm']}, expected finite numbers; its batch held the documents "
+        f"step {step}: {got}, expected finite numbers; its batch held the documents "
         f"{', '.join(documents[:8])}{more}; the last good checkpoint is {good}; lower the learning "
         "rates or look at these documents"
     )

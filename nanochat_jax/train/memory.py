@@ -54,11 +54,9 @@ def outside_the_step(stage: str) -> Iterator[None]:
             yield
     except OutOfMemory as error:
         key = "rl.slots" if stage == "rl" else "eval.device_batch_size"
-        raise UserError(
-            f"{stage}: out of memory outside the training step ({error}); lower "
-            f"--config.{key} or, if nothing was being evaluated, split the model with --config."
-            "mesh.tensor; the same command continues from the last checkpoint"
-        ) from error
+        cure = f"lower --config.{key} or split the model with --config.mesh.tensor"
+        what = f"{stage}: out of memory outside the training step ({error})"
+        raise UserError(f"{what}; {cure}; the same command continues") from error
 
 
 def compile_lowered(lowered):
@@ -102,10 +100,8 @@ def require_memory(state: TrainState, mesh: Mesh) -> None:
 
 
 def too_little_memory(what: str, needed: float, available: float) -> UserError:
-    return UserError(
-        f"{what} {format_bytes(needed)} per device, there are {format_bytes(available)}, "
-        f"{format_bytes(needed - available)} too few; {ADVICE}"
-    )
+    there_are = f"there are {format_bytes(available)}"
+    return UserError(f"{what} {format_bytes(needed)} per device, {there_are}; {ADVICE}")
 
 
 def format_bytes(count: float) -> str:
@@ -117,6 +113,5 @@ def format_bytes(count: float) -> str:
 def return_freed_memory() -> None:
     """Return to the system what glibc keeps, so that it counts as free again."""
     gc.collect()  # arrays may hang in a cycle of frames and exceptions
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim:
-        trim(0)
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

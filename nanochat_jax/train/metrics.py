@@ -1,8 +1,8 @@
 """metrics.jsonl for programs, lines on the console for people, a tracker if asked.
 
 metrics.jsonl: one object a line with `kind` ("train" or "eval"), `step` (updates done before it)
-and unrounded values. What depends on the clock is in keys that end in `_secs`; in all others two
-runs of a recipe agree to the last bit. A resumed run cuts the file back to its checkpoint.
+and unrounded values. In all keys but those that end in `_secs` two runs of a recipe agree to the
+last bit. A resumed run cuts the file back to its checkpoint.
 """
 
 import json
@@ -80,8 +80,8 @@ class Console:
         self._steps, self._tokens, self._secs = 0, 0, 0.0  # since the last line
         self._first: tuple[int, float] | None = None  # (step, time) that the ETA counts from
         self._line_at = -float("inf")
-        hidden = not sys.stderr.isatty() or os.environ.get("NANOCHAT_PROCESS_INDEX", "0") != "0"
-        self._bar = tqdm(total=num_steps, initial=start_step, disable=hidden, leave=False)
+        off = not sys.stderr.isatty() or os.environ.get("NANOCHAT_PROCESS_INDEX", "0") != "0"
+        self._bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=off, leave=False)
 
     def step(self, step: int, values: dict[str, float], *, tokens: int, secs: float) -> None:
         """values: what to show, in order; tokens: time steps worked on, of all rows."""

@@ -26,11 +26,9 @@ from nanochat_jax.model.sharding import OWNERS, ROW_AXES, ROWS, param_shardings,
 class Owners:
     """The two forms of a model's parameters on a mesh, and the ways between them.
 
-    A "tree" is any pytree, such as a TrainState: each dict in it that is keyed by parameters
-    changes its form. The on-disk form is by path, split by rows where rows divide.
-
     by_path(params): masters by path, placed for evaluation and inference
-    to_paths(tree), to_owned(tree): to and from the on-disk form, without gathering anything
+    to_paths(tree), to_owned(tree): to and from the on-disk form (by path, split by rows where rows
+    divide) without gathering anything; each dict in the tree keyed by parameters changes its form
     """
 
     def __init__(self, config: GPTConfig, mesh: Mesh):

@@ -178,6 +178,6 @@ def global_norm(tree) -> jax.Array:
 def put_batch(batch: dict, mesh: Mesh) -> Batch:
     """This process's rows of inputs, targets and, if any, weights as global arrays."""
     arrays = {name: batch[name] for name in ("inputs", "targets", "weights") if name in batch}
-    rows, width = batch["inputs"].shape
     put = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, ROWS))
-    return {name: put(a, (rows * jax.process_count(), width)) for name, a in arrays.items()}
+    rows = len(batch["inputs"]) * jax.process_count()
+    return {name: put(a, (rows, a.shape[1])) for name, a in arrays.items()}

@@ -39,8 +39,8 @@ class Watch:
         self.say, self._is_tracing = say, False
         self.traced = range(max(profile.start, coming.start), min(profile.stop, coming.stop))
         if len(self.traced) < len(profile):
-            asked = f"asked for {_span(profile)}, this run has {_span(coming)}"
-            say(f"profile: {asked}: traces {_span(self.traced)}")
+            spans = ", ".join(f"{r.start}:{r.stop - 1}" for r in (profile, coming))
+            say(f"profile: steps asked for and to come: {spans}; traces {len(self.traced)} of them")
         self._end: Future[float] | None = None  # of the step dispatched last, on the clock
         self._waiter = ThreadPoolExecutor(1, "watch_steps")
         self._shapes: set[tuple[int, ...]] = set()  # of the batches so far
@@ -102,7 +102,3 @@ class Watch:
 def _end_of(results: Any) -> float:
     jax.block_until_ready(results)
     return time.perf_counter()
-
-
-def _span(steps: range) -> str:
-    return f"steps {steps[0]} to {steps[-1]}" if steps else "no step"

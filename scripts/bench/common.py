@@ -285,10 +285,6 @@ def peaks() -> dict[str, float]:
     return rates or {}
 
 
-def named(shape: str, rows: list[dict]) -> list[dict]:
-    return [row | {"what": f"{shape} {row['what']}"} for row in rows]
-
-
 def table(rows: list[dict]) -> str:
     """The columns that any row has."""
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]

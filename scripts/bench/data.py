@@ -48,12 +48,12 @@ def run(config: cfg.Recipe, shard: Path, num_tokens: int) -> list[dict]:
     cropped = batches.counts()["cropped_tokens"] - cropped
     batches.close()
     tokens = num_batches * batch_rows * seq_len
-    found = [
-        ("batches", tokens / secs, "tok/s"),
-        ("batches, by a core", tokens / cpu, "tok/core-second"),
-        ("encoded for them", (tokens + cropped) / cpu, "tok/core-second"),
+    by_a_core = {"unit": "tok/core-second"}
+    return [
+        {"what": "batches", "value": tokens / secs, "unit": "tok/s"},
+        {"what": "batches, by a core", "value": tokens / cpu} | by_a_core,
+        {"what": "encoded for them", "value": (tokens + cropped) / cpu} | by_a_core,
     ]
-    return [{"what": what, "value": value, "unit": unit} for what, value, unit in found]
 
 
 def make_shard(path: Path) -> Path:

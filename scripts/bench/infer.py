@@ -24,7 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanochat_jax.common import run_main
-from nanochat_jax.inference.engine import Engine, Request
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.request import Request
 from nanochat_jax.model.accounting import matmul_params
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.kv_cache import capacity
@@ -37,13 +38,12 @@ LENGTH_STEP = 64  # naive rows are padded to a multiple of it, so that few shape
 
 def run(shape: Shape, secs: float, counts: Sequence[int], *, rivals: bool = True) -> list[dict]:
     """Rows for each count of texts at once; rivals: also of what is slower."""
-    config, share = shape.model, secs / len(counts)
-    params = common.random_params(config)
-    rows = [row for n in counts for row in measure(config, params, n, share, rivals)]
-    return common.named(shape.name, rows)
+    params, share = common.random_params(shape.model), secs / len(counts)
+    return [row for n in counts for row in measure(shape, params, n, share, rivals)]
 
 
-def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bool) -> list[dict]:
+def measure(shape: Shape, params: dict, count: int, secs: float, rivals: bool) -> list[dict]:
+    config = shape.model
     new, naive_new = (256, 4) if jax.default_backend() == "gpu" else (64, 2)  # prompts: as long
     prompts = common.random_batch(count, count, new, config.vocab_size)["inputs"].tolist()
     job, first = ([Request(prompt, n) for prompt in prompts] for n in (new, 1))
@@ -72,7 +72,7 @@ def measure(config: GPTConfig, params: dict, count: int, secs: float, rivals: bo
     step = (whole - times["first token"]["ms"]) / (new - 1)
     row = {"what": "a token", "ms": step} | common.reached(step_bytes(engine), step, "copy")
     rows.append(row | {"value": 1e3 * count / step, "unit": "tok/s"})
-    return [row | {"what": f"{row['what']}, {count} at once"} for row in rows]
+    return [row | {"what": f"{shape.name} {row['what']}, {count} at once"} for row in rows]
 
 
 def step_bytes(engine: Engine) -> int:

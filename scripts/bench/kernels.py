@@ -125,7 +125,8 @@ KERNELS = {"attention": attention, "loss": loss, "optimizer": optimizer, "matmul
 
 
 def run(shape: Shape, kernel: str, secs: float) -> list[dict]:
-    return common.named(shape.name, KERNELS[kernel](shape, secs))
+    rows = KERNELS[kernel](shape, secs)
+    return [row | {"what": f"{shape.name} {row['what']}"} for row in rows]
 
 
 def main() -> None:

@@ -26,11 +26,6 @@ def test_validation_is_never_a_training_shard(name, last):
             dataset.train_names(count)
 
 
-def test_unknown_name():
-    with pytest.raises(UserError, match="climbmix, fineweb_edu, local, demo"):
-        datasets.ensure("pile", num_shards=1)
-
-
 def record(directory, sizes):
     directory.mkdir(parents=True)
     for name, size in sizes.items():

@@ -42,15 +42,9 @@ def test_innocent_messages_are_kept(message):
 def test_links_and_the_contest_are_cut_out():
     more = ["look at https://example.org/x", *TALK, "how many points do you have", "bye"]
     texts = [text for _, text in demo.conversations({str(i): conversation(*more) for i in "123"})]
-    dashed, quoted = (
-        form(TALK)
-        for form in (
-            lambda turns: "\n".join(f"- {turn}" for turn in turns),
-            lambda turns: "\n".join(f'"{turn}"' for turn in turns),
-        )
-    )
-    # The talk before the link and the talk after it, three times.
-    assert len(texts) == 6 and set(texts) <= {dashed, quoted}
+    # The talk before the link and the talk after it, three times, with dashes or in quotes.
+    said = ["\n".join(f"- {turn}" for turn in TALK), "\n".join(f'"{turn}"' for turn in TALK)]
+    assert len(texts) == 6 and set(texts) <= set(said)
 
 
 VERY_LATE = f"it was {'very ' * 12}late when"
@@ -67,15 +61,6 @@ TYPED = [
 @pytest.mark.parametrize("typed, tidy", TYPED)
 def test_tidying(typed, tidy):
     assert demo.tidy_turn(typed) == tidy
-
-
-def test_long_conversations_are_cut_between_turns():
-    subjects = ("lake", "city", "bus", "walk", "water", "sister", "woods", "day", "year", "part")
-    pairs = [(one, other) for one in subjects for other in subjects]
-    turns = [f"{turn} And what of {one} and {other}?" for one, other in pairs for turn in TALK]
-    pieces = list(demo._pieces_of_conversation(turns))
-    assert [turn for piece in pieces for turn in piece] == turns
-    assert all(1_400 < sum(map(len, piece)) <= demo.MAX_DOCUMENT_CHARS for piece in pieces[:-1])
 
 
 def test_without_the_package(monkeypatch):
@@ -117,20 +102,6 @@ def test_prose_of_a_docstring():
         "more than the degree, then the polynomial is described by numpy.poly as well.",
         "The algorithm relies on computing eigenvalues of the companion matrix, and it is exact.",
     ]
-
-
-NOT_PROSE = """
-Copyright of this file is with its authors, and they have all of the rights to it.
-x, y, z, alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lambda.
-The list of options that can be given to this function is the following one:
-the sentence begins with a small letter and so it is a part of something else.
-See https://example.org for all of the things that you may want to know about it.
-"""
-
-
-@pytest.mark.parametrize("text", NOT_PROSE.strip().splitlines())
-def test_what_is_not_prose(text):
-    assert not demo.is_prose(text)
 
 
 def test_source_files_are_read_without_being_run(tmp_path, monkeypatch):

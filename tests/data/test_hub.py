@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files = SHARDS | {"eval_bundle.zip": zipped(BUNDLE)}
         self.asked: list[tuple[str, str]] = []  # (method, path)
-        self.headers: list[str] = []
+        self.headers = ""  # of all requests
         self.failures: list[tuple[int, dict]] = []  # answers of the next requests for contents
         self.cut_after: list[int] = []  # bytes after which the next contents break off
         self.wrong = 0  # contents to send with a byte changed
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, name = self.server, self.path.rpartition("/")[2]
         server.asked.append((self.command, self.path))
-        server.headers.append(str(self.headers))
+        server.headers += str(self.headers)
         if name not in server.files:
             self.answer(404, {"X-Error-Code": "EntryNotFound"})
         elif self.path.startswith("/cdn/"):
@@ -92,29 +92,23 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path not in [f"/datasets/{REPO}/resolve/{r}/{name}" for r in ("main", COMMIT)]:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         else:
-            facts = {
-                "X-Repo-Commit": COMMIT,
-                "X-Linked-Size": len(server.files[name]),
-                "X-Linked-ETag": f'"{hashlib.sha256(server.files[name]).hexdigest()}"',
-                # Another host than the hub, as in reality: it tells size and hash, the hub does.
-                "Location": f"http://localhost:{server.server_port}/cdn/{name}",
-            }
-            self.answer(302, facts)
+            sha256 = hashlib.sha256(server.files[name]).hexdigest()
+            facts = {"X-Linked-Size": len(server.files[name]), "X-Linked-ETag": f'"{sha256}"'}
+            facts["Location"] = f"http://localhost:{server.server_port}/cdn/{name}"  # another host
+            self.answer(302, facts | {"X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
 
     def content(self, data):
-        server = self.server
+        server, headers = self.server, {"Content-Length": len(data)}
         if server.failures:
             self.answer(*server.failures.pop(0))
             return
         if self.command == "GET" and server.wrong > 0:
             server.wrong -= 1
             data = data[:99] + bytes([data[99] ^ 1]) + data[100:]
-        headers = {"Content-Length": len(data)}
         if self.command == "GET" and server.cut_after:
-            data = data[: server.cut_after.pop(0)]
-            self.close_connection = True
+            data, self.close_connection = data[: server.cut_after.pop(0)], True
         self.answer(200, headers, data)
 
 
@@ -136,7 +130,7 @@ def no_waits(monkeypatch):
 
 
 def get(server, folder, names=NAMES, repo=REPO):
-    client.download(repo, names, folder, workers=3, endpoint=server.url)
+    client.download(repo, names, folder, endpoint=server.url)
 
 
 def get_bundle(server):
@@ -146,12 +140,11 @@ def get_bundle(server):
 def assert_whole(folder, names=NAMES):
     assert {p.name for p in folder.iterdir()} == {*names, "dataset.json"}
     manifest = json.loads((folder / "dataset.json").read_text())
-    wanted = {name: SHARDS[name] for name in names}
-    assert {name: (folder / name).read_bytes() for name in names} == wanted
-    assert manifest["revision"] == COMMIT and manifest["shards"] == {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in wanted.items()
-    }
+    assert manifest["revision"] == COMMIT and list(manifest["shards"]) == names
+    for name, facts in manifest["shards"].items():
+        assert (folder / name).read_bytes() == SHARDS[name]
+        sha256 = hashlib.sha256(SHARDS[name]).hexdigest()
+        assert facts == {"bytes": len(SHARDS[name]), "sha256": sha256}
 
 
 def assert_bundle_whole(folder):
@@ -187,12 +180,10 @@ def test_what_goes_wrong_is_tried_again(server, tmp_path, bad_day):
     assert_bundle_whole(get_bundle(server))
 
 
-NO_SERVER = "http://127.0.0.1:9"
+WORSE_DAYS = [dict(failures=[(502, {})] * 999), dict(wrong=999), dict(url="http://127.0.0.1:9")]
 
 
-@pytest.mark.parametrize(
-    "bad_day", [dict(failures=[(502, {})] * 999), dict(wrong=999), dict(url=NO_SERVER)]
-)
+@pytest.mark.parametrize("bad_day", WORSE_DAYS)
 def test_what_stays_wrong_is_one_line_and_no_file(server, tmp_path, bad_day):
     vars(server).update(deepcopy(bad_day))
     for call in (partial(get, server, tmp_path / "shards", NAMES[:1]), partial(get_bundle, server)):
@@ -226,7 +217,7 @@ def test_the_bundle_comes_once_and_the_token_stays_here(server, monkeypatch):
     for _ in range(2):
         assert_bundle_whole(get_bundle(server))
         assert [method for method, _ in server.asked] == ["GET"]
-    assert not any("hf_secret" in headers for headers in server.headers)
+    assert "hf_secret" not in server.headers
 
 
 def test_an_archive_stays_in_its_folder(server, tmp_path):

@@ -72,14 +72,6 @@ def test_cut_pieces_are_the_text_but_for_white_space(text, max_chars):
         assert pieces == [text]
 
 
-def test_cuts_are_at_blank_lines_else_lines_else_words():
-    assert local.split_text("aa\n\nbbbb\ncccc dddd", 12) == ["aa\n\nbbbb", "cccc dddd"]
-    assert local.split_text("a b c d e\n\nf g h", 14) == ["a b c d e", "f g h"]
-    assert local.split_text("aaa bbb\nccc ddd eee", 12) == ["aaa bbb", "ccc ddd eee"]
-    assert local.split_text("aaaa bbbb cccc", 11) == ["aaaa bbbb", "cccc"]
-    assert local.split_text("a" * 25, 10) == ["a" * 10, "a" * 10, "a" * 5]
-
-
 @pytest.mark.parametrize("line", ['{"text": ', '{"body": "x"}', '["x"]', '{"text": 3}'])
 def test_bad_lines_are_named(folder, line):
     (folder / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")

@@ -83,14 +83,6 @@ def test_many_shards_through_the_disk(tmp_path):
     assert not list(tmp_path.glob(".making*"))
 
 
-def test_small_datasets_have_many_row_groups(tmp_path):
-    write([f"document {i}" for i in range(3_000)], tmp_path)
-    metadata = pq.ParquetFile(tmp_path / "shard_00001.parquet").metadata
-    assert metadata.num_row_groups >= 64
-    sizes = {metadata.row_group(i).num_rows for i in range(metadata.num_row_groups - 1)}
-    assert sizes == {metadata.num_rows // 64}
-
-
 @pytest.mark.parametrize("texts", [[], ["alone"], ["twice", "twice"]])
 def test_too_few_documents(tmp_path, texts):
     with pytest.raises(UserError, match="at least two"):

@@ -28,7 +28,7 @@ def test_known_ratios_and_a_baseline_that_cannot_be_loaded():
 
     result = compare(BYTES_ONLY, TEXTS, get_encoding)
     assert result["vocab_size"] == {"ours": 265, "GPT-2": 65536}
-    assert result["missing"] == {"GPT-4": "OSError: no network"}
+    assert set(result["missing"]) == {"GPT-4"}
     assert set(result["kinds"]) == {*SAMPLES, "train"}
     for kind, row in result["kinds"].items():
         size = len((SAMPLES | TEXTS)[kind].encode())

@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import PREFILL_TOKENS, Engine
-from nanochat_jax.inference.scheduler import Completion, Request, Tool
+from nanochat_jax.inference.request import Completion, Request, Tool
 from nanochat_jax.model import kv_cache
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
@@ -319,7 +319,7 @@ def test_after_the_warm_up_nothing_is_compiled(modern, random_params):
     told = []
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told == [(i + 1, len(told)) for i in range(len(told))]
-    programs = [decode.burst, decode.extend, kv_cache.resize, kv_cache.copy]
+    programs = [decode.burst, decode.extend, kv_cache.resize]
     before = [program._cache_size() for program in programs]
     extras = [{"logit_bias": {3: 1.0}, "top_logprobs": 3}, {"prompt_logprobs": True}]
     for i, r in enumerate(requests(18, max_new_tokens=3)):

@@ -75,26 +75,6 @@ def test_flops_are_those_of_the_traced_forward_pass(config):
     assert accounting.decode_flops(config, config.seq_len) * config.seq_len == flops
 
 
-def test_windows_bound_the_flops_of_attention():
-    config = replace(MODERN, num_layers=3, window_pattern="SL", seq_len=1_024)  # S: 256
-    weights = 2 * accounting.matmul_params(config)
-    attended = {100: 100 + 100 + 100, 300: 256 + 300 + 300, 5_000: 256 + 1_024 + 1_024}
-    for context_len, positions in attended.items():
-        expected = weights + 4 * 48 * positions
-        assert accounting.decode_flops(config, context_len) == expected
-    # Shorter than the shortest window: no more than there is.
-    short = replace(config, seq_len=64)
-    assert accounting.train_flops_per_token(short) == (
-        6 * accounting.matmul_params(short) + 12 * 48 * 3 * 64
-    )
-
-
-def test_bytes_of_the_kv_cache():
-    config = replace(CLASSIC, num_kv_heads=2)  # 2 layers, keys and values, 2 heads of 12
-    assert accounting.kv_bytes_per_token(config, bytes_per_value=2) == 2 * 2 * 2 * 12 * 2
-    assert accounting.kv_bytes_per_token(D20, bytes_per_value=2) == 20 * 2 * 1_280 * 2
-
-
 @pytest.mark.parametrize("config", [CLASSIC, MODERN])
 def test_bytes_of_the_state_are_those_of_its_leaves(config):
     shapes = param_shapes(config)

@@ -56,21 +56,6 @@ def test_a_window_of_w_sees_w_keys_and_its_own(function):
     np.testing.assert_allclose(weights, expected, atol=1e-7)
 
 
-def test_query_heads_share_kv_heads_in_order():
-    """Values that name their KV head: query head n reads head n // (N / K)."""
-    q, k = draw(1, T, 6, 8), draw(1, T, 2, 8)
-    v = jnp.broadcast_to(jnp.array([10.0, 20.0])[:, None], (1, T, 2, 8))
-    heads = np.asarray(attention(q, k, v, None))[0, 0, :, 0]
-    np.testing.assert_allclose(heads, [10, 10, 10, 20, 20, 20], rtol=1e-6)
-
-
-def test_scores_are_divided_by_the_root_of_the_head_dim():
-    q = jnp.zeros((1, 2, 1, 16)).at[..., 0].set(4.0)
-    k = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)  # scores of the last query: 0 and 4/4
-    weight = float(attention(q, k, jnp.eye(2, 16)[None, :, None], None)[0, 1, 0, 1])
-    assert weight == pytest.approx(np.e / (1 + np.e), rel=1e-6)
-
-
 def test_a_backend_that_cannot_be_had_is_an_error():
     for name in ("flash", "cudnn"):
         with pytest.raises(UserError, match=name):

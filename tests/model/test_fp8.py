@@ -123,26 +123,6 @@ def test_only_eight_bits_of_x_are_kept_for_the_backward_pass():
     assert {leaf.dtype for leaf in kept} == {jnp.dtype(fp8.E4M3)}
 
 
-def test_one_input_of_three_maps_is_quantised_once():
-    """q, k and v: the compiler finds the three quantisations equal, forward and backward."""
-    kernels = [draw(64, 32) for _ in range(3)]
-    weights = [fp8.quantise(kernel, fp8.E4M3) for kernel in kernels]
-
-    def maps(x, kernels):
-        return [fp8.dot(x, w, kernel) for w, kernel in zip(weights, kernels, strict=True)]
-
-    def both(x, kernels, dy):
-        y, pull = jax.vjp(maps, x, kernels)
-        return y, pull(dy)
-
-    def maxima(function, *args) -> int:
-        return jax.jit(function).lower(*args).compile().as_text().count(" reduce(")
-
-    x, *dy = (draw(4, 16, dim).astype(jnp.bfloat16) for dim in (64, 32, 32, 32))
-    assert maxima(maps, x, kernels) == 1
-    assert maxima(both, x, kernels, dy) == 1 + 3
-
-
 def test_cross_entropy_with_the_head_in_fp8():
     """Loss and gradients beside the exact ones of the head's rounded numbers; every tile rounds x
     and the logits' gradients by itself, and the head's gradient comes in the kernel's place."""

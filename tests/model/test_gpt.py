@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.model.gpt import GPTConfig, bind, init_params, param_shapes, params_of
+from nanochat_jax.model.gpt import GPTConfig, bind, init_params, param_shapes
 from nanochat_jax.model.loss import cross_entropy_sum
 from tests.model.programs import equations
 
@@ -120,36 +120,6 @@ def test_no_position_sees_a_later_one(config, random_params):
     before, after = logits(config, params, np.concatenate([ids, changed]))
     np.testing.assert_array_equal(before[:changed_at], after[:changed_at])
     assert np.all(np.any(before[changed_at:] != after[changed_at:], axis=-1))
-
-
-def test_rows_do_not_see_each_other(random_params):
-    params, ids = random_params(MODERN), tiny_ids(MODERN, 2, 12)
-    swapped = logits(MODERN, params, ids[::-1].copy())
-    np.testing.assert_allclose(swapped[::-1], logits(MODERN, params, ids), atol=1e-6)
-
-
-def test_smear_and_backout_by_hand(random_params):
-    """Blocks that add nothing, so that only the extras are left: two tokens, two layers."""
-    config = replace(MODERN, num_layers=2)
-    params = {
-        path: jnp.zeros_like(value) if "c_proj" in path else value
-        for path, value in random_params(config).items()
-    } | {
-        "resid_lambdas": jnp.array([2.0, 3.0]),
-        "x0_lambdas": jnp.array([0.5, 0.25]),
-        "smear_lambda": jnp.array([0.6]),
-        "smear_gate.kernel": jnp.zeros((24, 1)),  # a gate of one half
-        "backout_lambda": jnp.array([0.2]),
-    }
-    first, second = np.asarray(params["wte.table"], np.float64)[[3, 5]]
-    first, second = (x / np.sqrt(np.mean(x**2)) for x in (first, second))
-    x0 = np.stack([first, second + 0.6 * 0.5 * first])
-    x1 = 2.0 * x0 + 0.5 * x0
-    x2 = 3.0 * x1 + 0.25 * x0  # after layer 1 = L // 2: what is kept and subtracted
-    x = x2 - 0.2 * x2
-    expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True))
-    hidden = jax.jit(lambda p: bind(config, p).hidden(jnp.array([[3, 5]])))(params)
-    np.testing.assert_allclose(hidden[0], expected, atol=1e-5)
 
 
 def test_windows_and_value_embeddings_of_each_layer():
@@ -271,25 +241,3 @@ def test_fresh_parameters_follow_the_documented_spread(config):
             assert abs(float(value.mean())) <= 4 * std / value.size**0.5
             if path.endswith(("c_q.kernel", "c_fc.kernel")):  # uniform: no outliers
                 assert float(jnp.abs(value).max()) <= 3**0.5 * std * (1 + 1e-6)
-
-
-def test_each_parameter_is_drawn_for_itself_and_by_the_seed():
-    """No two of the same shape alike; the same seed the same numbers, another seed others."""
-    params, again, other = (initialise(MODERN, jax.random.key(seed)) for seed in (0, 0, 1))
-    drawn = [path for path, value in params.items() if float(value.std()) and value.ndim == 2]
-    for i, path in enumerate(drawn):
-        np.testing.assert_array_equal(params[path], again[path])
-        assert np.any(params[path] != other[path]), path
-        for twin in drawn[:i]:
-            same_shape = params[path].shape == params[twin].shape
-            assert not same_shape or np.any(params[path] != params[twin]), (path, twin)
-
-
-@BOTH
-def test_parameters_go_into_the_module_and_come_out_unchanged(config, random_params):
-    params = random_params(config)
-    model = bind(config, jax.tree.map(jnp.asarray, params))
-    back = params_of(model)
-    assert sorted(back) == sorted(params)
-    for path, value in params.items():
-        np.testing.assert_array_equal(back[path], value)

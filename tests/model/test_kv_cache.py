@@ -80,14 +80,21 @@ def test_what_a_ring_holds():
             ring[written % size] = written
 
 
-def test_slots_are_taken_put_back_and_copied_and_others_stay_as_they_are():
-    shape, missing = (4, K, 16, H), 4
-    a = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    cache = [(jnp.asarray(a), jnp.asarray(-a))]
-    slots = jnp.array([2, missing, 0])
-    rows = kv_cache.take_slots(cache, slots)
-    cache = kv_cache.put_slots(cache, slots, jax.tree.map(lambda a: a + 1, rows))
-    expected = a + np.array([1, 0, 1, 0], np.float32)[:, None, None, None]
+@pytest.mark.parametrize("window", [None, 5])
+def test_new_keys_go_to_the_slots_they_are_meant_for_and_no_others(window):
+    config, T, missing = config_of(window), 4, 4
+    cache = jax.tree.map(lambda a: a - 7, kv_cache.empty_cache(config, 4, 16))
+    fresh = jnp.arange(2 * K * T * H, dtype=jnp.float32).reshape(2, K, T, H)
+    start, count = np.array([3, 9]), np.array([4, 2])
+    source, slots = np.array([1, 0, 1, 0]), np.array([0, 2, 3, missing])
+    where = (jnp.asarray(a) for a in (start, count, slots, source))
+    cache = jax.jit(kv_cache.merge)(cache, [(fresh, -fresh)], *where)
+    expected = np.full(cache[0][0].shape, -7.0)
+    for slot, row in ((0, 1), (2, 0), (3, 1)):
+        for step in range(count[row]):
+            expected[slot, :, (start[row] + step) % (window or 16)] = fresh[row, :, step]
     np.testing.assert_array_equal(cache[0][0], expected)
-    copied = kv_cache.copy(cache, jnp.array([1, 2, 3]), jnp.array([0, 3, missing]))
-    np.testing.assert_array_equal(copied[0][0], expected[[1, 1, 2, 2]])
+    np.testing.assert_array_equal(cache[0][1][expected != -7], -expected[expected != -7])
+    np.testing.assert_array_equal(
+        kv_cache.take_slots(cache, jnp.array([2, 0]))[0][0], expected[[2, 0]]
+    )

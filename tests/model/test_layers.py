@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from nanochat_jax.model.layers import Embedding, Linear, rms_norm, rotary_tables, rotate, scaled
 
@@ -60,26 +59,3 @@ def test_rotation_turns_by_minus_the_angle():
     first, second = 3.0, 3.0 * 100.0 ** (-2 / 4)
     expected = [np.cos(first), 2 * np.sin(second), -np.sin(first), 2 * np.cos(second)]
     np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-6)
-
-
-def test_only_the_distance_of_positions_matters():
-    q, k = draw(8), draw(8)
-
-    def score(query_position, key_position):
-        positions = jnp.array([query_position, key_position])
-        both = rotate(jnp.stack([q, k])[None, :, None], *rotary_tables(positions, 8, 10_000.0))
-        return float(both[0, 0, 0] @ both[0, 1, 0])
-
-    assert score(7, 2) == pytest.approx(score(905, 900), abs=1e-3)
-    assert score(7, 2) != pytest.approx(score(7, 3), abs=1e-2)
-    assert score(5, 5) == pytest.approx(float(q @ k), abs=1e-5)
-
-
-def test_rotary_positions_have_no_end():
-    """No table to outgrow: as exact at 100,000 as float32 angles can be."""
-    positions = np.array([0, 1, 2_048, 100_000])
-    cos, sin = rotary_tables(jnp.asarray(positions), 8, 10_000.0)
-    angles = positions[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
-    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-2)
-    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-2)
-    np.testing.assert_allclose(cos[:3], np.cos(angles[:3]), atol=2e-4)

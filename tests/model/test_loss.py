@@ -51,13 +51,6 @@ def test_tiled_equals_naive_with_gradients(tile, columns):
     np.testing.assert_allclose(nll, cross_entropy_naive(*args[:3], VOCAB), atol=1e-5)
 
 
-def test_the_gradient_scales_with_what_comes_from_above():
-    args = (X, HEAD, TARGETS, WEIGHTS)
-    _, grads = value_and_grads(tiled(4), *args)
-    _, tripled = value_and_grads(lambda *a: -3 * tiled(4)(*a), *args)
-    assert_same(tripled, jax.tree.map(lambda g: -3 * g, grads))
-
-
 def test_padded_columns_are_no_candidates_and_learn_nothing():
     loud = HEAD.at[:, VOCAB:].set(100.0)
     loss, (_, d_head) = value_and_grads(tiled(4), X, HEAD, TARGETS, WEIGHTS)
@@ -70,20 +63,6 @@ def test_nothing_to_learn_from_is_zero_and_finite():
     nothing = np.full((B, T), -1, np.int32)
     loss, grads = value_and_grads(tiled(4), X, HEAD, nothing, WEIGHTS)
     assert float(loss) == 0 and not any(np.any(g) for g in grads)
-
-
-def test_a_masked_row_changes_nothing():
-    """Padding of a batch: another row, loud and heavy, but without targets."""
-    rows = (
-        jnp.concatenate([X, 100 * X[:1]]),
-        HEAD,
-        np.concatenate([TARGETS, np.full((1, T), -1, np.int32)]),
-        jnp.concatenate([WEIGHTS, jnp.full((1, T), 9.0)]),
-    )
-    loss, (dx, d_head) = value_and_grads(tiled(4), X, HEAD, TARGETS, WEIGHTS)
-    padded_loss, (padded_dx, padded_d_head) = value_and_grads(tiled(4), *rows)
-    assert not np.any(padded_dx[-1])
-    assert_same((padded_loss, padded_dx[:-1], padded_d_head), (loss, dx, d_head), atol=1e-6)
 
 
 def test_bfloat16_stays_near_float32():

@@ -37,25 +37,9 @@ def test_without_warmup_and_warmdown_nothing_moves():
     np.testing.assert_allclose([steady(step) for step in range(8)], SHAPE["peak"])
 
 
-def test_later_stages_are_the_same_shape():
-    fall = partial(lr_multiplier, warmup_steps=0, final_frac=0.0)
-    mid = partial(fall, num_steps=10, warmdown_frac=0.2)
-    expected = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0]
-    np.testing.assert_allclose([mid(step) for step in range(11)], expected, atol=1e-12)
-    sft = partial(fall, num_steps=4, warmdown_frac=1.0)
-    np.testing.assert_allclose([sft(step) for step in range(5)], [1, 0.75, 0.5, 0.25, 0])
-
-
 def test_a_warmup_that_outlasts_the_run_wins_over_the_warmdown():
     """A run shorter than the warmup: it rises to the end, as upstream's does."""
     momentum = partial(MOMENTUM, num_steps=20)
     np.testing.assert_allclose(momentum(19), 0.85 + 0.12 * 19 / 40, atol=1e-12)
     lr = partial(LR, num_steps=8, warmup_steps=8)
     np.testing.assert_allclose([lr(step) for step in range(8)], np.arange(1, 9) / 8)
-
-
-def test_learning_rate_rises_then_stays_then_falls_and_never_turns():
-    values = np.array([LR(step) for step in range(101)])
-    assert np.all(np.diff(values[:4]) > 0)
-    assert np.all(values[3:51] == 1)
-    assert np.all(np.diff(values[50:]) < 0) and values.min() == pytest.approx(0.1)

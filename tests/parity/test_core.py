@@ -53,7 +53,6 @@ def test_without_data_the_goldens_own_items_are_compared(goldens):
     assert compared.pop("names, shapes") > 10
     assert compared == {"lm_own_items: correct": 40, "lm_own_items: span": 40}
     assert not misses(rows)
-    assert len([row for row in rows if not row.compared]) == 8
 
 
 def test_each_change_is_a_miss_that_is_named(folder):
@@ -71,11 +70,6 @@ def test_each_change_is_a_miss_that_is_named(folder):
     assert set(missed) == {own + "correct", own + "span", own + "score", own + "new", "more"}
     assert missed[own + "correct"].note == "3: got False, reference True"
     assert missed[own + "span"].difference == 1
-
-
-def test_a_model_of_other_sizes_is_a_miss(folder):
-    edit(folder, lambda content: content["model_config"].update(n_layer=3))
-    assert "names, shapes" in misses(compare_files(folder, FILES))
 
 
 def test_tasks_with_data_are_compared_to_the_last_loss(folder):

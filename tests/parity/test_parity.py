@@ -11,7 +11,6 @@ from nanochat_jax.common import UserError
 from nanochat_jax.parity.folder import compare_files, compare_folder
 from nanochat_jax.parity.model import (
     MAX_ROUNDED_SIGNS,
-    STEP_TOLERANCE,
     compare_groups,
     read_case,
     settle_signs,
@@ -96,7 +95,6 @@ def modern_arrays() -> Reference:
         (lambda groups: groups[3].update(betas=[0.8, 0.9]), "settings", "group 3 (resid).betas"),
         (lambda groups: groups[8].update(ns_steps=6), "settings", "ns_steps: got 5, reference 6"),
         (lambda groups: groups[7].update(momentum=0.9), "settings", "momentum"),
-        (lambda groups: groups[8]["params"].pop(), "members", ""),
         (lambda groups: groups.pop(5), "members", ""),
         (lambda groups: groups[4]["params"].append(groups[3]["params"].pop()), "", ""),
     ],
@@ -136,12 +134,11 @@ def test_a_few_cautious_signs_may_differ_by_the_decay_and_by_nothing_else():
     rounded = theirs.copy()
     rounded[:MAX_ROUNDED_SIGNS, 0] = [1e-3, -1e-3, 1e-3]
     params, note = settled(rounded)
-    assert note
     np.testing.assert_array_equal(params[path], theirs)  # so that they do not carry over
+    assert note
     one_more = rounded.copy()
     one_more[5] = 1e-3
-    near = np.full((10, 1), STEP_TOLERANCE / 2, np.float32)
-    for same, lr_decay in ((one_more, 5e-4), (rounded / 2, 5e-4), (rounded, 0.0), (near, 5e-4)):
+    for same, lr_decay in ((one_more, 5e-4), (rounded / 2, 5e-4), (rounded, 0.0)):
         params, note = settled(same, lr_decay)
         np.testing.assert_array_equal(params[path], same)
         assert not note
@@ -153,13 +150,11 @@ def test_a_few_cautious_signs_may_differ_by_the_decay_and_by_nothing_else():
     [
         ({"a": np.ones(3), "b": 2.0}, {"a": np.ones(3), "b": 2.5}, 1.0, 0.5),
         ({"a": 1.0}, {"a": 1.0, "b": 2.0}, 1.0, np.inf),
-        ({"a": 1.0, "b": 2.0}, {"a": 1.0}, 1.0, np.inf),
         ({"a": np.array([0.0, np.nan]), "b": 3.0}, {"a": np.zeros(2), "b": 0.0}, 10.0, np.inf),
         (np.ones((2, 1)), np.ones(2), 1.0, np.inf),
         (np.ones(0), np.ones(0), 1.0, np.inf),  # nothing was compared
         ([1, 2, 3], [1, 5], 0.0, 2),
         ({}, {}, 0.0, np.inf),
-        ({"a": None}, {}, 0.0, 1),
         (np.array([0.0, np.nan]), np.array([0.5, np.nan]), 1.0, 0.5),  # an empty span on both
     ],
 )

@@ -1,6 +1,5 @@
 """The report: its numbers by hand, runs that are half done, and text that tries to break out."""
 
-import json
 import math
 import os
 import re
@@ -15,40 +14,13 @@ import pytest
 
 from nanochat_jax.report.page import make_report
 from nanochat_jax.report.plots import draw
+from tests.report.parts import FACTS, HARDWARE, steps, write, write_stage
 
 HOSTILE = (
     "</pre></dd><script>alert(1)</script><img src=//evil.example onerror=x> &amp; ```\n# Title\n"
     "````` | a | b | [x](javascript:y) \x07 \u202e done"
 )
 CALL = "<|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>"
-HARDWARE = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "num_devices": 8}
-FACTS = {"hardware": HARDWARE, "num_steps": 20, "started_unix_secs": 1.79e9, "wall_secs": 3540.0}
-FACTS |= {"command": "/somewhere/scripts/train.py --config=configs/d20.py --config.run.name=mine"}
-FACTS |= {"params": {"wte": 3_000_000, "lm_head": 1_000_000, "total": 4_000_000}}
-FACTS |= {"flops_per_token": 7.912e9, "tokens_per_step": 8192, "peak_flops": 8 * 989e12}
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-
-
-def write_stage(run, name, lines=(), seed=42, **info):
-    own = {"packing": "rows" if name == "sft" else "best_fit"}
-    config = {"model": {"depth": 20}, "data": {"name": "fineweb"}, "run": {"seed": seed}, name: own}
-    write(run / name / "config.json", config)
-    write(run / name / "run_info.json", FACTS | info)
-    write(run / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def steps(number, **values):
-    """Training lines: the first step takes 30 s, because it compiles, the others 0.25 s."""
-    return [
-        {"kind": "train", "step": step, "loss": 9.0 - step / 10, "loss_ema": 9.5 - step / 10}
-        | {"tokens": 100 + step, "step_secs": 0.25 if step else 30.0, "grad_norm": 1.0}
-        | {"elapsed_secs": 30.0 + step * 0.25, **values}
-        for step in range(number)
-    ]
 
 
 def task(right, problems, examples, passes):
@@ -154,6 +126,18 @@ def test_any_file_may_be_missing(run):
         file.unlink()
         assert "## Details" in pages(run)[0], file
         file.write_text(content)
+
+
+def test_a_damaged_file_is_told_and_the_rest_is_shown(run):
+    file, evaluation = run / "base" / "metrics.jsonl", run / "eval" / "base.json"
+    lines = file.read_text().splitlines(keepends=True)
+    lines[3], lines[7] = "\0\0\n", '{"kind": "train", "step": "7"}\n'
+    file.write_text("".join(lines) + '{"kind": "train", "st')
+    evaluation.write_text('{"val_bpb": 0.')
+    text = " ".join(pages(run)[0].split())
+    assert str(file) in text and "2 of 22; the first is line 4" in text
+    assert str(evaluation) in text
+    assert "| Tokens | 147,456 | 40,960 |" in text  # 18 of 20 steps
 
 
 def test_a_run_that_has_only_begun(run, tmp_path):

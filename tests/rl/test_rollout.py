@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.rl.policy import advantages, policy_loss, token_weights
 from nanochat_jax.rl.rollout import pad, practise
 from nanochat_jax.tasks.base import Task

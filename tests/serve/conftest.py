@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from nanochat_jax.inference.checkpoint import make_engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.serve.api import Served

@@ -11,13 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from nanochat_jax.serve import markdown
+from nanochat_jax.serve import guard, markdown
 
 FOLDER = Path(markdown.__file__).parent / "page"
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 CARD = {"id": "demo-rl", "stage": "rl", "step": 20, "chat": True, "context": 256}
 CARD |= {"tools": ["calculator", "none"]}
 HOSTILE = {
@@ -77,7 +73,7 @@ class StandIn:
         ):
             return refusal(401, "a key is needed")
         response = await call_next(request)
-        response.headers["Content-Security-Policy"] = CSP
+        response.headers.update(guard.HEADERS)
         return response
 
     async def _tokenize(self, request: Request):

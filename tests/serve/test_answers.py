@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.inference.request import Completion
 from nanochat_jax.serve.answers import Answer, add_part, chat_logprobs, text_logprobs, token_text
 
 CALL = ["<|python_start|>", "2*3", "<|python_end|>", "<|output_start|>", "6", "<|output_end|>"]

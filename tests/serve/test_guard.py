@@ -36,6 +36,16 @@ def test_a_key_opens_all_but_health_and_the_page(serve):
     assert server.chat("hello").choices[0].message.content == "hello"
 
 
+def test_the_browser_asks_for_the_key_of_the_report(serve):
+    server = serve(access=Access("s3:cret", HOSTS))
+    asked = server.get("/report/x")
+    assert asked.status_code == 401 and asked.headers["www-authenticate"].startswith("Basic ")
+    for auth, status in ((("me", "s3:cret"), 404), (("s3:cret", ""), 401), (("me", "s3"), 401)):
+        assert server.get("/report/x", auth=auth).status_code == status
+        assert server.get("/v1/models", auth=auth).status_code == 401
+    assert server.get("/report/x", headers={"authorization": "Basic ~~"}).status_code == 401
+
+
 def test_a_host_that_is_bound_anew_is_refused(scripted):
     port = scripted.url.rsplit(":", 1)[1]
     for host in (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", "", "[::2]"):

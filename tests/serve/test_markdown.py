@@ -115,7 +115,7 @@ def test_a_text_cannot_name_a_class_of_the_page():
         "[^",
         "<!--",
     ]
-    + ["```c\n" + "\n " * 1990 + "\n```\n"],
+    + ["```c\n" + "\n " * 1490 + "\n```\n"],
 )
 def test_time_is_bounded(piece):
     heads = [

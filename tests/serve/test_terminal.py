@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.serve.terminal import Chat, Screen
 
 SETTINGS = Request((), 40, temperature=0.6, top_k=50, seed=42)

@@ -11,11 +11,9 @@ import pytest
 from nanochat_jax import config as cfg
 from nanochat_jax.common import EXIT_RESUME_ME, UserError, run_dir
 from nanochat_jax.launch.provenance import only_one
-from nanochat_jax.model import attention
 from nanochat_jax.stages.base import Base
 from nanochat_jax.stages.evals import run_base_eval
 from nanochat_jax.stages.run import start
-from nanochat_jax.stages.text import run_tok_eval
 from nanochat_jax.stages.train import ran_out, train_stage
 from nanochat_jax.train import checkpoint as ck
 from nanochat_jax.train.layout import LayoutRecord, candidates
@@ -126,14 +124,6 @@ def test_what_was_derived_is_told_once_in_a_run(recipe, straight, capsys):
     assert "attention: xla" in capsys.readouterr().out
 
 
-def test_tok_eval_is_done_once(recipe, straight):
-    run_tok_eval(recipe(straight))
-    out = run_dir(straight) / "eval" / "tokenizer.json"
-    before = out.stat().st_mtime_ns
-    run_tok_eval(recipe(straight))
-    assert out.stat().st_mtime_ns == before
-
-
 def test_crash_and_signal_change_nothing(recipe, straight):
     with pytest.raises(RuntimeError, match="power cut"):
         train_stage(recipe("broken"), interrupted(Base, {8: power_cut}))
@@ -157,9 +147,7 @@ def test_a_damaged_checkpoint_is_made_again(recipe, straight, capsys):
 
 FAILS = """
 from nanochat_jax.stages.base import Base
-from nanochat_jax.train.layout import LayoutRecord, candidates
 from nanochat_jax.train.loop import Evaluation
-from nanochat_jax.train.memory import OutOfMemory
 def fail(params): raise RuntimeError('evaluation')
 init = Base.__init__
 def with_one_that_fails(self, run):
@@ -234,10 +222,6 @@ def test_mistakes_are_told_before_anything_is_done(recipe, keys, named):
     assert not (run_dir("refused") / "base" / "metrics.jsonl").exists()
 
 
-def test_the_attention_that_passed_is_the_model_s(recipe, straight):
-    assert start(recipe(straight)).model.attention_backend == "blocked" in attention.BACKENDS
-
-
 def test_out_of_memory_in_a_step_changes_the_layout_and_nothing_else(recipe, straight, capsys):
     taken = layout_file(straight)["taken"]
     assert (taken["rows"], taken["remat"]) == (2, "none")
@@ -261,7 +245,6 @@ def test_one_of_several_processes_notes_it_and_ends(tmp_path):
     LayoutRecord(tmp_path / "layout.json", {}, layouts).take(layouts[0], 9)
     assert ran_out("base", tmp_path, OutOfMemory(OUT), num_processes=1) is None  # alone: goes on
     assert json.loads((tmp_path / "layout.json").read_text())["too_large"][0]["bytes"] == 9
-    # What launchers restart:
     assert ran_out("base", tmp_path, OutOfMemory(OUT), num_processes=2) == EXIT_RESUME_ME
 
 

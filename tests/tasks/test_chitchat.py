@@ -4,12 +4,10 @@ import importlib
 import json
 import sys
 
-import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.data import shards
 from nanochat_jax.tasks.base import SPLITS, messages, split_of
-from nanochat_jax.tasks.chitchat import MAX_CHARS, ChitChat, cut
+from nanochat_jax.tasks.chitchat import ChitChat, cut
 
 TEXTS = (
     "Hello there, how are you doing today?",
@@ -59,15 +57,6 @@ def test_pieces(turns, pieces):
     assert ["|".join(piece) for piece in cut(spoken)] == pieces
 
 
-def test_pieces_are_short_and_keep_the_order():
-    turns = [("ab"[i % 2], f"Why is it {i}? {'so ' * 20}") for i in range(101)]
-    pieces = cut(turns)
-    assert all(len(piece) % 2 == 0 and len("".join(piece)) <= MAX_CHARS for piece in pieces)
-    said = [text for piece in pieces for text in piece]
-    places = [[text for _, text in turns].index(text) for text in said]
-    assert places == sorted(set(places)) and len(places) > 85
-
-
 def test_whole_conversations_belong_to_one_split(dataset):
     keys = sorted(f"key {i}" for i in range(60))  # and not the rude one
     for split in SPLITS:
@@ -83,11 +72,3 @@ def test_what_was_made_is_kept_until_it_is_out_of_date(dataset, tmp_path):
     assert list(ChitChat("train"))[0]["messages"][0]["content"].startswith("Hi there")  # is read
     dataset.write_text(dataset.read_text() + "\n")
     assert list(ChitChat("train")) == first
-
-
-def test_pretraining_validation_is_in_the_test_split(tmp_path):
-    """For every size of a dataset: shards.py takes at most a tenth, by the same hash."""
-    keys = [f"conversation {i}" for i in range(2_000)]
-    shards.write_shards(((key, key) for key in keys), tmp_path, about_chars=1, manifest={})
-    held_out = pq.read_table(tmp_path / "shard_00000.parquet")["text"].to_pylist()
-    assert set(held_out) == {key for key in keys if split_of(key) == "test"}

@@ -6,7 +6,7 @@ import pytest
 
 from nanochat_jax.common import UserError
 from nanochat_jax.tasks.base import messages
-from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer, solution_parts
+from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tasks.sources import read_conversations
@@ -59,18 +59,6 @@ def test_goldens_of_gsm8k(goldens):
     assert conversation in [case["conversation"] for case in golden["conversations"]]
     for row in golden["gsm_extract"]:
         assert extract_answer(row["text"]) == row["out"]
-
-
-@pytest.mark.parametrize(
-    "solution, parts",
-    [
-        ("<<1+2=3>><<3=3=3>>3", "python:1+2 python_output:3 python:3=3 python_output:3 text:3"),
-        ("1<<2,<<2+2=4>>#", "text:1<<2, python:2+2 python_output:4 text:#"),
-        ("no call #### 5", "text:no call #### 5"),
-    ],
-)
-def test_calculations_become_tool_calls(solution, parts):
-    assert " ".join(f"{it['type']}:{it['text']}" for it in solution_parts(solution)) == parts
 
 
 def test_gsm8k_is_graded_by_the_number_after_the_marks():

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from nanochat_jax.tasks.humaneval import HumanEval, extract_imports, extract_program, program
 
 ROWS = [
@@ -37,25 +35,6 @@ def test_goldens(goldens):
     golden = json.loads((goldens / "text.json").read_text())
     for key, extract in EXTRACT.items():
         assert [extract(row["text"]) for row in golden[key]] == [row["out"] for row in golden[key]]
-
-
-IMPORTS = "\n\n  import math  \n# why\nfrom a import b\nimported = 1\nimport c"
-
-
-@pytest.mark.parametrize(
-    "extract, text, found",
-    [
-        (extract_program, "  x = 1 \n", "x = 1"),
-        (extract_program, "```python\n\n    return 1\n```", "return 1"),
-        (extract_program, "```\na\n```\n```python\nb\n```", "a"),
-        (extract_program, "```js\na\n```", "```js\na\n```"),
-        (extract_program, "```python \nx = '```'\n```", "x = '```'"),
-        (extract_imports, IMPORTS, "import math\nfrom a import b"),
-        (extract_imports, "def f():\n    import os", ""),
-    ],
-)
-def test_extracted(extract, text, found):
-    assert extract(text) == found
 
 
 def test_the_program_brings_the_prompts_imports():

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.data.local import read_jsonl
 from nanochat_jax.tasks.registry import open_task
 from nanochat_jax.tasks.sources import SOURCES, load_rows
 
@@ -93,15 +92,6 @@ def test_values_of_the_wrong_kind_are_told(tmp_path, suffix, name, column, wrong
     write(tmp_path / f"{path}.{suffix}", [SOURCES[name].row | {column: wrong}])
     with pytest.raises(UserError, match=rf"{path}\.{suffix}.*: .*\b{column}\b"):
         load_rows(name, "test", str(tmp_path))
-
-
-def test_lines_of_jsonl(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('\ufeff{"a": "é"}\r\n\n  \n[1]\n{'.encode())
-    lines = read_jsonl(path)
-    assert [next(lines), next(lines)] == [(f"{path}:1", {"a": "é"}), (f"{path}:4", [1])]
-    with pytest.raises(UserError, match=f"{path}:5: "):
-        next(lines)
 
 
 def test_rows_of_a_repository(tmp_path, monkeypatch):

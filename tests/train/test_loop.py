@@ -168,49 +168,8 @@ def test_a_run_that_ends_among_the_steps_keeps_both(run, tmp_path):
     jax.profiler.stop_trace()
 
 
-@pytest.mark.parametrize(
-    ("profile", "start", "said", "steps"),
-    [
-        ("4:90", 0, "traces steps 4 to 5", 2),
-        ("8:9", 0, "traces no step", 0),
-        ("1:4", 4, "traces steps 4 to 4", 1),
-    ],
-)
-def test_steps_that_do_not_come_are_told(run, tmp_path, capsys, profile, start, said, steps):
-    run(profile=profile, start=start)
-    assert said in capsys.readouterr().out
-    assert len(traced(tmp_path / "profile") if steps else []) == steps
-    assert bool(steps) == (tmp_path / "profile").exists()
-
-
 def test_steps_by_name():
     assert parse_steps("20:22") == range(20, 23) and not parse_steps("")
     for text in ("20", "24:20", "a:b", "1:", ":", "-1:3", "1:2:3", " 1:2"):
         with pytest.raises(UserError, match="config.run.profile"):
             parse_steps(text)
-
-
-class Busy:
-    def __init__(self, secs: float):
-        self.secs = secs
-
-    def block_until_ready(self):
-        time.sleep(self.secs)
-        return self
-
-
-def test_idle_time_runs_from_the_end_of_a_step(tmp_path):
-    idle = Watch(range(0), tmp_path, range(9), print)
-    began = time.perf_counter()
-    time.sleep(0.05)
-    assert 0.05 <= idle.idle_secs(began) <= time.perf_counter() - began  # no step yet
-    began = time.perf_counter()
-    idle.dispatched(0, (1,), Busy(0.2))
-    assert idle.idle_secs(began) == 0
-    time.sleep(0.4)
-    waited, elapsed = idle.idle_secs(began), time.perf_counter() - began
-    assert 0.1 < waited <= elapsed - 0.2
-    since = time.perf_counter()
-    time.sleep(0.05)
-    assert 0.05 <= idle.idle_secs(since) < waited  # not what lay before the batch was asked for
-    idle.close()

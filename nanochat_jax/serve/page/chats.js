@@ -96,10 +96,9 @@ export function watch(changed) {
 
 export const exported = () => JSON.stringify({ nanochat: 1, chats: [...chats.values()] }, null, 1);
 
-/** Take in what `exported` gave, or one conversation of chat_cli; [chats taken, those refused]. */
+/** Take in what `exported` gave; [how many chats, how many that were refused]. */
 export function taken(text) {
-  const found = JSON.parse(text);
-  const list = found.chats ?? (Array.isArray(found.messages) ? [fromTurns(found.messages)] : null);
+  const list = JSON.parse(text)?.chats;
   if (!Array.isArray(list)) throw new Error("there are no chats in it");
   const sound = list.map((one) => read(JSON.stringify(one))).filter((chat) => chat);
   for (const chat of sound) {
@@ -108,17 +107,6 @@ export function taken(text) {
     save(have ?? chat);
   }
   return [sound.length, list.length - sound.length];
-}
-
-function fromTurns(turns) {
-  const chat = newChat(turns[0]?.role === "system" ? turns.shift().content : "");
-  let parent = "";
-  for (const { role, content } of turns) {
-    const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
-    parent = add(chat, parent, role, parts).id;
-    Object.assign(chat.messages.at(-1), role === "assistant" ? { finish: "stop" } : {});
-  }
-  return chat;
 }
 
 /** Text as a chat, or null: the store and imported files may hold anything. */

@@ -19,6 +19,7 @@ let chat = store.newChat();
 let follow = true; // the end of the conversation stays in sight
 let lastSave = 0;
 let leaving = false;
+const unseenLine = make("p", "line", "The context is full: the model no longer sees what is above.");
 
 // --- Drawing
 
@@ -26,10 +27,28 @@ function drawChat() {
   const shown = store.path(chat);
   articles.clear();
   by("thread").replaceChildren(...shown.map(article));
-  if (chat.system && model.chat !== false) by("thread").prepend(systemNote());
   if (!shown.length) by("thread").append(welcome());
+  markUnseen();
   drawComposer();
   drawList();
+  if (document.activeElement === document.body) focusField();
+}
+
+/** Draw anew what is there already, unless other messages are to be shown. */
+function refresh() {
+  const ids = (keys) => [...keys].join();
+  const shown = store.path(chat);
+  if (ids(shown.map((one) => one.id)) !== ids(articles.keys())) drawChat();
+  else for (const message of shown) redraw(message);
+}
+
+/** Say where the part of the conversation begins that the model has last seen. */
+function markUnseen() {
+  const shown = store.path(chat);
+  const last = shown.findLast((message) => message.role === "assistant");
+  const next = last?.unseen ? articles.get(shown[2 * last.unseen]?.id) : null;
+  if (!next) unseenLine.remove();
+  else if (next.previousSibling !== unseenLine) next.before(unseenLine);
 }
 
 function article(message) {
@@ -38,8 +57,8 @@ function article(message) {
   on(".older", () => turn(message, -1));
   on(".newer", () => turn(message, 1));
   on(".edit", () => edit(message, element));
-  on(".again", () => write(chat, store.add(chat, message.parent, "assistant", [])));
-  on(".on", () => write(chat, message));
+  on(".again", () => current() || write(chat, store.add(chat, message.parent, "assistant", [])));
+  on(".on", () => current() || write(chat, message));
   copies(element.querySelector(".copy"), () => store.plain(message));
   articles.set(message.id, element);
   redraw(message, element);
@@ -48,12 +67,6 @@ function article(message) {
 
 function redraw(message, element = articles.get(message.id)) {
   if (element) draw(element, chat, message, model, writing.has(message.id));
-}
-
-function systemNote() {
-  const details = make("details", "system");
-  details.append(make("summary", "", "System prompt"), make("p", "", chat.system));
-  return details;
 }
 
 function welcome() {
@@ -90,20 +103,20 @@ function drawList() {
 function listed(one) {
   const item = copied("chat");
   const [title, rename, bin] = item.children;
-  title.textContent = one.title;
+  const name = (title.textContent = one.title || "No title");
   title.setAttribute("aria-current", one.id === chat.id);
-  rename.setAttribute("aria-label", `Rename ${one.title}`);
-  bin.setAttribute("aria-label", `Delete ${one.title}`);
+  rename.setAttribute("aria-label", `Rename ${name}`);
+  bin.setAttribute("aria-label", `Delete ${name}`);
   title.addEventListener("click", () => open(one));
   rename.addEventListener("click", async () => {
-    const name = await ask("Rename this chat", { label: "Name", value: one.title, ok: "Rename" });
-    if (!name) return;
-    Object.assign(one, { title: name.slice(0, 80), changed: Date.now() });
+    const said = await ask("Rename this chat", { label: "Name", value: one.title, ok: "Rename" });
+    if (!said) return;
+    Object.assign(one, { title: said.slice(0, 80), changed: Date.now() });
     save(one);
     drawList();
   });
   bin.addEventListener("click", async () => {
-    if (!(await ask(`Delete "${one.title}"?`, { ok: "Delete" }))) return;
+    if (!(await ask(`Delete "${name}"?`, { ok: "Delete" }))) return;
     stopAll(one);
     store.remove(one.id);
     if (one.id === chat.id) open();
@@ -128,7 +141,7 @@ function open(one = store.newChat(settings.system)) {
   follow = true;
   showSide(false);
   drawChat();
-  by("ask").focus();
+  focusField();
 }
 
 /** Do what writes to the browser's store, which may be full or not allowed. */
@@ -147,9 +160,11 @@ function save(one) {
 
 function turn(message, step) {
   const all = store.versions(chat, message);
-  store.show(chat, all[all.indexOf(message) + step]);
+  const next = all[all.indexOf(message) + step];
+  store.show(chat, next);
   save(chat);
   drawChat();
+  articles.get(next.id).querySelector(".versions :enabled").focus();
 }
 
 function edit(message, element) {
@@ -169,6 +184,8 @@ function edit(message, element) {
   element.replaceChildren(form);
   field.focus();
 }
+
+const isEditing = () => Boolean(document.querySelector(".editor"));
 
 // --- Answers
 
@@ -195,7 +212,10 @@ async function write(one, message) {
     askKey,
     progress: () => {
       redraw(message);
-      if (Date.now() - lastSave > SAVE_EVERY_MSECS) save(one);
+      markUnseen();
+      if (message.waiting) say("The server's queue is full. Waiting.");
+      const isDue = Date.now() - lastSave > SAVE_EVERY_MSECS;
+      if (isDue && store.chats.has(one.id)) save(one); // it may have been deleted meanwhile
     },
   });
   save(one);
@@ -205,7 +225,7 @@ async function write(one, message) {
   writing.delete(message.id);
   if (leaving) return; // with the page goes its connection: that is no news of the server
   if (message.finish === "cut") lost();
-  if (store.chats.has(one.id)) save(one); // it may have been deleted meanwhile
+  if (store.chats.has(one.id)) save(one);
   say(`The model says: ${store.plain(message)} ${endOf(message, model)}`);
   redraw(message);
   drawComposer();
@@ -230,7 +250,7 @@ async function meet() {
       + `tokens${card.chat && tool && tool !== "none" ? `, with a ${tool}` : ""}`;
     document.body.dataset.server = "here";
     tell("");
-    drawChat();
+    if (!isEditing()) drawChat();
   } catch (error) {
     if (error.status === 401 && (await askKey())) await meet();
     else if (error.status === 0 || error.status === 503) lost();
@@ -270,6 +290,10 @@ function submitsOnEnter(field) {
   requestAnimationFrame(grow);
 }
 
+function focusField() {
+  if (matchMedia("(hover: hover)").matches) by("ask").focus(); // phones would open their keyboard
+}
+
 function showSide(shown) {
   by("side").classList.toggle("open", shown);
   by("open-side").setAttribute("aria-expanded", shown);
@@ -292,6 +316,9 @@ by("search").addEventListener("input", drawList);
 by("open-side").addEventListener("click", () => {
   showSide(true);
   by("new").focus();
+});
+by("side").addEventListener("focusout", ({ relatedTarget: next }) => {
+  if (next && !next.closest("#side, dialog")) showSide(false);
 });
 by("shade").addEventListener("click", () => showSide(false));
 by("open-settings").addEventListener("click", async () => {
@@ -316,7 +343,7 @@ by("import").addEventListener("click", () => by("file").click());
 by("file").addEventListener("change", async ({ target }) => {
   try {
     const [taken, refused] = store.taken(await target.files[0].text());
-    tell(`${taken} chats taken in${refused ? `, ${refused} left out: they are damaged` : ""}.`);
+    tell(`Chats taken in: ${taken}. Left out because they are damaged: ${refused}.`);
   } catch (error) {
     tell(`This file could not be read as chats: ${error.message}`);
   }
@@ -335,8 +362,11 @@ addEventListener("pagehide", () => {
   leaving = true;
   if (current()) save(chat);
 });
-addEventListener("pageshow", () => (leaving = false));
-addEventListener("hashchange", () => open(store.chats.get(location.hash.slice(1))));
+addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
+addEventListener("hashchange", () => {
+  const asked = store.chats.get(location.hash.slice(1));
+  if (asked) open(asked);
+});
 
 const log = by("log");
 log.addEventListener("scroll", () => {
@@ -351,11 +381,7 @@ store.watch((id) => {
       stopAll(chat);
       tell("This chat was deleted in another tab.");
       open();
-    } else if (!current()) {
-      const shown = store.path(chat);
-      if (shown.map((one) => one.id).join() === [...articles.keys()].join()) shown.forEach((one) => redraw(one));
-      else if (!document.querySelector(".editor")) drawChat();
-    }
+    } else if (!current() && !isEditing()) refresh();
   }
   drawList();
 });

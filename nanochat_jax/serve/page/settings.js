@@ -11,7 +11,7 @@ export function load() {
   try {
     const kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
     for (const [name, value] of Object.entries(settings)) {
-      const sound = typeof kept[name] === typeof value || (name === "seed" && kept[name] > 0);
+      const sound = typeof kept[name] === typeof value || (name === "seed" && Number.isInteger(kept[name]));
       if (sound) settings[name] = kept[name];
     }
   } catch {

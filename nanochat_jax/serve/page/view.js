@@ -11,7 +11,11 @@ const PAUSE_MSECS = 250;
 let queue = Promise.resolve(); // one text is rendered at a time
 
 /** A copy of what a <template> holds. */
-export const copied = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
+export function copied(id) {
+  const element = document.getElementById(id).content.firstElementChild.cloneNode(true);
+  for (const named of element.querySelectorAll("[aria-label]")) named.title = named.ariaLabel;
+  return element;
+}
 
 /** An element with text in it. */
 export function make(tag, className, text = "") {
@@ -24,7 +28,7 @@ export function make(tag, className, text = "") {
 /** Text to the clipboard; where a browser gives none (plain http), by the old way. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const field = make("textarea", "unseen", text);
+  const field = make("textarea", "spoken", text);
   document.body.append(field);
   field.select();
   document.execCommand("copy");
@@ -35,6 +39,7 @@ export async function copy(text) {
 export function copies(button, text) {
   button.addEventListener("click", async () => {
     await copy(text());
+    document.getElementById("said").textContent = "Copied.";
     button.classList.add("done");
     setTimeout(() => button.classList.remove("done"), 1500);
   });
@@ -113,13 +118,15 @@ async function renderInto(element, text) {
   for (let done; done !== wanted.get(element); ) {
     done = wanted.get(element);
     try {
-      if (!html.has(done)) html.set(done, await (queue = queue.catch(() => {}).then(() => rendered(done))));
+      queue = queue.catch(() => {}).then(() => html.get(done) ?? rendered(done));
+      html.set(done, await queue);
       setHtml(element, done);
     } catch {
       element.classList.add("plain"); // a text without its marks is still the text
       element.textContent = wanted.get(element);
     }
     await new Promise((resolve) => setTimeout(resolve, PAUSE_MSECS));
+    if (done !== wanted.get(element)) html.delete(done);
   }
   wanted.delete(element);
 }
@@ -145,10 +152,7 @@ function setHtml(element, text) {
 
 function noteOf(message, model, writing) {
   if (message.role === "user") return "";
-  const turns = message.unseen === 1 ? "turn" : `${message.unseen} turns`;
-  const full = `The context is full: the model no longer saw the oldest ${turns}.`;
-  const end = writing ? (message.waiting ?? "") : endOf(message, model);
-  return `${message.unseen ? full : ""} ${end}`.trim();
+  return writing ? (message.waiting ?? "") : endOf(message, model);
 }
 
 function speedOf({ tokens, secs }) {

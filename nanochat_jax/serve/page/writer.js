@@ -102,10 +102,12 @@ function reason(error, model) {
 export function endOf(message, model) {
   const ends = {
     stop: "",
-    length: `Cut off after ${message.tokens} tokens, the most that Settings allow.`,
+    length: model.chat === false
+      ? "" // a base model finds no end of its own
+      : `Cut off after ${message.tokens} tokens, the most that Settings allow.`,
     context: `Cut off: the context of ${model.context} tokens is full.`,
     stopped: "Stopped.",
-    cut: "The server went away while it wrote this.",
+    cut: `The server ${message.parts.length ? "went away while it wrote this" : "is gone"}.`,
     error: message.error,
   };
   return ends[message.finish] ?? "Not finished.";
