@@ -192,6 +192,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, pool: Pool, greeting: str = ""):
         config = uvicorn.Config(
             app,
+            log_config=None,  # what it says goes where all logs go
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -154,7 +154,13 @@ def serving(engines, tokenizer, *, stage="sft", access=None, tools=("none",), **
     vocab = tokenizer.vocab_size
     served = Served("test", stage, 7, engines[0].max_len, vocab, tools)
     app = make_app(pool, tokenizer, served, access or Access(hosts=("127.0.0.1",)))
-    sock = open_socket("127.0.0.1", 0)
+    with listening(app, pool, open_socket("127.0.0.1", 0)) as url:
+        yield Running(url, engines[0], pool, served.id)
+
+
+@contextlib.contextmanager
+def listening(app, pool, sock):
+    """Run a server in a thread; its address."""
     server = Server(app, pool, "listening")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -162,7 +168,7 @@ def serving(engines, tokenizer, *, stage="sft", access=None, tools=("none",), **
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", engines[0], pool, served.id)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
