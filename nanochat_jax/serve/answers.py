@@ -4,6 +4,7 @@ Invariants: a character is never sent by halves, and nothing of a stop string ev
 does not depend on how the engine cuts an answer into pieces; the pieces joined are the answer.
 """
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 from nanochat_jax.inference.history import AnswerReader
-from nanochat_jax.inference.scheduler import Completion, Top
+from nanochat_jax.inference.request import Completion, Top
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
 # The engine's words for how a text ended, and OpenAI's. What is missing here is an error.
@@ -39,12 +40,14 @@ class Delta(NamedTuple):
 
 @dataclass
 class Answer:
-    """Reads one answer. chat: the tool's parts are no text; else all that is written is."""
+    """Reads one answer. chat: the tool's parts are no text; else all that is written is. scored:
+    with what is known of the tokens."""
 
     tokenizer: Tokenizer
     stops: Sequence[str] = ()
     _: KW_ONLY
     chat: bool = True
+    scored: bool = False
     finish: str = ""
     num_tokens: int = 0
     num_chars: int = 0  # of text that was read
@@ -53,12 +56,13 @@ class Answer:
     _held: str = ""  # may be the beginning of a stop string
     _kind: str = "text"
     _parts: list[dict[str, Any]] = field(default_factory=list)
-    _num_parts: int = 0
-    _last_type: str = ""
+    _index: int = -1  # of the part that goes on, and its type
+    _type: str = ""
     _scores: list[Score] = field(default_factory=list)
 
     def __post_init__(self):
         self._reader = AnswerReader(self.tokenizer)
+        self._first_special = min(self.tokenizer.special.values())
 
     def feed(self, piece: Completion) -> Delta:
         """What a piece adds, up to the first stop string: then `finish` is "stop"."""
@@ -69,8 +73,8 @@ class Answer:
             start, self.num_tokens = self.num_chars, self.num_tokens + 1
             for kind, text in self._reader.feed([id]):
                 self._take(kind, text)
-            special = id >= min(self.tokenizer.special.values())
-            if self._kind == "text" and not (self.chat and special):
+            shown = not self.chat or (self._kind == "text" and id < self._first_special)
+            if self.scored and shown:
                 self._scores.append(Score(id, logprob, top, start))
             if self.finish:
                 break
@@ -80,7 +84,7 @@ class Answer:
             if not self.finish:
                 self.finish = piece.finish
                 self._send(self._held)
-        parts, self._parts = self._numbered(join(self._parts)), []
+        parts, self._parts = self._parts, []
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         assert len(text) == self.num_sent - sent, (text, self.num_sent, sent)
         return Delta(text, parts, self._scores_sent(), self.finish)
@@ -91,8 +95,7 @@ class Answer:
             return
         if kind != "text":
             self._send(self._held)  # a stop string does not go on behind a call
-            begins = {"new": True} if not text else {}
-            self._parts.append({"type": kind, "text": text, **begins})
+            self._add(kind, text)
         self._kind = kind
         if kind == "text":
             self._held += text
@@ -118,17 +121,16 @@ class Answer:
 
     def _send(self, text: str) -> None:
         if text:
-            self._parts.append({"type": "text", "text": text})
+            self._add("text", text)
             self._held, self.num_sent = self._held[len(text) :], self.num_sent + len(text)
 
-    def _numbered(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With the `index` of the answer's part that each belongs to: OpenAI's client needs it to
-        put lists together."""
-        for part in parts:
-            if part.get("new") or part["type"] != self._last_type:
-                self._num_parts, self._last_type = self._num_parts + 1, part["type"]
-            part["index"] = self._num_parts - 1
-        return parts
+    def _add(self, kind: str, text: str) -> None:
+        """`index` counts the answer's parts: by it OpenAI's client joins what comes in pieces."""
+        new = {}
+        if not text or kind != self._type:
+            self._index, self._type = self._index + 1, kind
+            new = {"new": True} if kind != "text" else {}
+        add_part(self._parts, {"type": kind, "text": text, "index": self._index} | new)
 
     def _scores_sent(self) -> list[Score]:
         """Those of the tokens whose text is out; after the end no others follow."""
@@ -189,23 +191,24 @@ def echo(
 ) -> tuple[str, list[Score]]:
     """The text of a prompt and, from the engine's scores of all ids but the first, those of the
     ids but the first `added`."""
-    answer, text, scores = Answer(tokenizer, chat=False), "", []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    first_special, texts, scores, start = min(tokenizer.special.values()), [], [], 0
     for place, id in enumerate(ids):
         if scored is not None and place >= added:
             logprob, top = scored[place - 1] if place else (None, ())
-            scores.append(Score(id, logprob, top, answer.num_chars))
-        text += answer.feed(Completion([id], [0.0], [False])).text
-    return text + answer.feed(Completion(finish="length")).text, scores
+            scores.append(Score(id, logprob, top, start))
+        if id < first_special:
+            texts.append(decoder.decode(tokenizer.decode_bytes([id])))
+            start += len(texts[-1])
+    return "".join(texts) + decoder.decode(b"", final=True), scores
 
 
-def join(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Consecutive parts of one type as one; one that is "new" begins another."""
-    whole: list[dict[str, Any]] = []
-    for part in parts:
-        if part.get("new") or not whole or whole[-1]["type"] != part["type"]:
-            whole.append(part | {"text": ""})
-        whole[-1]["text"] += part["text"]
-    return whole
+def add_part(parts: list[dict[str, Any]], part: dict[str, Any]) -> None:
+    """Append a piece of a part, or join it to the last one if that is the same part."""
+    if parts and parts[-1]["index"] == part["index"]:
+        parts[-1]["text"] += part["text"]
+    else:
+        parts.append(part)
 
 
 def usage(num_prompt: int, answers: Sequence[Answer]) -> dict[str, int]:

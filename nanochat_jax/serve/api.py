@@ -16,14 +16,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import Scope
 
 from nanochat_jax.common import log
-from nanochat_jax.inference.scheduler import Completion
+from nanochat_jax.inference.request import Completion
 from nanochat_jax.serve import schema
-from nanochat_jax.serve.answers import FINISH, Answer, Delta, Envelope, echo, join, usage
+from nanochat_jax.serve.answers import FINISH, Answer, Delta, Envelope, add_part, echo, usage
 from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody
 from nanochat_jax.serve.worker import RETRY_SECS, Pool, Refused, Ticket
 from nanochat_jax.tokenizer.bpe import Tokenizer
 
-KEEP_ALIVE_SECS = 10.0
+KEEP_ALIVE_SECS = 10.0  # between comments to a client that waits
+UNLOGGED = ("/health", "/metrics", "/render")  # asked all the time
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Meter:
         path = getattr(scope.get("route"), "path", "")
         self.requests.labels(path, status).inc()
         self.seconds.observe(seconds)
+        if path in UNLOGGED and status == 200:
+            return
         shown = scope["path"].encode("ascii", "backslashreplace").decode()[:200]
         log(f"{scope['method']} {shown!r} {status} {seconds:.3f} s")
 
@@ -110,7 +113,7 @@ class Api:
         if body.stream:
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             return StreamingResponse(writing.stream(), 200, headers, "text/event-stream")
-        return Response(_json(await writing.whole(http)), media_type="application/json")
+        return Response(await writing.whole(http), media_type="application/json")
 
     def _encode(self, body: ChatBody | CompletionBody) -> list[tuple[list[int], int]]:
         """(ids, how many of them are not the client's) of each prompt."""
@@ -133,7 +136,9 @@ class Writing:
         chat = isinstance(body, ChatBody)
         logprobs = bool(body.logprobs) if chat else body.logprobs is not None
         self.envelope = Envelope(api.served.id, api.tokenizer, chat=chat, logprobs=logprobs)
-        self.answers = [Answer(api.tokenizer, body.stops, chat=chat) for _ in ticket.jobs]
+        self.answers = [
+            Answer(api.tokenizer, body.stops, chat=chat, scored=logprobs) for _ in ticket.jobs
+        ]
         self.echoed: set[int] = set()  # texts whose prompt is out
         self.num_prompt = sum(len(ids) for ids, _ in prompts)
 
@@ -206,8 +211,8 @@ class Writing:
             self.ticket.cancel()
         yield "data: [DONE]\n\n"
 
-    async def whole(self, http: Request) -> dict[str, Any]:
-        """The answer as one object; written for nobody once the client has left."""
+    async def whole(self, http: Request) -> str:
+        """The answer as one JSON object; no longer written once the client has left."""
         seen: list[list[Delta]] = [[] for _ in self.answers]
         left = asyncio.create_task(_until_left(http))
         left.add_done_callback(lambda _: self.ticket.cancel())
@@ -217,15 +222,20 @@ class Writing:
         finally:
             left.cancel()
             self.ticket.cancel()
+        return await asyncio.to_thread(self._join, seen)  # scores of long prompts take a while
+
+    def _join(self, seen: list[list[Delta]]) -> str:
         choices = []
         for index, deltas in enumerate(seen):
             text = "".join(delta.text for delta in deltas)
-            parts = join([part for delta in deltas for part in delta.parts])
+            parts: list[dict[str, Any]] = []
+            for part in (part for delta in deltas for part in delta.parts):
+                add_part(parts, part)
             parts = [{"type": part["type"], "text": part["text"]} for part in parts]
             scores = [score for delta in deltas for score in delta.scores]
             one = Delta(text, parts, scores, deltas[-1].finish)
             choices.append(self.envelope.choice(index, one, chunk=False, first=True))
-        return self.envelope.wrap(choices, chunk=False, usage=self.usage())
+        return _json(self.envelope.wrap(choices, chunk=False, usage=self.usage()))
 
 
 async def _until_left(http: Request) -> None:

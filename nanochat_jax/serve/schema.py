@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.scheduler import Request
+from nanochat_jax.inference.request import Request
 from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.chat import PARTS, render_conversation, render_for_completion
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat_jax.common import UserError
+from nanochat_jax.common import UserError, log
 from nanochat_jax.serve import markdown, schema
 from nanochat_jax.serve.api import Api, Meter, Served
 from nanochat_jax.serve.guard import Guard, error_response
@@ -36,6 +37,7 @@ from nanochat_jax.tokenizer.bpe import Tokenizer
 PAGE = Path(__file__).parent / "page"
 PAGE_SUFFIXES = (".html", ".css", ".js", ".svg")
 FLUSH_SECS = 10  # at the end, for clients to fetch what is written
+IDLE_SECS = 60  # after which a connection closes; clients ask several times over one
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,8 +68,11 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_):
         pool.start()
-        yield
-        await pool.close()
+        with renderer:
+            yield
+            await pool.close()
+
+    renderer = ThreadPoolExecutor(1, "render")  # of its own: Markdown holds up nothing else
 
     app = FastAPI(
         title="nanochat-jax",
@@ -126,7 +131,8 @@ def make_app(
     @app.post("/render")
     async def render(body: schema.RenderBody):
         schema.check_chars([body.text])
-        return {"html": await asyncio.to_thread(markdown.render, body.text)}
+        loop = asyncio.get_running_loop()
+        return {"html": await loop.run_in_executor(renderer, markdown.render, body.text)}
 
     @app.get("/health")
     async def health():
@@ -183,9 +189,22 @@ def _serve_file(app: FastAPI, path: str, file: Path) -> None:
 class Server(uvicorn.Server):
     """uvicorn that finishes the answers when it is asked to end, and ends when asked again."""
 
-    def __init__(self, config: uvicorn.Config, pool: Pool):
+    def __init__(self, app: FastAPI, pool: Pool, greeting: str = ""):
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # what it says goes where all logs go
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=IDLE_SECS,
+            timeout_graceful_shutdown=FLUSH_SECS,
+        )
         super().__init__(config)
-        self.pool, self.asked = pool, 0
+        self.pool, self.greeting, self.asked = pool, greeting, 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        log(self.greeting)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.asked += 1
@@ -224,20 +243,12 @@ def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str]) -
     return Access(key, (), tuple(origins))
 
 
-def http_server(app: FastAPI, pool: Pool) -> Server:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=FLUSH_SECS,
-    )
-    return Server(config, pool)
+def serve(app: FastAPI, pool: Pool, sock: socket.socket, greeting: str) -> None:
+    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one.
 
-
-def serve(app: FastAPI, pool: Pool, sock: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C: then answers are finished, or cut off at a second one."""
-    server = http_server(app, pool)
+    greeting: a line for the log, once clients are heard.
+    """
+    server = Server(app, pool, greeting)
     server.run(sockets=[sock])
     if server.force_exit:
         os._exit(1)  # threads of engines may be in the middle of a step

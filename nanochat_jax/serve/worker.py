@@ -1,4 +1,4 @@
-"""Engines under traffic: a thread owns each of them, and requests reach it through an inbox.
+"""Engines under traffic: a thread owns each of them, requests reach it through an inbox.
 
   Pool.submit -> inbox of the least busy Worker -> engine.step -> pieces -> the request's Ticket
   (event loop)                                     (the worker's thread)     (event loop)
@@ -16,11 +16,10 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 
 RETRY_SECS = 1  # when to ask again, as told to those who are sent away
 
@@ -44,11 +43,6 @@ class Job:
     timed_out: bool = False
 
 
-class Piece(NamedTuple):
-    index: int
-    completion: Completion
-
-
 @dataclass(eq=False)
 class Ticket:
     """The texts that one client asked for at once, and their pieces as they come."""
@@ -56,11 +50,10 @@ class Ticket:
     client: str
     deadline: float  # of time.monotonic()
     jobs: list[Job] = field(default_factory=list)
-    open: int = 0  # texts that have not ended
-    pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
+    pieces: asyncio.Queue[tuple[int, Completion]] = field(default_factory=asyncio.Queue)
 
-    async def next(self, timeout: float | None = None) -> Piece | None:
-        """The next piece, or None when `timeout` seconds went by without one."""
+    async def next(self, timeout: float | None = None) -> tuple[int, Completion] | None:
+        """The next piece and which text's it is; None after `timeout` seconds without one."""
         try:
             async with asyncio.timeout(timeout):
                 return await self.pieces.get()
@@ -177,7 +170,7 @@ class Pool:
         return min(self.per_client, self.slots + self.max_queue)
 
     def health(self) -> str:
-        """ "ok", or why no request is taken: "dead" or "draining"."""
+        """The word "ok", or why no request is taken: "dead" or "draining"."""
         dead = all(worker.error for worker in self.workers)
         return "dead" if dead else "draining" if self.draining else "ok"
 
@@ -194,7 +187,7 @@ class Pool:
                 f"{self.clients[client]} answers for this client are being written or wait, at "
                 f"most {self.per_client} may; ask again when one has ended",
             )
-        ticket = Ticket(client, time.monotonic() + self.timeout_secs, open=len(requests))
+        ticket = Ticket(client, time.monotonic() + self.timeout_secs)
         self.clients[client] += len(requests)
         for index, request in enumerate(requests):
             alive = [worker for worker in self.workers if not worker.error]
@@ -212,23 +205,16 @@ class Pool:
                 continue  # buried meanwhile
             if piece.finish:
                 job.worker.jobs.remove(job)
-                job.ticket.open -= 1
                 self.clients[job.ticket.client] -= 1
                 if not self.clients[job.ticket.client]:
                     del self.clients[job.ticket.client]
-            job.ticket.pieces.put_nowait(Piece(job.index, piece))
+            job.ticket.pieces.put_nowait((job.index, piece))
 
     def bury(self, worker: Worker, error: str) -> None:
         """A worker has died: its texts end."""
         worker.error = error
         end = Completion(finish="error", reason="the engine has stopped")
         self.deliver([(job, end) for job in worker.jobs])
-
-    async def drained(self) -> None:
-        """Take nothing more and wait until all answers are written."""
-        self.draining = True
-        while self.texts:
-            await asyncio.sleep(0.05)
 
     async def close(self) -> None:
         """End all threads; texts that are being written end with an error."""

@@ -18,11 +18,11 @@ import openai
 import pytest
 
 from nanochat_jax.inference.checkpoint import make_engine
-from nanochat_jax.inference.scheduler import Completion, Request
+from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access, http_server, make_app, open_socket
+from nanochat_jax.serve.server import Access, Server, make_app, open_socket
 from nanochat_jax.serve.worker import Pool
 
 MAX_LEN = 160
@@ -154,15 +154,21 @@ def serving(engines, tokenizer, *, stage="sft", access=None, tools=("none",), **
     vocab = tokenizer.vocab_size
     served = Served("test", stage, 7, engines[0].max_len, vocab, tools)
     app = make_app(pool, tokenizer, served, access or Access(hosts=("127.0.0.1",)))
-    sock = open_socket("127.0.0.1", 0)
-    server = http_server(app, pool)
+    with listening(app, pool, open_socket("127.0.0.1", 0)) as url:
+        yield Running(url, engines[0], pool, served.id)
+
+
+@contextlib.contextmanager
+def listening(app, pool, sock):
+    """Run a server in a thread; its address."""
+    server = Server(app, pool, "listening")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", engines[0], pool, served.id)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.inference.scheduler import Completion
-from nanochat_jax.serve.answers import Answer, chat_logprobs, join, text_logprobs, token_text
+from nanochat_jax.inference.request import Completion
+from nanochat_jax.serve.answers import Answer, add_part, chat_logprobs, text_logprobs, token_text
 
 CALL = ["<|python_start|>", "2*3", "<|python_end|>", "<|output_start|>", "6", "<|output_end|>"]
 
@@ -50,7 +50,7 @@ def first_stop(text, stops):
 def test_stop_strings_end_the_text_wherever_it_is_cut(tiny_tokenizer, text, stops, cuts):
     expected, stopped = first_stop(text, stops)
     ids = ids_of(tiny_tokenizer, [text])
-    deltas = read(Answer(tiny_tokenizer, stops), ids, "length", cuts)
+    deltas = read(Answer(tiny_tokenizer, stops, scored=True), ids, "length", cuts)
     assert "".join(delta.text for delta in deltas) == expected
     assert deltas[-1].finish == ("stop" if stopped else "length")
     assert not any(delta.finish for delta in deltas[:-1])
@@ -66,11 +66,15 @@ def test_stop_strings_end_the_text_wherever_it_is_cut(tiny_tokenizer, text, stop
 def test_a_tools_parts_are_no_text(tiny_tokenizer):
     ids = ids_of(tiny_tokenizer, ["It is ", *CALL, *CALL, "6é.", "<|assistant_end|>"])
     for cuts in ([], range(len(ids)), [3, 9, 30]):
-        answer = Answer(tiny_tokenizer, ["2*3", "is6"])  # nor do stop strings look into them
+        answer = Answer(
+            tiny_tokenizer, ["2*3", "is6"], scored=True
+        )  # nor do stop strings look into them
         deltas = read(answer, ids, "stop", cuts)
         assert "".join(delta.text for delta in deltas) == "It is 6é."
         called = [("python", "2*3"), ("python_output", "6")]
-        parts = join([part for delta in deltas for part in delta.parts])
+        parts = []
+        for part in (part for delta in deltas for part in delta.parts):
+            add_part(parts, part)
         shown = [(part["type"], part["text"]) for part in parts]
         assert shown == [("text", "It is "), *called, *called, ("text", "6é.")]
         scores = chat_logprobs(tiny_tokenizer, [s for delta in deltas for s in delta.scores])
@@ -81,7 +85,7 @@ def test_a_tools_parts_are_no_text(tiny_tokenizer):
 
 def test_a_completion_is_all_that_is_written(tiny_tokenizer):
     ids = ids_of(tiny_tokenizer, ["a", *CALL, "b", "<|bos|>"])
-    answer = Answer(tiny_tokenizer, chat=False)
+    answer = Answer(tiny_tokenizer, chat=False, scored=True)
     (delta,) = read(answer, ids, "stop", [])
     assert delta.text == "a2*36b" and len(delta.scores) == len(ids) == answer.num_tokens
 
@@ -99,7 +103,7 @@ def test_tokens_of_the_older_form_are_told_apart(tiny_tokenizer):
     names = [token_text(tiny_tokenizer, id) for id in range(tiny_tokenizer.vocab_size + 3)]
     assert len(set(names)) == len(names)
     ids = ids_of(tiny_tokenizer, ["a船"])
-    (delta,) = read(Answer(tiny_tokenizer, chat=False), ids, "length", [])
+    (delta,) = read(Answer(tiny_tokenizer, chat=False, scored=True), ids, "length", [])
     form = text_logprobs(tiny_tokenizer, delta.scores)
     assert form["tokens"] == ["a", *(f"bytes:\\x{byte:02x}" for byte in "船".encode())]
     assert form["text_offset"] == [0, 1, 1, 1]

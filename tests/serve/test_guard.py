@@ -36,6 +36,16 @@ def test_a_key_opens_all_but_health_and_the_page(serve):
     assert server.chat("hello").choices[0].message.content == "hello"
 
 
+def test_the_browser_asks_for_the_key_of_the_report(serve):
+    server = serve(access=Access("s3:cret", HOSTS))
+    asked = server.get("/report/x")
+    assert asked.status_code == 401 and asked.headers["www-authenticate"].startswith("Basic ")
+    for auth, status in ((("me", "s3:cret"), 404), (("s3:cret", ""), 401), (("me", "s3"), 401)):
+        assert server.get("/report/x", auth=auth).status_code == status
+        assert server.get("/v1/models", auth=auth).status_code == 401
+    assert server.get("/report/x", headers={"authorization": "Basic ~~"}).status_code == 401
+
+
 def test_a_host_that_is_bound_anew_is_refused(scripted):
     port = scripted.url.rsplit(":", 1)[1]
     for host in (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", "", "[::2]"):
@@ -103,6 +113,7 @@ def test_too_many_characters_are_400_before_they_are_tokenized(serve):
 def test_logs_have_no_text_and_no_key(serve, capfd):
     server = serve(access=Access("s3cret", HOSTS))
     server.key = "s3cret"
+    capfd.readouterr()
     server.chat("words of mine")
     server.post("/v1/completions?words=mine", {"prompt": "words of mine"})
     server.get("/v1/words%0Aof%0Amine")
@@ -143,7 +154,7 @@ pool = Pool([Scripted(tokenizer, step_secs=0.02)], max_queue=4, per_client=4, ti
 app = make_app(pool, tokenizer, Served("test", "sft", 7, 160, 265, ("none",)), Access())
 sock = open_socket("127.0.0.1", 0)
 print("port", sock.getsockname()[1], flush=True)
-serve(app, pool, sock)
+serve(app, pool, sock, "listening")
 """
 
 
