@@ -163,7 +163,7 @@ def burst(
             jax.tree.map(lambda all, new: all.at[:, i].set(new[:, 0]), written.scores, scores),
             written.count + running.astype(jnp.int32),
         )
-        said = said.at[rows, jnp.where(forced, config.vocab_size, drawn)].add(1, mode="drop")
+        said = said.at[rows, drawn].add(1, mode="drop")
         paused = jnp.any(drawn[:, None] == stops, axis=-1) & ~forced
         running = running & ~paused & (i + 1 < table.budget)
         return i + 1, drawn, token, said, running, written, new

@@ -32,7 +32,7 @@ class Request:
     def __post_init__(self):
         ranges: dict[str, tuple[float, float]] = {
             "max_new_tokens": (0 if self.prompt_logprobs else 1, math.inf),
-            "temperature": (0, math.inf),
+            "temperature": (0, 1e6),
             "top_k": (0, math.inf),
             "seed": (0, math.inf),
             "presence_penalty": (-2, 2),
@@ -80,7 +80,7 @@ class Completion:
         self.logprobs += piece.logprobs
         self.sampled += piece.sampled
         self.top += piece.top
-        self.prompt = self.prompt or piece.prompt
+        self.prompt = piece.prompt if self.prompt is None else self.prompt
         self.finish, self.reason = piece.finish, piece.reason
 
 

@@ -29,7 +29,7 @@ class Settings(NamedTuple):
     """How each row samples; arrays of [B]."""
 
     seed: Column  # uint32 [B, 2]
-    temperature: Column  # float32; 0: the most likely token
+    temperature: Column  # float32; below 1e-9: the most likely token
     top_k: Column  # int32; 0: all
     top_p: Column  # float32
     presence: Column  # float32: taken from the logit of an id that was said
@@ -49,9 +49,9 @@ def sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Col
 def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Column) -> jax.Array:
     seed, temperature, top_k, top_p, presence, frequency = settings
     logits -= presence[:, None] * jnp.sign(said) + frequency[:, None] * said
-    greedy = temperature == 0
-    scores = logits / jnp.where(greedy, 1.0, temperature)[:, None]
-    scores -= jnp.max(scores, axis=-1, keepdims=True)
+    greedy = (temperature < 1e-9) | (top_k == 1)
+    scores = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     rows_with_k, rows_with_p = ~greedy & (top_k > 0), ~greedy & (top_p < 1)
     limit = jnp.where(rows_with_k, top_k.astype(jnp.float32), jnp.inf)
     scores = _truncate(scores, jnp.ones_like(scores), limit)
@@ -113,7 +113,7 @@ def noise(seed: Column, position: Column, ids: jax.Array) -> jax.Array:
     """Gumbel noise [B, M] of ids [B or 1, M] at a row's position [B]; seed uint32 [B, 2]."""
     rows = (seed[:, :1], seed[:, 1:], position[:, None].astype(jnp.uint32))
     bits, _ = threefry(*rows, ids.astype(jnp.uint32))
-    uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # within (0, 1)
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # exact, so below 1
     return -jnp.log(-jnp.log(uniform))
 
 

@@ -12,9 +12,10 @@ the same requests stay in step.
 
 from collections import deque
 from collections.abc import Container, Hashable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference.request import Completion, Request, Tool, Top
@@ -86,10 +87,7 @@ class Scheduler:
     def submit(self, request: Request) -> int:
         """Queue a request; the id of its pieces. UserError for a bad prompt, bias or tool."""
         ids = list(request.prompt)
-        if wrong := [i for i in (*ids, *request.logit_bias) if not 0 <= i < self.vocab_size]:
-            raise UserError(
-                f"got id {wrong[0]}, expected 0..{self.vocab_size - 1}; use the model's tokenizer"
-            )
+        self._check([*ids, *request.logit_bias])
         # Where nothing is to be written, the prompt may fill the context.
         if not 0 < len(ids) < self.max_len + (request.max_new_tokens == 0):
             raise UserError(
@@ -101,6 +99,12 @@ class Scheduler:
         self._last_id += 1
         self._waiting.append(Text(self._last_id, request, ids, self.tools.get(name)))
         return self._last_id
+
+    def _check(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                expected = f"0..{self.vocab_size - 1}; use the model's tokenizer"
+                raise UserError(f"got id {id}, expected {expected}")
 
     def cancel(self, id: int) -> None:
         """End a request; the next step says so. One that has ended is left alone."""
@@ -148,18 +152,21 @@ class Scheduler:
     def hear(self, waited: bool) -> None:
         """Take in what the tools have answered; waited: what all of them answer."""
         calling = {slot: text.running for slot, text in self.texts.items() if text.running}
-        if waited or len(calling) == len(self.texts):  # nobody else has anything to do
-            wait(calling.values(), None if waited else 0.05)
+        if waited:
+            wait(calling.values())
+        elif len(calling) == len(self.texts):  # nobody else has anything to do
+            wait(calling.values(), 0.02, return_when=FIRST_COMPLETED)
         for slot, answer in calling.items():
             if answer.done() and (error := answer.exception()):
                 self.fail(slot, f"the tool failed: {error!r}")
             elif answer.done():
                 text = self.texts[slot]
-                text.forced, text.running = list(answer.result()), None
+                text.forced, text.running = answer.result(), None
 
     def fail(self, slot: int, reason: str) -> None:
         """End the text in a slot for a reason; the others know nothing of it."""
         text = self._leave(slot)
+        self.left_behind[slot] = []  # nobody knows how far it was written
         self.ended.append(Completion(finish="error", id=text.id, reason=reason))
 
     def finish_scored(self) -> None:
@@ -208,13 +215,21 @@ class Scheduler:
                     text.call.append(token)
             if said and said[-1] == text.tool.end_id and text.call is not None:
                 self._threads = self._threads or ThreadPoolExecutor(TOOL_THREADS, "tool")
-                text.running = self._threads.submit(text.tool.run, text.call[:-1])
+                text.running = self._threads.submit(self._call, text.tool, text.call[:-1])
                 text.call = None
         sampled = [False] * num_forced + [True] * len(said)
         logprobs = [0.0] * num_forced + logprobs[num_forced:]
         return Completion(tokens, logprobs, sampled, finish, text.id)
 
+    def _call(self, tool: Tool, ids: list[int]) -> list[int]:
+        """What the tool says, as far as a text can hold it. In a thread of its own."""
+        said = list(islice(tool.run(ids), self.max_len))
+        self._check(said)
+        return said
+
     def _leave(self, slot: int) -> Text:
         text = self.texts.pop(slot)
+        if text.running:
+            text.running.cancel()  # if it has not begun
         self.left_behind[slot] = text.ids[: text.cached]
         return text

@@ -79,9 +79,15 @@ def merge(cache: Cache, new: Cache, start, count, slots=None, source=None) -> Ca
     where T must not exceed the smallest ring.
 
     By default row i of them is slot i's. Else slots [m] get rows source [m]; a slot that does not
-    exist gets nothing.
+    exist gets nothing. No value that is not finite is written, as it would reach all texts that use
+    the slot, also those that do not see it (0 * NaN); its key says so instead, to those that do.
     """
     step = jnp.arange(new[0][0].shape[2])
+
+    def tell_by_key(kv):
+        k, v = kv
+        finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+        return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 
     def put(old, new):
         size = old.shape[2]
@@ -91,7 +97,7 @@ def merge(cache: Cache, new: Cache, start, count, slots=None, source=None) -> Ca
         rows = jnp.swapaxes(new, 1, 2)[source]  # [m, T, K, H]
         return old.at[slots[:, None], :, at[source]].set(rows, mode="drop")
 
-    return shard_cache(jax.tree.map(put, cache, new))
+    return shard_cache(jax.tree.map(put, cache, [tell_by_key(kv) for kv in new]))
 
 
 def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:

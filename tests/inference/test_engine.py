@@ -258,6 +258,8 @@ def test_what_goes_wrong_in_one_text_ends_that_text(classic, random_params):
     for id in ids[:2]:
         assert answers[id].finish == "error" and "not finite" in answers[id].reason
     assert answers[ids[2]].finish == "length" and len(answers[ids[2]].tokens) == 20
+    for _ in range(2):  # in the slots of those who failed
+        same(engine.generate([good] * 4), [answers[ids[2]]] * 4)
 
 
 def test_log_probabilities_of_prompts_and_alternatives(modern, random_params):
@@ -310,6 +312,29 @@ def test_biases_penalties_and_ids_that_are_never_said(classic, random_params):
             logits[never] = -np.inf
             assert token == logits.argmax()
             text.append(token)
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_what_a_tool_has_said_counts_the_same_whatever_the_burst(penalty, classic, random_params):
+    """The tool says in the middle of a burst what the model would say next."""
+    params, asked = random_params(classic), Request([3, 1, 4], 40, **{penalty: 2.0})
+    (free,) = make_engine(classic, params).generate([asked])
+    end = free.tokens[3]
+    tool = Tool(free.tokens[0], end, lambda ids: list(range(0, 60, 2)))
+    engines = (
+        make_engine(classic, params, burst=burst, tools={"it": tool}, tool="it")
+        for burst in (2, 7, 40)
+    )
+    first, *others = (engine.generate([asked]) for engine in engines)
+    assert not all(first[0].sampled)
+    for other in others:
+        same(other, first)
+
+
+def test_a_prompt_of_one_id_has_scores_too_an_empty_list_of_them(classic, random_params):
+    engine = make_engine(classic, random_params(classic), burst=4)
+    (answer,) = engine.generate([Request([3], 20, prompt_logprobs=True)])
+    assert answer.prompt == []
 
 
 def test_after_the_warm_up_nothing_is_compiled(modern, random_params):

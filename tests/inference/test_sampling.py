@@ -130,11 +130,34 @@ def test_threefry_is_the_one_under_jax_random():
 def test_noise_is_gumbel_and_another_one_for_every_seed_position_and_id():
     seed = jnp.stack([jnp.zeros(64, jnp.uint32), jnp.arange(64, dtype=jnp.uint32) // 8], axis=1)
     drawn = np.asarray(noise(seed, jnp.arange(64, dtype=jnp.int32) % 8, jnp.arange(512)[None]))
-    assert len(np.unique(drawn)) > 0.99 * drawn.size  # 24 bits: a few meet by chance
+    assert len(np.unique(drawn)) > 0.99 * drawn.size  # 23 bits: a few meet by chance
     assert drawn.mean() == pytest.approx(0.5772, abs=0.03)  # Euler's constant
     assert drawn.var() == pytest.approx(np.pi**2 / 6, rel=0.03)
     one = noise(seed[9:10], jnp.array([1], jnp.int32), jnp.array([[7, 300]]))
     np.testing.assert_array_equal(one[0], drawn[9, [7, 300]])
+
+
+def test_noise_is_finite_where_all_its_bits_are_ones():
+    """Infinite, it would let the id win, or the row fail where the id is cut off."""
+    seed, at, id = jnp.array([[0, 1]], jnp.uint32), jnp.array([97]), 34428
+    bits, _ = threefry(jnp.uint32(0), jnp.uint32(1), jnp.uint32(97), jnp.uint32(id))
+    assert int(bits) >> 8 == 2**24 - 1
+    (drawn,) = noise(seed, at, jnp.array([[id]]))[0]
+    assert float(drawn) == pytest.approx(-np.log(2.0**-24), abs=0.01)
+
+
+def test_extreme_settings_leave_the_most_likely_id():
+    logits = np.random.default_rng(0).standard_normal((1, 2_000)).astype(np.float32)
+    logits[0, 7] = best = logits.max() + 1
+    logits[0, 3] = np.nextafter(best, np.float32(0))  # a hair less likely
+    ways = [(1e-42, 0, 1.0), (1e-8, 0, 1.0), (1.0, 1, 1.0), (1e6, 1, 1.0), (1.0, 1, 1e-6)]
+    rows = [[way] * 20 for way in ways]
+    temperature, top_k, top_p = (np.float32(a) for a in np.array(rows).reshape(-1, 3).T)
+    seed, zero = np.arange(200, dtype=np.uint32).reshape(100, 2), np.zeros(100, np.float32)
+    settings = Settings(seed, temperature, top_k.astype(np.int32), top_p, zero, zero)
+    many = jnp.broadcast_to(logits, (100, 2_000))
+    drawn = sample(many, jnp.zeros_like(many), settings, jnp.arange(100))
+    np.testing.assert_array_equal(drawn, logits[0].argmax())
 
 
 def test_argmax_takes_the_first_of_equals():

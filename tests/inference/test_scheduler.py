@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference.scheduler import Completion, Request, Scheduler, Tool
+from nanochat_jax.inference.scheduler import TOOL_THREADS, Completion, Request, Scheduler, Tool
 
 VOCAB, STOP, START, END = 20, 7, 11, 13
 TOOL = Tool(START, END, lambda ids: [STOP, START, *ids[:2], END])
@@ -124,6 +124,57 @@ def test_a_tool_that_fails_ends_its_text_alone_and_one_that_is_slow_stops_no_oth
     assert parked.tokens[at : at + 2] == [3, 3] and parked.tokens[at - 1] == END
 
 
+@pytest.mark.parametrize("said", [[3, VOCAB], [-1], [10**12], None, ["3"]], ids=str)
+def test_a_tool_that_says_what_no_text_can_hold_ends_its_text(said):
+    scheduler = Scheduler(1, 60, VOCAB, (), {"tool": Tool(START, END, lambda ids: said)}, "tool")
+    scheduler.submit(Request([1], 9))
+    scheduler.admit()
+    scheduler.advance(0, [START, END], [0.0, 0.0])
+    scheduler.hear(waited=True)
+    assert not scheduler.texts
+    assert [(piece.finish, piece.reason != "") for piece in scheduler.ended] == [("error", True)]
+
+
+def test_a_tool_without_end_says_as_much_as_a_text_can_hold():
+    tool = Tool(START, END, lambda ids: itertools.repeat(3))  # pyright: ignore
+    scheduler = Scheduler(1, 60, VOCAB, (), {"tool": tool}, "tool")
+    scheduler.submit(Request([1], 99))
+    scheduler.admit()
+    whole = scheduler.advance(0, [START, END], [0.0, 0.0])
+    while scheduler.busy():
+        for piece in run(scheduler):
+            whole.add(piece)
+    assert whole.tokens == [START, END, *[3] * 57] and whole.finish == "context"
+
+
+def test_tools_of_cancelled_texts_that_have_not_begun_never_do():
+    release, calls = threading.Event(), []
+    tool = Tool(START, END, lambda ids: calls.append(ids) or release.wait() and [])
+    slots = TOOL_THREADS + 3
+    scheduler = Scheduler(slots, 60, VOCAB, (), {"tool": tool}, "tool")
+    ids = [scheduler.submit(Request([1], 9)) for _ in range(slots)]
+    scheduler.admit()
+    for slot in range(slots):
+        scheduler.advance(slot, [START, slot, END], [0.0] * 3)
+    for id in ids:
+        scheduler.cancel(id)
+    release.set()
+    scheduler._threads.shutdown()
+    assert len(calls) == TOOL_THREADS and not scheduler.texts
+
+
+def test_a_slot_whose_text_failed_is_not_taken_for_its_beginning():
+    """How far the cache was written is not known."""
+    scheduler = Scheduler(1, 60, VOCAB, ())
+    scheduler.submit(Request(list(range(18)), 9))
+    scheduler.admit()
+    scheduler.texts[0].cached = 17
+    scheduler.fail(0, "logits are not finite")
+    scheduler.submit(Request(list(range(18)), 9))
+    scheduler.admit()
+    assert scheduler.texts[0].cached == 0
+
+
 def test_a_prompt_whose_beginning_lies_in_a_slot_goes_there():
     """Unless a ring of the cache has lost what lies before the end of the beginning."""
     first = list(range(19))
@@ -165,7 +216,7 @@ def test_cancelling_leaves_the_others_alone():
 
 
 NAN, INF = float("nan"), float("inf")
-BAD = {"max_new_tokens": (0,), "temperature": (-0.1, NAN, INF), "top_k": (-1,)}
+BAD = {"max_new_tokens": (0,), "temperature": (-0.1, 1e39, NAN, INF), "top_k": (-1,)}
 BAD |= {"top_p": (0.0, 1.1), "seed": (-1,), "prompt": ([], [1, VOCAB], [-1], [1] * 60)}
 BAD |= {"presence_penalty": (2.1, NAN), "frequency_penalty": (-2.1,), "top_logprobs": (21,)}
 BAD |= {"logit_bias": ({1: 101.0}, {1: NAN}, {i: 1.0 for i in range(301)}), "tool": ("hammer",)}
