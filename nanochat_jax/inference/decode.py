@@ -61,12 +61,13 @@ class Extras(NamedTuple):
 
 
 class SlotTable(NamedTuple):
-    """Where each slot stands; int32 arrays of [B] but the last two."""
+    """Where the texts of some slots stand; int32 arrays of [B] but the last two."""
 
+    slots: Column  # where their caches lie; if B is the number of slots, all in order
     token: Column  # the last one of the text, not yet in the cache
     previous: Column  # the one before it; -1: none
     position: Column  # of `token`
-    budget: Column  # tokens the slot may get in this burst, at most `steps`; 0: an empty slot
+    budget: Column  # tokens it may get in this burst, at most `steps`; 0: there is no text
     num_forced: Column
     forced: Column  # [B, steps]: these come first, whatever the model says
     sampling: tuple[Settings, Extras] | None  # None: all slots take the most likely token
@@ -129,6 +130,8 @@ def burst(
     one of never_ids unless it is forced."""
     model = bind(config, params)
     B, most = table.forced.shape
+    all_slots = B == cache[0][0].shape[0]
+    held = cache if all_slots else kv_cache.take_slots(cache, table.slots)
     start, stops = jnp.asarray(table.position), jnp.array(pause_ids, jnp.int32)
     rows, said, num_top = jnp.arange(B), jnp.zeros((B, 1)), jnp.int32(0)
     bias = jnp.zeros((1, config.vocab_size)).at[:, jnp.array(never_ids, int)].set(-jnp.inf)
@@ -149,7 +152,7 @@ def burst(
             kv = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))  # [B, K, 1, H]
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=2)
             own, window = jax.tree.map(put, new[layer], kv), config.sees(layer)
-            return kv_cache.attend(q, cache[layer], own, window=window, start=start, step=i), own
+            return kv_cache.attend(q, held[layer], own, window=window, start=start, step=i), own
 
         x, new = model.run(
             token[:, None], positions=position[:, None], previous=previous[:, None], attend=attend
@@ -173,5 +176,6 @@ def burst(
     new = [(kv_cache.new_kv(config, B, most), kv_cache.new_kv(config, B, most)) for _ in cache]
     first = (jnp.int32(0), table.token, table.previous, said, table.budget > 0, nothing, new)
     *_, written, new = jax.lax.while_loop(lambda carry: jnp.any(carry[4]), step, first)
-    cache = kv_cache.merge(cache, new, start, written.count)
+    where = () if all_slots else (jnp.asarray(table.slots), rows)
+    cache = kv_cache.merge(cache, new, start, written.count, *where)
     return cache, jax.lax.with_sharding_constraint(written, P())  # every process reads all slots

@@ -9,6 +9,7 @@ slots, burst, order or company. Equal prompts admitted together are computed onc
 compiled (`programs`), whatever is asked.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -19,15 +20,16 @@ from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
 from nanochat_jax.inference import decode
-from nanochat_jax.inference.decode import Extras, Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.decode import Piece, Scores, Written
 from nanochat_jax.inference.request import Completion, Request, Tool, Top
-from nanochat_jax.inference.sampling import Settings
 from nanochat_jax.inference.scheduler import Scheduler, Text
+from nanochat_jax.inference.table import Place, make_table
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
 
 PIECES = ((1, 32), (1, 128), (16, 32))  # how many prompts are computed at once, tokens of each
+BURST_ROWS = (1, 8)  # and all slots: how many texts write at once
 SHORTEST_CACHE = 128  # and two times, four times ... as long
 BURST_SECS = 0.05  # in traffic: how long a reader waits for the next words
 PREFILL_TOKENS = 512  # in traffic: of new prompts between two bursts
@@ -66,6 +68,7 @@ class Engine:
         self.slots = _round_up(slots, shards)
         fitting = ((_round_up(n, shards), min(tokens, window)) for n, tokens in PIECES)
         self.short, self.long, self.many = fitting
+        self.burst_rows = [n for n in BURST_ROWS if n < self.slots and shards == 1] + [self.slots]
         self.scheduler = Scheduler(
             self.slots, max_len, config.vocab_size, stop_ids, tools, tool, window
         )
@@ -167,9 +170,9 @@ class Engine:
                 for scored in (False, True) if length == self.lengths[-1] else (False,):
                     name = "{} x {} tokens of prompts".format(*shape) + ", scored" * scored
                     yield name, lambda piece=piece, scored=scored: self._extend(piece, scored, 0)
-            for greedy in (True, False):
-                name = "the most likely tokens" if greedy else "sampled tokens"
-                yield name, lambda greedy=greedy: self._burst({}, {}, greedy)
+            for way in itertools.product(self.burst_rows, (False, True)):
+                name = "{} texts, {}".format(way[0], "sampled" if way[1] else "most likely")
+                yield name, lambda way=way: self._burst({}, *way)
 
     def warm_up(self, progress: Callable[[int, int], object] = lambda *_: None) -> None:
         """Compile all programs; progress gets how many are done, of how many."""
@@ -239,20 +242,25 @@ class Engine:
         steps = self.burst
         if in_traffic:
             steps = max(1, min(steps, int(BURST_SECS / self._token_secs)))
-        budgets = {slot: min(steps, scheduler.left(text)) for slot, text in texts.items()}
-        self._make_room(max(len(text.ids) + budgets[slot] for slot, text in texts.items()))
+        # In traffic few texts take a small program; else there is one, as compiling takes long.
+        rows = next(n for n in self.burst_rows if n >= len(texts)) if in_traffic else self.slots
+        places = {}
+        for number, (slot, text) in enumerate(texts.items()):
+            row = slot if rows == self.slots else number
+            places[row] = Place(text, slot, min(steps, scheduler.left(text)))
+        self._make_room(max(len(place.text.ids) + place.budget for place in places.values()))
         began = time.perf_counter()
-        greedy = all(text.request.greedy for text in texts.values())
-        tokens, scores, count = self._burst(texts, budgets, greedy)
+        sampled = not all(text.request.greedy for text in texts.values())
+        tokens, scores, count = self._burst(places, rows, sampled)
         secs = (time.perf_counter() - began) / max(1, count.max())
         self._token_secs = min(secs, 1.1 * self._token_secs)  # a pause is soon forgotten
         pieces = []
-        for slot, text in texts.items():
-            n, forced = int(count[slot]), len(text.forced)
-            logprobs = scores.logprobs[slot, :n]
+        for row, (text, slot, _) in places.items():
+            n, forced = int(count[row]), len(text.forced)
+            logprobs = scores.logprobs[row, :n]
             if np.isfinite(logprobs[forced:]).all():
-                top = _alternatives(scores, slot, n, text) if text.request.top_logprobs else None
-                new = tokens[slot, :n].tolist(), logprobs.tolist(), top
+                top = _alternatives(scores, row, n, text) if text.request.top_logprobs else None
+                new = tokens[row, :n].tolist(), logprobs.tolist(), top
                 pieces.append(scheduler.advance(slot, *new))
             else:
                 scheduler.fail(slot, NOT_FINITE)
@@ -265,8 +273,10 @@ class Engine:
         )
         return jax.device_get(scores)
 
-    def _burst(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> Written:
-        table = self._table(texts, budgets, greedy)
+    def _burst(self, places: dict[int, Place], rows: int, sampled: bool) -> Written:
+        sizes = {"vocab_size": self.config.vocab_size, "max_len": self.lengths[-1]}
+        sizes |= {"no_slot": self.slots, "sampled": sampled}
+        table = make_table(places, rows, self.burst, **sizes)
         self._cache, written = decode.burst(*self._static, self._params, self._cache, table)
         return jax.device_get(written)
 
@@ -289,41 +299,6 @@ class Engine:
                 self._cache = resize(self.config, self.length, self._cache)
         for slot in [slot for slot, ids in held.items() if len(ids) > length]:
             held[slot] = []
-
-    def _table(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> SlotTable:
-        """What the device is told of the slots."""
-        token, previous, position, budget, num_forced = np.zeros((5, self.slots), np.int32)
-        forced = np.zeros((self.slots, self.burst), np.int32)
-        for slot, text in texts.items():
-            ids, ahead = text.ids, text.forced[: self.burst]
-            token[slot], previous[slot] = ids[-1], ids[-2] if len(ids) > 1 else -1
-            position[slot], budget[slot], num_forced[slot] = len(ids) - 1, budgets[slot], len(ahead)
-            forced[slot, : len(ahead)] = ahead
-        sampling = None if greedy else self._sampling(texts)
-        return SlotTable(token, previous, position, budget, num_forced, forced, sampling)
-
-    def _sampling(self, texts: dict[int, Text]) -> tuple[Settings, Extras]:
-        seed = np.zeros((self.slots, 2), np.uint32)
-        top_k, none = np.zeros(self.slots, np.int32), self.config.vocab_size
-        temperature, presence, frequency = np.zeros((3, self.slots), np.float32)
-        top_p = np.ones(self.slots, np.float32)
-        said = np.full((self.slots, self.lengths[-1]), none, np.int32)
-        bias_ids = np.full((self.slots, decode.MOST_BIASED), none, np.int32)
-        bias, num_top = np.zeros(bias_ids.shape, np.float32), 0
-        for slot, text in texts.items():
-            r, biased = text.request, list(text.request.logit_bias.items())
-            seed[slot] = divmod(r.seed % 2**64, 2**32)
-            top_k[slot] = min(r.top_k, self.config.vocab_size)  # more need not fit an int32
-            temperature[slot], top_p[slot] = r.temperature, r.top_p
-            presence[slot], frequency[slot] = r.presence_penalty, r.frequency_penalty
-            num_top = max(num_top, r.top_logprobs)
-            if r.presence_penalty or r.frequency_penalty:
-                answer = text.ids[len(r.prompt) :]
-                said[slot, : len(answer)] = answer
-            for i, (id, value) in enumerate(biased):
-                bias_ids[slot, i], bias[slot, i] = id, value
-        settings = Settings(seed, temperature, top_k, top_p, presence, frequency)
-        return settings, Extras(said, bias_ids, bias, np.array(num_top, np.int32))
 
 
 def _alternatives(scores: Scores, row: int, count: int, text: Text) -> list[Top]:

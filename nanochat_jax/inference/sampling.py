@@ -12,6 +12,7 @@ sorted: a threshold is found by bisection, each step one pass over the logits. E
 for its own rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,32 +53,40 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
     greedy = (temperature < 1e-9) | (top_k == 1)
     scores = logits - jnp.max(logits, axis=-1, keepdims=True)
     scores /= jnp.where(greedy, 1.0, temperature)[:, None]
-    rows_with_k, rows_with_p = ~greedy & (top_k > 0), ~greedy & (top_p < 1)
-    limit = jnp.where(rows_with_k, top_k.astype(jnp.float32), jnp.inf)
-    scores = _truncate(scores, jnp.ones_like(scores), limit)
-    probs = jnp.exp(scores)
-    limit = jnp.where(rows_with_p, top_p * jnp.sum(probs, axis=-1), jnp.inf)
-    scores = _truncate(scores, probs, limit)
+    count = jnp.where(~greedy & (top_k > 0), top_k.astype(jnp.float32), jnp.inf)
+    low = _threshold(scores, lambda: (jnp.ones_like(scores), count), count)
+    share = jnp.where(~greedy & (top_p < 1), top_p, jnp.inf)
+
+    def kept_probs() -> tuple[jax.Array, jax.Array]:
+        probs = jnp.where(scores > low[:, None], jnp.exp(scores), 0.0)
+        return probs, share * jnp.sum(probs, axis=-1)
+
+    low = jnp.maximum(low, _threshold(scores, kept_probs, share))
+    scores = jnp.where(scores > low[:, None], scores, -jnp.inf)
     drawn = argmax(scores + noise(seed, position, jnp.arange(logits.shape[-1])[None]))
     return jnp.where(greedy, argmax(logits), drawn)
 
 
-def _truncate(scores: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """scores [B, V], at most 0, of which those become -inf that weights reaching `limit` [B] lie
-    above; limit inf: none."""
-    lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
-    bounds = lowest, jnp.zeros_like(lowest)
+def _threshold(
+    scores: jax.Array, make: Callable[[], tuple[jax.Array, jax.Array]], wanted: jax.Array
+) -> jax.Array:
+    """The values [B] below which scores [B, V], at most 0, are cut off: where the weights of those
+    above reach a limit. make: weights [B, V] and limits [B]; wanted [B]: inf where none is."""
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) / 2
-        above = jnp.sum(jnp.where(scores > middle[:, None], weights, 0.0), axis=-1)
-        return jnp.where(above < limit, low, middle), jnp.where(above < limit, middle, high)
+    def bisect() -> jax.Array:
+        weights, limit = make()
+        lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
 
-    # The number of steps is a value, not part of the program: none where no row truncates.
-    steps = jnp.where(jnp.any(limit < jnp.inf), BISECTIONS, 0)
-    low, _ = jax.lax.fori_loop(0, steps, halve, bounds)
-    return jnp.where(scores > low[:, None], scores, -jnp.inf)
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) / 2
+            above = jnp.sum(jnp.where(scores > middle[:, None], weights, 0.0), axis=-1)
+            return jnp.where(above < limit, low, middle), jnp.where(above < limit, middle, high)
+
+        return jax.lax.fori_loop(0, BISECTIONS, halve, (lowest, jnp.zeros_like(lowest)))[0]
+
+    # Whether any row asks is a value, not part of the program.
+    return jax.lax.cond(jnp.any(wanted < jnp.inf), bisect, lambda: jnp.full_like(wanted, -jnp.inf))
 
 
 def most_likely(logprobs: jax.Array, count: Column) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,65 @@
+"""What the device is told of the texts that write, as arrays."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from nanochat_jax.inference.decode import MOST_BIASED, Extras, SlotTable
+from nanochat_jax.inference.sampling import Settings
+from nanochat_jax.inference.scheduler import Text
+
+
+class Place(NamedTuple):
+    """A text that is to write."""
+
+    text: Text
+    slot: int
+    budget: int  # tokens, at most
+
+
+def make_table(
+    places: Mapping[int, Place],
+    rows: int,
+    steps: int,
+    *,
+    no_slot: int,
+    vocab_size: int,
+    max_len: int,
+    sampled: bool,
+) -> SlotTable:
+    """The table of `rows` rows, of which some have a text; steps: the longest burst."""
+    token, previous, position, budget, num_forced = np.zeros((5, rows), np.int32)
+    slots, forced = np.full(rows, no_slot, np.int32), np.zeros((rows, steps), np.int32)
+    for row, (text, slot, tokens) in places.items():
+        ids, ahead = text.ids, text.forced[:steps]
+        token[row], previous[row] = ids[-1], ids[-2] if len(ids) > 1 else -1
+        position[row], budget[row], num_forced[row] = len(ids) - 1, tokens, len(ahead)
+        slots[row], forced[row, : len(ahead)] = slot, ahead
+    texts = {row: place.text for row, place in places.items()}
+    sampling = _sampling(texts, rows, vocab_size, max_len) if sampled else None
+    return SlotTable(slots, token, previous, position, budget, num_forced, forced, sampling)
+
+
+def _sampling(
+    texts: Mapping[int, Text], rows: int, vocab_size: int, max_len: int
+) -> tuple[Settings, Extras]:
+    seed, top_k = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.int32)
+    temperature, presence, frequency = np.zeros((3, rows), np.float32)
+    top_p, num_top = np.ones(rows, np.float32), 0
+    said = np.full((rows, max_len), vocab_size, np.int32)
+    bias_ids = np.full((rows, MOST_BIASED), vocab_size, np.int32)
+    bias = np.zeros(bias_ids.shape, np.float32)
+    for row, text in texts.items():
+        r, answer = text.request, text.ids[len(text.request.prompt) :]
+        seed[row] = divmod(r.seed % 2**64, 2**32)
+        top_k[row] = min(r.top_k, vocab_size)  # more need not fit an int32
+        temperature[row], top_p[row] = r.temperature, r.top_p
+        presence[row], frequency[row] = r.presence_penalty, r.frequency_penalty
+        num_top = max(num_top, r.top_logprobs)
+        if r.presence_penalty or r.frequency_penalty:
+            said[row, : len(answer)] = answer
+        bias_ids[row, : len(r.logit_bias)] = list(r.logit_bias)
+        bias[row, : len(r.logit_bias)] = list(r.logit_bias.values())
+    settings = Settings(seed, temperature, top_k, top_p, presence, frequency)
+    return settings, Extras(said, bias_ids, bias, np.array(num_top, np.int32))
