@@ -41,13 +41,16 @@ def serve(host: str, port: int, until: int | None, path: str) -> None:
     import psutil
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.responses import RedirectResponse
+    from starlette.routing import Route
 
     from nanochat_jax.report.live import ROUTES
     from nanochat_jax.serve.guard import Guard
 
     here = ("127.0.0.1", "localhost", "[::1]")  # what Host may say
+    home = Route("/", lambda _: RedirectResponse("/report"))
     app = Guard(
-        Starlette(routes=ROUTES),
+        Starlette(routes=[home, *ROUTES]),
         key="",
         hosts=here if host in (*here, "::1") else (),
         max_body_bytes=0,
