@@ -103,6 +103,8 @@ class StandIn:
         elif word == "sum":
             parts = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}]
             parts = [{"type": "text", "text": "It is "}, *parts, {"type": "text", "text": "42."}]
+        elif word == "impossible":
+            parts = [{"type": "python", "text": "1/0"}, {"type": "text", "text": "I cannot."}]
         elif word == "cut":
             finish = "length"
         elif word == "word":

@@ -315,6 +315,22 @@ def test_a_tools_call_is_folded_with_its_result(tab):
     assert tab.evaluate("navigator.clipboard.readText()") == "It is 42."  # what the model said
 
 
+def test_a_call_that_has_no_result_does_not_wait_for_one_for_ever(tab):
+    send(tab, "impossible")
+    answer(tab).locator("summary").click()
+    expect(answer(tab).locator(".result")).to_be_visible()
+    expect(answer(tab).locator(".result")).not_to_have_text("nothing yet")
+
+
+def test_what_comes_behind_an_answer_that_was_rendered_is_shown(tab):
+    set_max_tokens(tab, "7")
+    send(tab, "cut")
+    expect(answer(tab).locator(".text:not(.plain)")).to_contain_text("Answer 1 to cut")
+    tab.wait_for_timeout(500)  # until its renderer rests
+    answer(tab).get_by_role("button", name="Go on").click()
+    expect(answer(tab).locator(".body")).to_contain_text("Answer 2")
+
+
 def test_markdown_and_its_code_can_be_copied(tab):
     send(tab, "markdown")
     expect(answer(tab).locator("strong")).to_have_text("bold")

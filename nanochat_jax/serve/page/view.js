@@ -56,7 +56,7 @@ export function draw(article, chat, message, model, writing) {
   const groups = grouped(message.parts);
   groups.forEach((group, at) => {
     if (!body.children[at]) body.append(made(group));
-    fill(body.children[at], group, mine || model.chat === false);
+    fill(body.children[at], group, mine || model.chat === false, writing);
   });
   const note = noteOf(message, model, writing);
   article.querySelector(".note").textContent = note;
@@ -96,14 +96,14 @@ function made(group) {
   return details;
 }
 
-function fill(element, group, asItIs) {
+function fill(element, group, asItIs, writing) {
   if (group.text === undefined) {
     const short = (text) => (text.length > 60 ? `${text.slice(0, 60)} ...` : text);
     const [summary, , call, , result] = element.children;
     summary.textContent = `Tool: ${short(group.call)}`;
     if (group.result !== undefined) summary.textContent += ` = ${short(group.result)}`;
     call.textContent = group.call;
-    result.textContent = group.result ?? "nothing yet";
+    result.textContent = group.result ?? (writing ? "nothing yet" : "nothing: it cannot work this out");
   } else if (asItIs) element.textContent = group.text;
   else renderInto(element, group.text);
 }
@@ -112,7 +112,10 @@ function fill(element, group, asItIs) {
 async function renderInto(element, text) {
   const busy = wanted.has(element);
   wanted.set(element, text);
-  if (html.has(text)) return setHtml(element, text);
+  if (html.has(text)) {
+    if (!busy) wanted.delete(element); // no loop will: this is already what it shows
+    return setHtml(element, text);
+  }
   if (element.classList.contains("plain")) element.textContent = text;
   if (busy) return; // the loop below, already running for this element, sees the new text
   for (let done; done !== wanted.get(element); ) {
