@@ -60,6 +60,7 @@ main() {
   printf '\nAll done in %s. Talk to it in the browser, or here:\n' "$(duration $SECONDS)"
   local script
   for script in chat_web.py chat_cli.py; do
+    printf '%s' "${NANOCHAT_BASE_DIR:+ NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR")}"
     printf ' %q' "$PY" "$ROOT/scripts/$script" "${arguments[@]}"
     echo
   done

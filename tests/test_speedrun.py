@@ -114,7 +114,7 @@ def test_recipe_follows_gpus(clone, gpus, env, recipe, reason):
 
 def test_every_stage_gets_the_same_recipe_and_overrides(clone):
     words = ["--config", "configs/tiny.py", "--config.run.name=a b", "--config.base.num_steps", "5"]
-    done, calls = clone.run(*words), clone.calls()
+    done, calls = clone.run(*words, NANOCHAT_BASE_DIR="/a b"), clone.calls()
     given = ["configs/tiny.py", "--config.run.name=a b", "--config.base.num_steps=5"]
     given[0] = f"--config={clone.root}/{given[0]}"
     assert all(call.endswith(" ".join(given)) for call in calls)
@@ -125,6 +125,7 @@ def test_every_stage_gets_the_same_recipe_and_overrides(clone):
         ("chat_web.py", "chat_cli.py"), done.stdout.splitlines()[-2:], strict=True
     ):
         assert shlex.split(line)[-4:] == [f"{clone.root}/scripts/{name}", *given]
+        assert shlex.split(line)[0] == "NANOCHAT_BASE_DIR=/a b"
 
 
 @pytest.mark.parametrize(("status", "script"), [(75, "train.py"), (3, "tok_train.py")])

@@ -149,7 +149,10 @@ def make_app(
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong(_, error: RequestValidationError):
+    async def wrong(http: Request, error: RequestValidationError):
+        if "json" not in (kind := http.headers.get("content-type", "")):
+            what = f"got a body of Content-Type {kind!r:.100}, expected application/json"
+            return error_response(ApiError(400, what))
         return error_response(schema.first_mistake(error.errors()))
 
     @app.exception_handler(HTTPException)

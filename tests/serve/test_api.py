@@ -300,6 +300,15 @@ def test_a_body_that_is_no_object_is_400(scripted, body):
             error_of(http.post(path, content=content, headers=headers))
 
 
+def test_a_body_that_is_not_said_to_be_json_is_told_so(scripted):
+    """What curl sends without a header."""
+    kind = "application/x-www-form-urlencoded"
+    body, headers = json.dumps({"messages": USER}), {"content-type": kind}
+    with scripted.http() as http:
+        response = http.post("/v1/chat/completions", content=body, headers=headers)
+    assert kind in error_of(response)["message"]
+
+
 @pytest.mark.parametrize(
     "prompt", ["", [], [""], [[]], ["a", 1], [[1], "a"], [-1], [1.5], [999], [[5, 999]], 5, None]
 )

@@ -331,6 +331,12 @@ def test_what_comes_behind_an_answer_that_was_rendered_is_shown(tab):
     expect(answer(tab).locator(".body")).to_contain_text("Answer 2")
 
 
+def test_the_link_to_the_report_is_to_this_models_run(browse, server):
+    server.card = CARD | {"id": "my run-2-sft", "stage": "sft"}
+    link = visit(browse(), server).get_by_role("link", name="How it was trained")
+    assert link.get_attribute("href") == "report/my%20run-2"
+
+
 def test_markdown_and_its_code_can_be_copied(tab):
     send(tab, "markdown")
     expect(answer(tab).locator("strong")).to_have_text("bold")

@@ -245,6 +245,8 @@ async function meet() {
     const [card] = await api.models();
     model = card;
     by("name").textContent = card.id;
+    const run = card.id.slice(0, -`-${card.stage}`.length);
+    by("report").href = `report/${encodeURIComponent(run)}`;
     const [tool] = card.tools; // the one that it has unasked
     by("facts").textContent = `stage ${card.stage}, step ${card.step}, context of ${card.context} `
       + `tokens${card.chat && tool && tool !== "none" ? `, with a ${tool}` : ""}`;
