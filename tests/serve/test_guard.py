@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.serve.server import Access, access_of, open_socket
+from nanochat_jax.serve.guard import Access, access_of, open_socket
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
