@@ -12,17 +12,20 @@ compiled (`programs`), whatever is asked.
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
+from nanochat_jax.hardware import usable_cpus
 from nanochat_jax.inference import decode
-from nanochat_jax.inference.decode import Extras, Piece, Scores, SlotTable, Written
-from nanochat_jax.inference.request import Completion, Request, Tool, Top
-from nanochat_jax.inference.sampling import Settings
+from nanochat_jax.inference.decode import Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.request import Completion, Request, Tool
 from nanochat_jax.inference.scheduler import Scheduler, Text
+from nanochat_jax.inference.table import alternatives, make_sampling, make_table
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
@@ -154,31 +157,33 @@ class Engine:
         ended, scheduler.ended = scheduler.ended, []
         return ended + pieces
 
-    def programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Everything the engine may have to compile, by name; a call compiles it and writes
-        nothing. The engine must be idle."""
-        assert not self.busy() and self._params is not None
-        for length in [*self.lengths, *reversed(self.lengths)]:
-            yield f"room for {length:,}", lambda length=length: self._resize(length)
-        for length in self.lengths:
-            yield f"cache of {length:,}", lambda length=length: self._resize(length)
-            for shape in dict.fromkeys((self.short, self.long, self.many)):
-                piece = self._piece(*shape)
-                for scored in (False, True) if length == self.lengths[-1] else (False,):
-                    name = "{} x {} tokens of prompts".format(*shape) + ", scored" * scored
-                    yield name, lambda piece=piece, scored=scored: self._extend(piece, scored, 0)
+    def programs(self) -> Iterator[tuple[Any, tuple]]:
+        """All functions that may have to be compiled, and with what each is called."""
+        sharding = self._cache[0][0].sharding
+        for at, length in enumerate(self.lengths):
+            cache = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+                empty_cache.eval_shape(self.config, self.slots, length),
+            )
+            for piece in (self._piece(*shape) for shape in {self.short, self.long, self.many}):
+                for scored in {False, length == self.lengths[-1]}:
+                    static, num_top = (self.config, scored), np.array(0, np.int32)
+                    yield decode.extend, (*static, self._params, cache, piece, num_top)
             for greedy in (True, False):
-                name = "the most likely tokens" if greedy else "sampled tokens"
-                yield name, lambda greedy=greedy: self._burst({}, {}, greedy)
+                table = self._table({}, {}, greedy)
+                yield decode.burst, (*self._static, self._params, cache, table)
+            for other in {*self.lengths[max(0, at - 1) : at + 2]} - {length}:
+                yield resize, (self.config, other, cache)
 
     def warm_up(self, progress: Callable[[int, int], object] = lambda *_: None) -> None:
-        """Compile all programs; progress gets how many are done, of how many."""
-        programs = list(self.programs())
-        for done, (_, run) in enumerate(programs, 1):
-            with jax.set_mesh(self.mesh):
-                run()
-            progress(done, len(programs))
-        jax.block_until_ready(self._cache)
+        """Compile all programs, one a CPU; progress gets how many are done, of how many."""
+        with ThreadPoolExecutor(usable_cpus()) as pool, jax.set_mesh(self.mesh):
+            # Later calls with the same types of arguments find what this has compiled.
+            lowered = (function.lower(*args) for function, args in self.programs())
+            programs = [pool.submit(program.compile) for program in lowered]
+            for done, program in enumerate(as_completed(programs), 1):
+                program.result()
+                progress(done, len(programs))
 
     def _prefill(self, budget: float) -> None:
         """Compute prompts, about `budget` tokens of them, those of the oldest requests first."""
@@ -216,7 +221,7 @@ class Engine:
             n, told = int(piece.count[row]), []
             if scores and text.scored:
                 logprobs = scores.logprobs[row, :n].tolist()
-                told = list(zip(logprobs, _alternatives(scores, row, n, text), strict=True))
+                told = list(zip(logprobs, alternatives(scores, row, n, text), strict=True))
             for slot in group:
                 self.scheduler.texts[slot].cached += n
                 self.scheduler.texts[slot].scores += told
@@ -251,7 +256,7 @@ class Engine:
             n, forced = int(count[slot]), len(text.forced)
             logprobs = scores.logprobs[slot, :n]
             if np.isfinite(logprobs[forced:]).all():
-                top = _alternatives(scores, slot, n, text) if text.request.top_logprobs else None
+                top = alternatives(scores, slot, n, text) if text.request.top_logprobs else None
                 new = tokens[slot, :n].tolist(), logprobs.tolist(), top
                 pieces.append(scheduler.advance(slot, *new))
             else:
@@ -269,6 +274,11 @@ class Engine:
         table = self._table(texts, budgets, greedy)
         self._cache, written = decode.burst(*self._static, self._params, self._cache, table)
         return jax.device_get(written)
+
+    def _table(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> SlotTable:
+        table = make_table(texts, budgets, self.slots, self.burst)
+        size = self.slots, self.lengths[-1], self.config.vocab_size
+        return table if greedy else table._replace(sampling=make_sampling(texts, *size))
 
     def _make_room(self, longest: int) -> None:
         """Resize the cache for texts of this length, and for those that lie in it."""
@@ -289,50 +299,6 @@ class Engine:
                 self._cache = resize(self.config, self.length, self._cache)
         for slot in [slot for slot, ids in held.items() if len(ids) > length]:
             held[slot] = []
-
-    def _table(self, texts: dict[int, Text], budgets: dict[int, int], greedy: bool) -> SlotTable:
-        """What the device is told of the slots."""
-        token, previous, position, budget, num_forced = np.zeros((5, self.slots), np.int32)
-        forced = np.zeros((self.slots, self.burst), np.int32)
-        for slot, text in texts.items():
-            ids, ahead = text.ids, text.forced[: self.burst]
-            token[slot], previous[slot] = ids[-1], ids[-2] if len(ids) > 1 else -1
-            position[slot], budget[slot], num_forced[slot] = len(ids) - 1, budgets[slot], len(ahead)
-            forced[slot, : len(ahead)] = ahead
-        sampling = None if greedy else self._sampling(texts)
-        return SlotTable(token, previous, position, budget, num_forced, forced, sampling)
-
-    def _sampling(self, texts: dict[int, Text]) -> tuple[Settings, Extras]:
-        seed = np.zeros((self.slots, 2), np.uint32)
-        top_k, none = np.zeros(self.slots, np.int32), self.config.vocab_size
-        temperature, presence, frequency = np.zeros((3, self.slots), np.float32)
-        top_p = np.ones(self.slots, np.float32)
-        said = np.full((self.slots, self.lengths[-1]), none, np.int32)
-        bias_ids = np.full((self.slots, decode.MOST_BIASED), none, np.int32)
-        bias, num_top = np.zeros(bias_ids.shape, np.float32), 0
-        for slot, text in texts.items():
-            r, biased = text.request, list(text.request.logit_bias.items())
-            seed[slot] = divmod(r.seed % 2**64, 2**32)
-            top_k[slot] = min(r.top_k, self.config.vocab_size)  # more need not fit an int32
-            temperature[slot], top_p[slot] = r.temperature, r.top_p
-            presence[slot], frequency[slot] = r.presence_penalty, r.frequency_penalty
-            num_top = max(num_top, r.top_logprobs)
-            if r.presence_penalty or r.frequency_penalty:
-                answer = text.ids[len(r.prompt) :]
-                said[slot, : len(answer)] = answer
-            for i, (id, value) in enumerate(biased):
-                bias_ids[slot, i], bias[slot, i] = id, value
-        settings = Settings(seed, temperature, top_k, top_p, presence, frequency)
-        return settings, Extras(said, bias_ids, bias, np.array(num_top, np.int32))
-
-
-def _alternatives(scores: Scores, row: int, count: int, text: Text) -> list[Top]:
-    """As many of each of `count` tokens as the text asked for."""
-    if not (wanted := text.request.top_logprobs):
-        return [[] for _ in range(count)]
-    ids = scores.top_ids[row, :count, :wanted].tolist()
-    logprobs = scores.top_logprobs[row, :count, :wanted].tolist()
-    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _round_up(n: int, multiple: int) -> int:

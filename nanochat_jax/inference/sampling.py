@@ -51,10 +51,10 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
     logits -= presence[:, None] * jnp.sign(said) + frequency[:, None] * said
     greedy = (temperature < 1e-9) | (top_k == 1)
     scores = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     rows_with_k, rows_with_p = ~greedy & (top_k > 0), ~greedy & (top_p < 1)
     limit = jnp.where(rows_with_k, top_k.astype(jnp.float32), jnp.inf)
     scores = _truncate(scores, jnp.ones_like(scores), limit)
+    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     probs = jnp.exp(scores)
     limit = jnp.where(rows_with_p, top_p * jnp.sum(probs, axis=-1), jnp.inf)
     scores = _truncate(scores, probs, limit)
@@ -65,7 +65,7 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
 def _truncate(scores: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     """scores [B, V], at most 0, of which those become -inf that weights reaching `limit` [B] lie
     above; limit inf: none."""
-    lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
+    lowest = 1.01 * jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1e-30
     bounds = lowest, jnp.zeros_like(lowest)
 
     def halve(_, bounds):
