@@ -84,6 +84,7 @@ class Engine:
     def load(self, params: dict[str, jax.Array]) -> None:
         """Write with these parameters, copied only where dtype or place change: after a training
         step that donates them, load again."""
+        assert not self.busy(), "texts are half written with other parameters"
         placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
         self.scheduler.left_behind.clear()  # what is cached is of other parameters
