@@ -52,30 +52,28 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
     logits -= presence[:, None] * jnp.sign(said) + frequency[:, None] * said
     greedy = (temperature < 1e-9) | (top_k == 1)
     scores = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     count = jnp.where(~greedy & (top_k > 0), top_k.astype(jnp.float32), jnp.inf)
-    low = _threshold(scores, lambda: (jnp.ones_like(scores), count), count)
+    low = _threshold(scores, count, lambda: (jnp.ones_like(scores), count))
+    scores = (
+        jnp.where(scores > low, scores, -jnp.inf) / jnp.where(greedy, 1.0, temperature)[:, None]
+    )
     share = jnp.where(~greedy & (top_p < 1), top_p, jnp.inf)
-
-    def kept_probs() -> tuple[jax.Array, jax.Array]:
-        probs = jnp.where(scores > low[:, None], jnp.exp(scores), 0.0)
-        return probs, share * jnp.sum(probs, axis=-1)
-
-    low = jnp.maximum(low, _threshold(scores, kept_probs, share))
-    scores = jnp.where(scores > low[:, None], scores, -jnp.inf)
+    probs = jnp.exp(scores)
+    low = _threshold(scores, share, lambda: (probs, share * jnp.sum(probs, axis=-1)))
+    scores = jnp.where(scores > low, scores, -jnp.inf)
     drawn = argmax(scores + noise(seed, position, jnp.arange(logits.shape[-1])[None]))
     return jnp.where(greedy, argmax(logits), drawn)
 
 
 def _threshold(
-    scores: jax.Array, make: Callable[[], tuple[jax.Array, jax.Array]], wanted: jax.Array
+    scores: jax.Array, asked: jax.Array, make: Callable[[], tuple[jax.Array, jax.Array]]
 ) -> jax.Array:
-    """The values [B] below which scores [B, V], at most 0, are cut off: where the weights of those
-    above reach a limit. make: weights [B, V] and limits [B]; wanted [B]: inf where none is."""
+    """What scores [B, V], at most 0, must be above to stay, [B, 1]: those fall of which the weights
+    of all above reach a limit. make: weights [B, V], limits [B]; asked [B]: inf where none is."""
 
     def bisect() -> jax.Array:
         weights, limit = make()
-        lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
+        lowest = 1.01 * jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1e-30
 
         def halve(_, bounds):
             low, high = bounds
@@ -86,7 +84,8 @@ def _threshold(
         return jax.lax.fori_loop(0, BISECTIONS, halve, (lowest, jnp.zeros_like(lowest)))[0]
 
     # Whether any row asks is a value, not part of the program.
-    return jax.lax.cond(jnp.any(wanted < jnp.inf), bisect, lambda: jnp.full_like(wanted, -jnp.inf))
+    nothing = jnp.full_like(asked, -jnp.inf)
+    return jax.lax.cond(jnp.any(asked < jnp.inf), bisect, lambda: nothing)[:, None]
 
 
 def most_likely(logprobs: jax.Array, count: Column) -> tuple[jax.Array, jax.Array]:

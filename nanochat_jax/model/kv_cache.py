@@ -127,6 +127,6 @@ def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array
     scores = jnp.concatenate(scores, axis=-1).reshape(B, K, N // K, T, -1)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, -1, scores.shape[-1])
-    y = jnp.einsum("bkgs,bksh->bkgh", probs[..., :S], old[1])
-    y = y + jnp.einsum("bkgs,bksh->bkgh", probs[..., S:], new[1])
+    wide = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
+    y = (wide(probs[..., :S], old[1]) + wide(probs[..., S:], new[1])).astype(q.dtype)
     return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
