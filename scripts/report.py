@@ -24,13 +24,16 @@ def serve(host: str, port: int, until: int, path: str) -> None:
     import psutil
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.responses import RedirectResponse
+    from starlette.routing import Route
 
     from nanochat_jax.report.live import ROUTES
     from nanochat_jax.serve.guard import Guard, access_of, address, open_socket
 
     hosts = access_of(host, "", True).hosts
     no_one = {"key": "", "max_body_bytes": 0, "open_paths": (), "on_end": lambda *_: None}
-    app, sock = Guard(Starlette(routes=ROUTES), hosts=hosts, **no_one), open_socket(host, port)
+    routes = [Route("/", lambda _: RedirectResponse("/report")), *ROUTES]
+    app, sock = Guard(Starlette(routes=routes), hosts=hosts, **no_one), open_socket(host, port)
     os.nice(10)  # training goes first
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 

@@ -60,16 +60,25 @@ class Opened(NamedTuple):
 
 def newest(run: Path, stage: str | None = None) -> StageCheckpoint:
     """The newest checkpoint of `stage` in a run's folder, by default of the latest that has one."""
-    steps = {name: saved.list_steps(run / name / "checkpoints") for name in STAGES}
-    trained = [name for name in STAGES if steps[name]]
+    if stage not in (None, *STAGES):
+        raise UserError(f"got stage {stage!r}, expected {', '.join(STAGES)}")
+    trained = _trained(run)
     if stage not in (None, *trained) or not trained:
+        has = f"checkpoints of {', '.join(trained)}" if trained else "no checkpoint"
+        others = ", ".join(path.name for path in sorted(run.parent.glob("*")) if _trained(path))
         raise UserError(
-            f"{run} has checkpoints of {', '.join(trained) or 'no stage'}, expected of "
-            f"{stage or 'any'}; run scripts/{SCRIPTS.get(stage or 'base', 'train.py')} with this "
-            "recipe first, or name another run with --config=FILE or --config.run.name=NAME"
+            f"{run} has {has}, expected of {stage or 'any stage'}; run "
+            f"scripts/{SCRIPTS[stage or 'base']} with this recipe first, or name another run "
+            f"({others or 'there is none'}) with --config=FILE or --config.run.name=NAME"
         )
-    stage = stage or trained[-1]
-    return StageCheckpoint(stage, run / stage / "checkpoints", steps[stage][-1])
+    stage = stage or list(trained)[-1]
+    return StageCheckpoint(stage, run / stage / "checkpoints", trained[stage][-1])
+
+
+def _trained(run: Path) -> dict[str, list[int]]:
+    """The steps that were saved of each stage that has any."""
+    steps = {name: saved.list_steps(run / name / "checkpoints") for name in STAGES}
+    return {name: found for name, found in steps.items() if found}
 
 
 def find_stage(run: Path, stage: str | None = None) -> StageCheckpoint:

@@ -63,7 +63,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Console:
     """On a terminal a line per step and a progress bar, elsewhere a line every ten seconds.
 
-    Times, rates and MFU are means since the line before. The ETA counts evaluations and saves too.
+    Times, rates and MFU are means since the line before. The ETA counts evaluations and saves too,
+    and that of the run goes by the rate of all steps: a slow stretch says little of hours to come.
     later_tokens: the tokens of this stage that would take as long as the stages after it.
     """
 
@@ -78,6 +79,7 @@ class Console:
         self.num_steps, self.later_tokens = num_steps, later_tokens
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._steps, self._tokens, self._secs = 0, 0, 0.0  # since the last line
+        self._all_tokens, self._all_secs = 0, 0.0
         self._first: tuple[int, float] | None = None  # (step, time) that the ETA counts from
         self._line_at = -float("inf")
         off = not sys.stderr.isatty() or os.environ.get("NANOCHAT_PROCESS_INDEX", "0") != "0"
@@ -90,6 +92,9 @@ class Console:
         self._tokens += tokens
         self._secs += secs
         self._bar.update(1)
+        if self._first:
+            self._all_tokens += tokens
+            self._all_secs += secs
         self._first = self._first or (done, now)  # the first step has to warm up
         if self._bar.disable and now < self._line_at + SECS_BETWEEN_LINES and done < self.num_steps:
             return
@@ -99,7 +104,8 @@ class Console:
         shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items())
         eta = f"eta {format_secs(left)}"
         if self.later_tokens:
-            eta += f", of the run about {format_secs(left + self.later_tokens / rate)}"
+            mean = self._all_tokens / self._all_secs if self._all_tokens else rate
+            eta += f", of the run about {format_secs(left + self.later_tokens / mean)}"
         self.line(
             f"step {done:05d}/{self.num_steps:05d} ({done / self.num_steps:.1%}) | {shown} | "
             f"dt {self._secs / self._steps * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {mfu} | {eta}"

@@ -80,8 +80,8 @@ def test_the_answer_alone_goes_to_stdout(stage, options, frame, stop, run, train
     "argv, named",
     [
         (["--stage=rl"], "checkpoints of base, sft, expected of rl"),
-        (["--stage=best"], "expected of best"),
-        (["--config.run.name=other"], "other has checkpoints of no stage"),
+        (["--stage=best"], "'best', expected base, mid"),
+        (["--config.run.name=other"], f"other has no checkpoint, .*another run \\({NAME}\\)"),
         (["--config.model.depth=3"], "config.model.depth was 2, now 3"),
         (["--config.mesh.tensor=16"], "config.mesh"),
         (["--top-k=many"], "--top-k"),

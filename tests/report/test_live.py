@@ -88,6 +88,14 @@ def test_a_page_follows_its_file_and_leaves_out_a_line_that_is_being_written(run
     assert "step 5 of 20" in site.get("/report/a").text
 
 
+def test_curves_come_first_while_they_grow_and_last_when_the_stage_is_done(runs, site):
+    write_stage(runs / "a", "base", steps(3))
+    for first, last in (("went", "took"), ("took", "went")):
+        headings = re.findall("<h2>How .* (went|took)</h2>", site.get("/report/a").text)
+        assert headings == [first, last]
+        write(runs / "a" / "base" / "result.json", {"step": 3})
+
+
 def busy(secs):
     began = time.thread_time()
     while time.thread_time() < began + secs:
@@ -230,6 +238,8 @@ def test_the_script_serves_this_machine_until_another_process_ends(served):
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/report/tiny", address)
     with urllib.request.urlopen(address) as answer:
         assert "step 3 of 20" in answer.read().decode()
+    with urllib.request.urlopen(address.partition("/report")[0]) as answer:
+        assert answer.url.endswith("/report")
     other.kill()
     other.wait()
     assert process.wait(timeout=20) == 0

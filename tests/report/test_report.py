@@ -91,6 +91,7 @@ def test_numbers_by_hand(run):
         "| news | 220 | 50 | 4.400 | 4.000 |",
         "| Arithmetic | 25.0% ± 2.7% | 64 of 256 | 1m01s | 256 finished | 25.0% in 2 |",
         "| run.seed | 42 (BASE), 42 (MID), 43 (SFT), 42 (RL) |",
+        "    python scripts/chat_web.py --config=configs/d20.py --config.run.name=mine",
         "    python scripts/chat_cli.py --config=configs/d20.py --config.run.name=mine",
     ):
         lines = [" ".join(text.split("\n"))] if line[0].isalpha() else text.split("\n")

@@ -72,5 +72,16 @@ def test_the_eta_counts_what_happens_between_steps():
     assert "eta 1s" in lines[-1] and "mfu n/a" in lines[-1]
 
 
+def test_one_slow_line_does_not_move_the_end_of_the_run():
+    lines, console = [], Console(41, 0, 1.0, None, later_tokens=8000)
+    console.line = lines.append
+    for step in range(41):
+        if step == 39:
+            console._line_at = -float("inf")
+        console.step(step, {}, tokens=100, secs=10.0 if step == 40 else 1.0)
+    # 40 steps of 100 tokens behind the first one in 49 s: 8,000 tokens take 98 s
+    assert "10 tok/s" in lines[-1] and lines[-1].endswith("of the run about 1m38s")
+
+
 def test_durations():
     assert [format_secs(secs) for secs in (0.4, 95, 7260)] == ["0s", "1m35s", "2h01m"]
