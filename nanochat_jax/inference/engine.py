@@ -204,24 +204,28 @@ class Engine:
                 text = texts[groups[0][0]]
                 left = len(text.ids) - 1 - text.cached
                 shape = self.long if left > 2 * self.short[1] else self.short
-            budget -= self._compute(groups[: shape[0]], *shape)
+            budget -= self._compute(groups, *shape)
 
     def _compute(self, groups: list[list[int]], rows: int, width: int) -> int:
-        """The next piece of the prompts in some slots, one prompt a group; how many tokens."""
-        texts = [self.scheduler.texts[group[0]] for group in groups]
+        """The next piece of the first prompts that have room, one prompt a group of slots; how many
+        tokens."""
+        placed = self._place(groups, rows)
+        texts = {row: self.scheduler.texts[group[0]] for row, (group, _) in placed.items()}
         piece = self._piece(rows, width)
-        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+        for row, (group, slot) in placed.items():
+            text = texts[row]
             begin, n = text.cached, min(len(text.ids) - 1 - text.cached, width)
-            piece.start[row], piece.count[row], piece.slots[row] = begin, n, group[0]
+            piece.start[row], piece.count[row], piece.slots[row] = begin, n, slot
             piece.ids[row, 0] = text.ids[begin - 1] if begin else -1
             piece.ids[row, 1 : n + 2] = text.ids[begin : begin + n + 1]
             piece.targets[group], piece.source[group] = group, row
-        scored, num_top = any(text.scored for text in texts), 0
+        scored, num_top = any(text.scored for text in texts.values()), 0
         self._make_room(self.lengths[-1] if scored else int(np.max(piece.start + piece.count)))
         if scored:
-            num_top = max(text.request.top_logprobs for text in texts)
+            num_top = max(text.request.top_logprobs for text in texts.values())
         scores = self._extend(piece, scored, num_top)
-        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+        for row, (group, _) in placed.items():
+            text = texts[row]
             n, told = int(piece.count[row]), []
             if scores and text.scored:
                 logprobs = scores.logprobs[row, :n].tolist()
@@ -232,6 +236,23 @@ class Engine:
                 if not np.isfinite([logprob for logprob, _ in told]).all():
                     self.scheduler.fail(slot, NOT_FINITE)
         return int(piece.count.sum())
+
+    def _place(self, groups: list[list[int]], rows: int) -> dict[int, tuple[list[int], int]]:
+        """{row: (group, slot)} of as many as have room, the first ones first: a row shard computes
+        from the slots that are its own. What no slot has yet may be computed anywhere."""
+        shards, placed = num_row_shards(self.mesh), {}
+        free = [
+            list(range(first, first + rows // shards)) for first in range(0, rows, rows // shards)
+        ]
+        for group in groups:
+            slots = [slot for slot in group if free[slot * shards // self.slots]]
+            if slots:
+                placed[free[slots[0] * shards // self.slots].pop(0)] = group, slots[0]
+            elif not self.scheduler.texts[group[0]].cached and (
+                room := next(filter(None, free), None)
+            ):
+                placed[room.pop(0)] = group, group[0]
+        return placed
 
     def _piece(self, rows: int, width: int) -> Piece:
         """Room for a piece of prompts; as it is, it goes nowhere."""
