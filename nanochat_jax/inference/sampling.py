@@ -98,7 +98,7 @@ def farthest(scores: jax.Array, weights: jax.Array, limit: jax.Array, bits: int)
         zeros = [jnp.float32(0)] * last
         add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
         sums = jax.lax.reduce(within, zeros, add, (1,))  # one pass for all of them
-        short = sum((total < limit).astype(jnp.int32) for total in sums)
+        short = jnp.sum(jnp.stack(sums) < limit, axis=0, dtype=jnp.int32)
         return found | (short[:, None] << shift)
 
     nothing = jnp.zeros_like(distance[:, :1])
