@@ -9,7 +9,8 @@ import difflib
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -81,6 +82,27 @@ def parse_argv(argv: list[str], doc: str | None) -> tuple[Path, dict[str, str], 
         else:
             overrides[name.removeprefix("--config.")] = value
     return path, overrides, rest
+
+
+def parse_options(words: list[str], *, flags: Sequence[str] = (), **defaults: Any) -> Namespace:
+    """A script's own options: --name=VALUE of the type of its default (a tuple of words: one of
+    them, the first if not given), and flags. UserError for what is none of them."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in flags:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    for name, default in defaults.items():
+        choices = default if isinstance(default, tuple) else None
+        default = choices[0] if choices else default
+        option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+        kind = str if default is None else type(default)
+        parser.add_argument(option, dest=name, type=kind, default=default, choices=choices)
+    try:
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            raise ArgumentError(None, f"unknown argument {unknown[0]!r}")
+    except ArgumentError as error:
+        raise UserError(f"{error}; --help shows what there is") from None
+    return args
 
 
 def help_text(doc: str) -> str:

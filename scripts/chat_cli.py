@@ -18,49 +18,33 @@
 Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
-import argparse
 import contextlib
 import io
 import sys
 
-from nanochat_jax.common import UserError, run_main
-from nanochat_jax.config import load, parse_argv
+from nanochat_jax.common import run_main
+from nanochat_jax.config import load, parse_argv, parse_options
 
-
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-p", dest="question")
-    parser.add_argument("--no-color", action="store_true")
-    options = {"stage": "", "system": "", "tool": ""}
-    options |= {"temperature": 0.6, "top-k": 50, "max-new-tokens": 256, "seed": 42}
-    for name, default in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise argparse.ArgumentError(None, f"unknown argument {unknown[0]!r}")
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help shows what there is") from None
-    return args
+OPTIONS = {"p": None, "stage": "", "system": "", "tool": "", "temperature": 0.6, "top_k": 50}
+OPTIONS |= {"max_new_tokens": 256, "seed": 42}
 
 
 def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
-    args, config = arguments(rest), load(path, overrides)
+    args, config = parse_options(rest, flags=["no_color"], **OPTIONS), load(path, overrides)
     from nanochat_jax.inference.checkpoint import make_engine, open_model  # JAX takes long
     from nanochat_jax.inference.request import Request
     from nanochat_jax.serve.terminal import Chat, Screen
 
     settings = Request((), args.max_new_tokens, args.temperature, args.top_k, seed=args.seed)
-    interactive = args.question is None
+    interactive = args.p is None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         found, model, mesh, params, tokenizer = open_model(config, args.stage or None)
-        base, tools = (
-            found.stage == "base",
-            [] if args.tool == "none" else [args.tool or "calculator"],
-        )
+        base, tools = found.stage == "base", {"": ["calculator"], "none": []}
         sizes = {"slots": 1, "max_len": model.seq_len}
-        engine = make_engine(model, mesh, tokenizer, base=base, tools=tools, **sizes)
+        engine = make_engine(
+            model, mesh, tokenizer, base=base, tools=tools.get(args.tool, [args.tool]), **sizes
+        )
         engine.load(params)
         if base and args.tool not in ("", "none"):
             print(f"--tool={args.tool} has no effect: a base model uses no tool")
@@ -70,7 +54,7 @@ def main() -> int:
     screen = Screen(sys.stdout, notes, interactive=interactive, no_color=args.no_color)
     chat = Chat(engine, tokenizer, settings, screen, args.system, base)
     if not interactive:
-        return 130 if chat.ask(args.question) == "cancelled" else 0
+        return 130 if chat.ask(args.p) == "cancelled" else 0
     screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     chat.loop()
     return 0

@@ -21,50 +21,41 @@
 Ctrl-C or SIGTERM finishes the answers that are being written; a second one cuts them off.
 """
 
-import argparse
 import os
 import sys
 import time
+from argparse import Namespace
 
 import jax
 from fastapi import FastAPI
 
 from nanochat_jax.common import UserError, log, run_main
-from nanochat_jax.config import Recipe, load, parse_argv
+from nanochat_jax.config import Recipe, load, parse_argv, parse_options
 from nanochat_jax.inference.checkpoint import make_engine, open_model
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.report import live
-from nanochat_jax.serve import server
+from nanochat_jax.serve import guard, server
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access
+from nanochat_jax.serve.guard import Access
 from nanochat_jax.serve.worker import Pool
 from nanochat_jax.stages.evals import progress_bar
 
+OPTIONS = {"stage": "", "host": "127.0.0.1", "port": 8000, "api_key": "", "cors_origin": ""}
+OPTIONS |= {"tool": "", "slots": 32, "max_len": 0, "engines": 0, "max_queue": 256}
+OPTIONS |= {"per_client": 128, "timeout_secs": 600.0}
+LEAST = {"slots": 1, "max_len": 0, "engines": 0, "max_queue": 0, "per_client": 1}
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--allow-public", action="store_true")
-    options = {"stage": "", "host": "127.0.0.1", "port": 8000, "cors-origin": "", "tool": ""}
-    options |= {"api-key": os.environ.get("NANOCHAT_API_KEY", ""), "slots": 32, "max-len": 0}
-    options |= {"engines": 0, "max-queue": 256, "per-client": 128, "timeout-secs": 600.0}
-    for name, default in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise argparse.ArgumentError(None, f"unknown argument {unknown[0]!r}")
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help shows what there is") from None
-    least = {"slots": 1, "max_len": 0, "engines": 0, "max_queue": 0, "per_client": 1}
-    for name, value in least.items():
-        if (got := getattr(args, name)) < value:
-            raise UserError(f"--{name.replace('_', '-')} got {got}, expected {value} or more")
-    if not args.timeout_secs > 0:
-        raise UserError(f"--timeout-secs got {args.timeout_secs}, expected more than 0")
+
+def arguments(words: list[str]) -> Namespace:
+    args = parse_options(words, flags=["allow_public"], **OPTIONS)
+    args.api_key = args.api_key or os.environ.get("NANOCHAT_API_KEY", "")
+    for name, least in (LEAST | {"timeout_secs": 0.001}).items():
+        if not (got := getattr(args, name)) >= least:
+            raise UserError(f"--{name.replace('_', '-')} got {got}, expected {least} or more")
     return args
 
 
-def make_server(args: argparse.Namespace, config: Recipe, access: Access) -> tuple[FastAPI, Pool]:
+def make_server(args: Namespace, config: Recipe, access: Access) -> tuple[FastAPI, Pool]:
     """Engines of the run's model, warmed up, and the server over them."""
     found, model, mesh, params, tokenizer = open_model(config, args.stage or None)
     base, devices = found.stage == "base", jax.devices()
@@ -102,11 +93,10 @@ def main() -> int:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
     args, config = arguments(rest), load(path, overrides)
     origins = [args.cors_origin] if args.cors_origin else []
-    access = server.access_of(args.host, args.api_key, args.allow_public, origins)
-    with server.open_socket(args.host, args.port) as sock:
+    access = guard.access_of(args.host, args.api_key, args.allow_public, origins)
+    with guard.open_socket(args.host, args.port) as sock:
         app, pool = make_server(args, config, access)
-        host, port = sock.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        url = guard.address(sock)
         greeting = [f"ready after {time.monotonic() - began:.1f} s; chat, and OpenAI's API: {url}"]
         greeting += [f"the run's report, and all runs: {url}/report"]
         server.serve(app, pool, sock, "\n".join(greeting))

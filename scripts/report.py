@@ -9,35 +9,18 @@ python scripts/report.py --serve                      # all runs, at http://127.
 --until=PID  serve until this process has ended
 """
 
-import argparse
 import os
-import socket
 import sys
 import threading
 import time
 from urllib.parse import quote
 
-from nanochat_jax.common import UserError, log, run_dir, run_main
-from nanochat_jax.config import load, parse_argv
+from nanochat_jax.common import log, run_dir, run_main
+from nanochat_jax.config import load, parse_argv, parse_options
 from nanochat_jax.report.page import make_report
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--serve", action="store_true")
-    parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--until", type=int)
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise argparse.ArgumentError(None, f"unknown argument {unknown[0]!r}")
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help shows what there is") from None
-    return args
-
-
-def serve(host: str, port: int, until: int | None, path: str) -> None:
+def serve(host: str, port: int, until: int, path: str) -> None:
     import psutil
     import uvicorn
     from starlette.applications import Starlette
@@ -45,42 +28,31 @@ def serve(host: str, port: int, until: int | None, path: str) -> None:
     from starlette.routing import Route
 
     from nanochat_jax.report.live import ROUTES
-    from nanochat_jax.serve.guard import Guard
+    from nanochat_jax.serve.guard import Guard, access_of, address, open_socket
 
-    here = ("127.0.0.1", "localhost", "[::1]")  # what Host may say
-    home = Route("/", lambda _: RedirectResponse("/report"))
-    app = Guard(
-        Starlette(routes=[home, *ROUTES]),
-        key="",
-        hosts=here if host in (*here, "::1") else (),
-        max_body_bytes=0,
-        open_paths=(),
-        on_end=lambda *_: None,
-    )
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        what = "try another --port (0 is any that is free)"
-        raise UserError(f"{host}:{port} cannot be listened at ({error}); {what}") from None
+    hosts = access_of(host, "", True).hosts
+    no_one = {"key": "", "max_body_bytes": 0, "open_paths": (), "on_end": lambda *_: None}
+    routes = [Route("/", lambda _: RedirectResponse("/report")), *ROUTES]
+    app, sock = Guard(Starlette(routes=routes), hosts=hosts, **no_one), open_socket(host, port)
     os.nice(10)  # training goes first
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
     def end_with_it() -> None:
-        while psutil.pid_exists(until or 0):
+        while psutil.pid_exists(until):
             time.sleep(1)
         server.should_exit = True
 
     if until:
         threading.Thread(target=end_with_it, daemon=True).start()
-    shown = f"[{host}]" if ":" in host else host
-    log(f"watch it: http://{shown}:{sock.getsockname()[1]}{path}")
+    sock.listen()  # before others are told
+    log(f"watch it: {address(sock)}{path}")
     server.run(sockets=[sock])
 
 
 def main() -> None:
     path, overrides, rest = parse_argv(sys.argv[1:], __doc__)
-    args, config = arguments(rest), load(path, overrides)
+    args = parse_options(rest, flags=["serve"], port=8001, host="127.0.0.1", until=0)
+    config = load(path, overrides)
     if args.serve:
         names_run = path.name != "default.py" or "run.name" in overrides
         page = f"/report/{quote(config.run.name)}" if names_run else "/report"

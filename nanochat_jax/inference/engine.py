@@ -13,17 +13,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.common import UserError
+from nanochat_jax.hardware import usable_cpus
 from nanochat_jax.inference import decode
-from nanochat_jax.inference.decode import Piece, Scores, Written
-from nanochat_jax.inference.request import Completion, Request, Tool, Top
-from nanochat_jax.inference.scheduler import Scheduler, Text
-from nanochat_jax.inference.table import Place, make_table
+from nanochat_jax.inference.decode import Piece, Scores, SlotTable, Written
+from nanochat_jax.inference.request import Completion, Request, Tool
+from nanochat_jax.inference.scheduler import Scheduler
+from nanochat_jax.inference.table import Place, alternatives, make_table
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
@@ -84,6 +87,7 @@ class Engine:
     def load(self, params: dict[str, jax.Array]) -> None:
         """Write with these parameters, copied only where dtype or place change: after a training
         step that donates them, load again."""
+        assert not self.busy(), "texts are half written with other parameters"
         placed, dtype = jax.device_put(params, self._shardings), self.config.compute_dtype
         self._params = {path: value.astype(dtype) for path, value in placed.items()}
         self.scheduler.left_behind.clear()  # what is cached is of other parameters
@@ -157,31 +161,33 @@ class Engine:
         ended, scheduler.ended = scheduler.ended, []
         return ended + pieces
 
-    def programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Everything the engine may have to compile, by name; a call compiles it and writes
-        nothing. The engine must be idle."""
-        assert not self.busy() and self._params is not None
-        for length in [*self.lengths, *reversed(self.lengths)]:
-            yield f"room for {length:,}", lambda length=length: self._resize(length)
-        for length in self.lengths:
-            yield f"cache of {length:,}", lambda length=length: self._resize(length)
-            for shape in dict.fromkeys((self.short, self.long, self.many)):
-                piece = self._piece(*shape)
-                for scored in (False, True) if length == self.lengths[-1] else (False,):
-                    name = "{} x {} tokens of prompts".format(*shape) + ", scored" * scored
-                    yield name, lambda piece=piece, scored=scored: self._extend(piece, scored, 0)
-            for way in itertools.product(self.burst_rows, (False, True)):
-                name = "{} texts, {}".format(way[0], "sampled" if way[1] else "most likely")
-                yield name, lambda way=way: self._burst({}, *way)
+    def programs(self) -> Iterator[tuple[Any, tuple]]:
+        """All functions that may have to be compiled, and with what each is called."""
+        sharding = self._cache[0][0].sharding
+        for at, length in enumerate(self.lengths):
+            cache = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+                empty_cache.eval_shape(self.config, self.slots, length),
+            )
+            for piece in (self._piece(*shape) for shape in {self.short, self.long, self.many}):
+                for scored in {False, length == self.lengths[-1]}:
+                    static, num_top = (self.config, scored), np.array(0, np.int32)
+                    yield decode.extend, (*static, self._params, cache, piece, num_top)
+            for rows, sampled in itertools.product(self.burst_rows, (False, True)):
+                table = self._table({}, rows, sampled)
+                yield decode.burst, (*self._static, self._params, cache, table)
+            for other in {*self.lengths[max(0, at - 1) : at + 2]} - {length}:
+                yield resize, (self.config, other, cache)
 
     def warm_up(self, progress: Callable[[int, int], object] = lambda *_: None) -> None:
-        """Compile all programs; progress gets how many are done, of how many."""
-        programs = list(self.programs())
-        for done, (_, run) in enumerate(programs, 1):
-            with jax.set_mesh(self.mesh):
-                run()
-            progress(done, len(programs))
-        jax.block_until_ready(self._cache)
+        """Compile all programs, one a CPU; progress gets how many are done, of how many."""
+        with ThreadPoolExecutor(usable_cpus()) as pool, jax.set_mesh(self.mesh):
+            # Later calls with the same types of arguments find what this has compiled.
+            lowered = (function.lower(*args) for function, args in self.programs())
+            programs = [pool.submit(program.compile) for program in lowered]
+            for done, program in enumerate(as_completed(programs), 1):
+                program.result()
+                progress(done, len(programs))
 
     def _prefill(self, budget: float) -> None:
         """Compute prompts, about `budget` tokens of them, those of the oldest requests first."""
@@ -198,34 +204,55 @@ class Engine:
                 text = texts[groups[0][0]]
                 left = len(text.ids) - 1 - text.cached
                 shape = self.long if left > 2 * self.short[1] else self.short
-            budget -= self._compute(groups[: shape[0]], *shape)
+            budget -= self._compute(groups, *shape)
 
     def _compute(self, groups: list[list[int]], rows: int, width: int) -> int:
-        """The next piece of the prompts in some slots, one prompt a group; how many tokens."""
-        texts = [self.scheduler.texts[group[0]] for group in groups]
+        """The next piece of the first prompts that have room, one prompt a group of slots; how many
+        tokens."""
+        placed = self._place(groups, rows)
+        texts = {row: self.scheduler.texts[group[0]] for row, (group, _) in placed.items()}
         piece = self._piece(rows, width)
-        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+        for row, (group, slot) in placed.items():
+            text = texts[row]
             begin, n = text.cached, min(len(text.ids) - 1 - text.cached, width)
-            piece.start[row], piece.count[row], piece.slots[row] = begin, n, group[0]
+            piece.start[row], piece.count[row], piece.slots[row] = begin, n, slot
             piece.ids[row, 0] = text.ids[begin - 1] if begin else -1
             piece.ids[row, 1 : n + 2] = text.ids[begin : begin + n + 1]
             piece.targets[group], piece.source[group] = group, row
-        scored, num_top = any(text.scored for text in texts), 0
+        scored, num_top = any(text.scored for text in texts.values()), 0
         self._make_room(self.lengths[-1] if scored else int(np.max(piece.start + piece.count)))
         if scored:
-            num_top = max(text.request.top_logprobs for text in texts)
+            num_top = max(text.request.top_logprobs for text in texts.values())
         scores = self._extend(piece, scored, num_top)
-        for row, (text, group) in enumerate(zip(texts, groups, strict=True)):
+        for row, (group, _) in placed.items():
+            text = texts[row]
             n, told = int(piece.count[row]), []
             if scores and text.scored:
                 logprobs = scores.logprobs[row, :n].tolist()
-                told = list(zip(logprobs, _alternatives(scores, row, n, text), strict=True))
+                told = list(zip(logprobs, alternatives(scores, row, n, text), strict=True))
             for slot in group:
                 self.scheduler.texts[slot].cached += n
                 self.scheduler.texts[slot].scores += told
                 if not np.isfinite([logprob for logprob, _ in told]).all():
                     self.scheduler.fail(slot, NOT_FINITE)
         return int(piece.count.sum())
+
+    def _place(self, groups: list[list[int]], rows: int) -> dict[int, tuple[list[int], int]]:
+        """{row: (group, slot)} of as many as have room, the first ones first: a row shard computes
+        from the slots that are its own. What no slot has yet may be computed anywhere."""
+        shards, placed = num_row_shards(self.mesh), {}
+        free = [
+            list(range(first, first + rows // shards)) for first in range(0, rows, rows // shards)
+        ]
+        for group in groups:
+            slots = [slot for slot in group if free[slot * shards // self.slots]]
+            if slots:
+                placed[free[slots[0] * shards // self.slots].pop(0)] = group, slots[0]
+            elif not self.scheduler.texts[group[0]].cached and (
+                room := next(filter(None, free), None)
+            ):
+                placed[room.pop(0)] = group, group[0]
+        return placed
 
     def _piece(self, rows: int, width: int) -> Piece:
         """Room for a piece of prompts; as it is, it goes nowhere."""
@@ -259,7 +286,7 @@ class Engine:
             n, forced = int(count[row]), len(text.forced)
             logprobs = scores.logprobs[row, :n]
             if np.isfinite(logprobs[forced:]).all():
-                top = _alternatives(scores, row, n, text) if text.request.top_logprobs else None
+                top = alternatives(scores, row, n, text) if text.request.top_logprobs else None
                 new = tokens[row, :n].tolist(), logprobs.tolist(), top
                 pieces.append(scheduler.advance(slot, *new))
             else:
@@ -268,17 +295,18 @@ class Engine:
 
     def _extend(self, piece: Piece, scored: bool, num_top: int) -> Scores | None:
         static = self.config, scored, self._params
-        self._cache, scores = decode.extend(
-            *static, self._cache, piece, np.array(num_top, np.int32)
-        )
+        num = np.array(num_top, np.int32)
+        self._cache, scores = decode.extend(*static, self._cache, piece, num)
         return jax.device_get(scores)
 
     def _burst(self, places: dict[int, Place], rows: int, sampled: bool) -> Written:
-        sizes = {"vocab_size": self.config.vocab_size, "max_len": self.lengths[-1]}
-        sizes |= {"no_slot": self.slots, "sampled": sampled}
-        table = make_table(places, rows, self.burst, **sizes)
+        table = self._table(places, rows, sampled)
         self._cache, written = decode.burst(*self._static, self._params, self._cache, table)
         return jax.device_get(written)
+
+    def _table(self, places: dict[int, Place], rows: int, sampled: bool) -> SlotTable:
+        sizes = {"vocab_size": self.config.vocab_size, "max_len": self.lengths[-1]}
+        return make_table(places, rows, self.burst, no_slot=self.slots, sampled=sampled, **sizes)
 
     def _make_room(self, longest: int) -> None:
         """Resize the cache for texts of this length, and for those that lie in it."""
@@ -299,15 +327,6 @@ class Engine:
                 self._cache = resize(self.config, self.length, self._cache)
         for slot in [slot for slot, ids in held.items() if len(ids) > length]:
             held[slot] = []
-
-
-def _alternatives(scores: Scores, row: int, count: int, text: Text) -> list[Top]:
-    """As many of each of `count` tokens as the text asked for."""
-    if not (wanted := text.request.top_logprobs):
-        return [[] for _ in range(count)]
-    ids = scores.top_ids[row, :count, :wanted].tolist()
-    logprobs = scores.top_logprobs[row, :count, :wanted].tolist()
-    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -8,8 +8,8 @@ not change the noise of the ids that stay. It is Threefry-2x32 with 20 rounds (S
 
 Truncation: the top_k most likely ids, and of these the fewest whose probabilities (at the row's
 temperature, among the top_k) sum to top_p; ids that tie with the last of them stay too. Nothing is
-sorted: a threshold is found by bisection, each step one pass over the logits. Each device does so
-for its own rows.
+sorted: a threshold is found bit by bit, each step one pass over the logits. Each device does so for
+its own rows.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import numpy as np
 from nanochat_jax.model.sharding import ROWS
 
 Column = jax.Array | np.ndarray  # a value for each row, made on the host or not
-BISECTIONS = 26  # logits span less than 2 * 15 (soft cap): told apart at 1e-6, as float32 does
+FAR_BITS = 28  # of a float's 31: distances are told apart at 1e-6 of themselves
 MOST_ALTERNATIVES = 20  # of a token, with their log probabilities; OpenAI's limit
 
 
@@ -52,41 +52,57 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
     logits -= presence[:, None] * jnp.sign(said) + frequency[:, None] * said
     greedy = (temperature < 1e-9) | (top_k == 1)
     scores = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     count = jnp.where(~greedy & (top_k > 0), top_k.astype(jnp.float32), jnp.inf)
-    low = _threshold(scores, lambda: (jnp.ones_like(scores), count), count)
+    scores = _cut(scores, lambda: jnp.ones_like(scores), count)
+    scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     share = jnp.where(~greedy & (top_p < 1), top_p, jnp.inf)
-
-    def kept_probs() -> tuple[jax.Array, jax.Array]:
-        probs = jnp.where(scores > low[:, None], jnp.exp(scores), 0.0)
-        return probs, share * jnp.sum(probs, axis=-1)
-
-    low = jnp.maximum(low, _threshold(scores, kept_probs, share))
-    scores = jnp.where(scores > low[:, None], scores, -jnp.inf)
+    scores = _cut(scores, lambda scores=scores: jnp.exp(scores), share, of_all=True)
     drawn = argmax(scores + noise(seed, position, jnp.arange(logits.shape[-1])[None]))
     return jnp.where(greedy, argmax(logits), drawn)
 
 
-def _threshold(
-    scores: jax.Array, make: Callable[[], tuple[jax.Array, jax.Array]], wanted: jax.Array
+def _cut(
+    scores: jax.Array, weigh: Callable[[], jax.Array], limit: jax.Array, *, of_all: bool = False
 ) -> jax.Array:
-    """The values [B] below which scores [B, V], at most 0, are cut off: where the weights of those
-    above reach a limit. make: weights [B, V] and limits [B]; wanted [B]: inf where none is."""
+    """Scores [B, V], -inf but for the largest of each row: the fewest whose weights reach its limit
+    [B] (of_all: as a part of all weights; inf: no limit)."""
 
-    def bisect() -> jax.Array:
-        weights, limit = make()
-        lowest = jnp.min(jnp.where(jnp.isfinite(scores), scores, 0.0), axis=-1) - 1.0
+    def cut(bits: int) -> jax.Array:
+        weights = weigh()
+        reached = limit * jnp.sum(weights, axis=-1) if of_all else limit
+        return jnp.where(far(scores) <= farthest(scores, weights, reached, bits), scores, -jnp.inf)
 
-        def halve(_, bounds):
-            low, high = bounds
-            middle = (low + high) / 2
-            above = jnp.sum(jnp.where(scores > middle[:, None], weights, 0.0), axis=-1)
-            return jnp.where(above < limit, low, middle), jnp.where(above < limit, middle, high)
+    # Whether any row asks is a value, not part of the program. To know it a GPU would have to wait
+    # for the host, and so for every pass of a loop: there few passes always run, all in a line.
+    on_cpu = lambda: jax.lax.cond(  # noqa: E731
+        jnp.any(limit < jnp.inf), lambda: cut(1), lambda: scores
+    )
+    return jax.lax.platform_dependent(cpu=on_cpu, default=lambda: cut(4))
 
-        return jax.lax.fori_loop(0, BISECTIONS, halve, (lowest, jnp.zeros_like(lowest)))[0]
 
-    # Whether any row asks is a value, not part of the program.
-    return jax.lax.cond(jnp.any(wanted < jnp.inf), bisect, lambda: jnp.full_like(wanted, -jnp.inf))
+def far(scores: jax.Array) -> jax.Array:
+    """How far below 0 scores are, as integers in the same order: the bits of the float, but the
+    last few."""
+    return jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32) >> (31 - FAR_BITS)
+
+
+def farthest(scores: jax.Array, weights: jax.Array, limit: jax.Array, bits: int) -> jax.Array:
+    """The least distance [B, 1] within which the weights [B, V] of scores reach the limit [B], or
+    the largest there is; worked out from its first bits to its last, so many of them in a pass."""
+    distance, last = far(scores), (1 << bits) - 1
+
+    def narrow(i, found):
+        shift = FAR_BITS - bits * (i + 1)
+        ends = [(found | (n << shift)) + (1 << shift) - 1 for n in range(last)]  # [B, 1] each
+        within = [jnp.where(distance <= end, weights, 0.0) for end in ends]
+        zeros = [jnp.float32(0)] * last
+        add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
+        sums = jax.lax.reduce(within, zeros, add, (1,))  # one pass for all of them
+        short = jnp.sum(jnp.stack(sums) < limit, axis=0, dtype=jnp.int32)
+        return found | (short[:, None] << shift)
+
+    nothing = jnp.zeros_like(distance[:, :1])
+    return jax.lax.fori_loop(0, FAR_BITS // bits, narrow, nothing, unroll=bits > 1)
 
 
 def most_likely(logprobs: jax.Array, count: Column) -> tuple[jax.Array, jax.Array]:

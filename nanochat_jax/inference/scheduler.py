@@ -71,12 +71,8 @@ class Scheduler:
         window: int = 0,
     ):
         self.slots, self.max_len, self.vocab_size = slots, max_len, vocab_size
-        self.stop_ids, self.tools, self.tool, self.window = (
-            stop_ids,
-            dict(tools or {}),
-            tool,
-            window,
-        )
+        self.stop_ids, self.window = stop_ids, window
+        self.tools, self.tool = dict(tools or {}), tool
         self.texts: dict[int, Text] = {}  # by slot
         self.ended: list[Completion] = []  # for the next step to tell
         self.left_behind: dict[int, list[int]] = {}  # ids in a free slot's cache; the latest last

@@ -1,11 +1,12 @@
-"""What the device is told of the texts that write, as arrays."""
+"""What the device is told of the texts that write, and what it says back, as arrays."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from nanochat_jax.inference.decode import MOST_BIASED, Extras, SlotTable
+from nanochat_jax.inference.decode import MOST_BIASED, Extras, Scores, SlotTable
+from nanochat_jax.inference.request import Top
 from nanochat_jax.inference.sampling import Settings
 from nanochat_jax.inference.scheduler import Text
 
@@ -63,3 +64,12 @@ def _sampling(
         bias[row, : len(r.logit_bias)] = list(r.logit_bias.values())
     settings = Settings(seed, temperature, top_k, top_p, presence, frequency)
     return settings, Extras(said, bias_ids, bias, np.array(num_top, np.int32))
+
+
+def alternatives(scores: Scores, row: int, count: int, text: Text) -> list[Top]:
+    """As many of each of `count` tokens as the text asked for."""
+    if not (wanted := text.request.top_logprobs):
+        return [[] for _ in range(count)]
+    ids = scores.top_ids[row, :count, :wanted].tolist()
+    logprobs = scores.top_logprobs[row, :count, :wanted].tolist()
+    return [list(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]

@@ -22,6 +22,8 @@ def start_runtime(*, compile_cache: bool, launch: Launch | None = None) -> str:
         cluster.join(together)
     if compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+        # By default those that took less than a second are not kept: a third of the engine's.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both are refused
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
     # What is recomputed is chosen by the layout; XLA would do it unasked near the memory's limit.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.model.sharding import ROWS
+from nanochat_jax.model.sharding import ROW_AXES, ROWS
 
 KV = tuple[jax.Array, jax.Array]
 Cache = list[KV]
@@ -70,8 +70,28 @@ def held(size: int, written: jax.Array) -> jax.Array:
 
 
 def take_slots(cache: Cache, slots) -> Cache:
-    """The cache of some slots, [n, K, S, H]; of a slot that does not exist any values."""
-    return jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), cache)
+    """The cache of some slots, [n, K, S, H]; any values for one that does not exist, or that lies
+    with another row shard than its row does."""
+
+    def take(cache, slots):
+        slots = slots - _first_slot(cache)
+        return jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), cache)
+
+    return _on_each_row_shard(take, ROWS, ROWS)(cache, jnp.asarray(slots))
+
+
+def _on_each_row_shard(function, *in_specs: P):
+    """With the rows that are its own; heads stay the compiler's affair."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=ROWS, axis_names=set(ROW_AXES))
+
+
+def _first_slot(cache: Cache):
+    """The number of the first slot of a row shard's cache."""
+    inside = ROW_AXES[0] in jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.axis_index(ROW_AXES) * cache[0][0].shape[0] if inside else 0
 
 
 def merge(cache: Cache, new: Cache, start, count, slots=None, source=None) -> Cache:
@@ -89,15 +109,31 @@ def merge(cache: Cache, new: Cache, start, count, slots=None, source=None) -> Ca
         finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
         return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 
-    def put(old, new):
-        size = old.shape[2]
-        at = jnp.where(step < count[:, None], (start[:, None] + step) % size, size)  # [B, T]
-        if slots is None:
-            return jax.vmap(lambda row, kv, at: row.at[:, at].set(kv, mode="drop"))(old, new, at)
-        rows = jnp.swapaxes(new, 1, 2)[source]  # [m, T, K, H]
-        return old.at[slots[:, None], :, at[source]].set(rows, mode="drop")
+    def indices(old):
+        size = old.shape[2]  # [B, T]
+        return jnp.where(step < count[:, None], (start[:, None] + step) % size, size)
 
-    return shard_cache(jax.tree.map(put, cache, [tell_by_key(kv) for kv in new]))
+    def put(old, new):
+        return jax.vmap(lambda row, kv, at: row.at[:, at].set(kv, mode="drop"))(
+            old, new, indices(old)
+        )
+
+    def put_slots(cache, new, slots):
+        first = _first_slot(cache)
+        slots = jnp.where(slots < first, cache[0][0].shape[0], slots - first)  # none of ours
+
+        def put(old, new):
+            if isinstance(first, jax.Array):
+                new = jax.lax.all_gather(new, ROW_AXES, tiled=True)
+            rows = jnp.swapaxes(new, 1, 2)[source]  # [m, T, K, H]
+            return old.at[slots[:, None], :, indices(old)[source]].set(rows, mode="drop")
+
+        return jax.tree.map(put, cache, new)
+
+    new = [tell_by_key(kv) for kv in new]
+    if slots is None:
+        return shard_cache(jax.tree.map(put, cache, new))
+    return shard_cache(_on_each_row_shard(put_slots, ROWS, ROWS, P())(cache, new, slots))
 
 
 def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array:
@@ -127,6 +163,6 @@ def attend(q, old: KV, new: KV, *, window: int | None, start, step) -> jax.Array
     scores = jnp.concatenate(scores, axis=-1).reshape(B, K, N // K, T, -1)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, -1, scores.shape[-1])
-    y = jnp.einsum("bkgs,bksh->bkgh", probs[..., :S], old[1])
-    y = y + jnp.einsum("bkgs,bksh->bkgh", probs[..., S:], new[1])
+    wide = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
+    y = (wide(probs[..., :S], old[1]) + wide(probs[..., S:], new[1])).astype(q.dtype)
     return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -9,14 +9,18 @@ import asyncio
 import base64
 import hmac
 import json
+import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanochat_jax.common import UserError
 from nanochat_jax.serve.schema import ApiError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_SECS = 30.0  # in which a body has to arrive
 HEADERS = {
     "content-security-policy": (
@@ -27,6 +31,16 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server. key: "" for everybody. hosts: names in Host, empty for any."""
+
+    key: str = ""
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()  # sites whose pages may use it (CORS)
+    max_body_bytes: int = 4 * 2**20
 
 
 def error_response(error: ApiError) -> Response:
@@ -138,3 +152,34 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return receive_again
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Bound, not listening yet: so that a port that is taken is told before the model is loaded."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        what = f"--host={host} --port={port} cannot be listened at"
+        raise UserError(f"{what} ({error}); is it this machine's, and free?") from None
+    return sock
+
+
+def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str] = ()) -> Access:
+    """Who may use a server that listens at `host`. UserError for a public one without a key."""
+    if host in LOOPBACK:
+        return Access(key, ("127.0.0.1", "localhost", "[::1]"), tuple(origins))
+    if not (key or allow_public):
+        raise UserError(
+            f"--host={host} can be reached from other machines, and everybody there could use it; "
+            "set a key with --api-key or $NANOCHAT_API_KEY, or say --allow-public"
+        )
+    return Access(key, (), tuple(origins))
+
+
+def address(sock: socket.socket) -> str:
+    """The URL of what listens there."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -11,9 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat_jax.common import UserError, log
+from nanochat_jax.common import log
 from nanochat_jax.serve import markdown, schema
 from nanochat_jax.serve.api import Api, Meter, Served
-from nanochat_jax.serve.guard import Guard, error_response
+from nanochat_jax.serve.guard import Access, Guard, error_response
 from nanochat_jax.serve.schema import ApiError, ChatBody, CompletionBody
 from nanochat_jax.serve.worker import Pool
 from nanochat_jax.tokenizer.bpe import Tokenizer
@@ -38,17 +36,6 @@ PAGE = Path(__file__).parent / "page"
 PAGE_SUFFIXES = (".html", ".css", ".js", ".svg")
 FLUSH_SECS = 10  # at the end, for clients to fetch what is written
 IDLE_SECS = 60  # after which a connection closes; clients ask several times over one
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use the server. key: "" for everybody. hosts: names in Host, empty for any."""
-
-    key: str = ""
-    hosts: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()  # sites whose pages may use it (CORS)
-    max_body_bytes: int = 4 * 2**20
 
 
 class ErrorDetail(BaseModel):
@@ -219,31 +206,6 @@ class Server(uvicorn.Server):
         if self.asked == 1 and not self.pool.texts:
             self.should_exit = True
         return await super().on_tick(counter)
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """Bound, not listening yet: so that a port that is taken is told before the model is loaded."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except (OSError, OverflowError) as error:
-        sock.close()
-        what = f"--host={host} --port={port} cannot be listened at"
-        raise UserError(f"{what} ({error}); is it this machine's, and free?") from None
-    return sock
-
-
-def access_of(host: str, key: str, allow_public: bool, origins: Sequence[str]) -> Access:
-    """Who may use a server that listens at `host`. UserError for a public one without a key."""
-    if host in LOOPBACK:
-        return Access(key, ("127.0.0.1", "localhost", "[::1]"), tuple(origins))
-    if not (key or allow_public):
-        raise UserError(
-            f"--host={host} can be reached from other machines, and everybody there could use it; "
-            "set a key with --api-key or $NANOCHAT_API_KEY, or say --allow-public"
-        )
-    return Access(key, (), tuple(origins))
 
 
 def serve(app: FastAPI, pool: Pool, sock: socket.socket, greeting: str) -> None:

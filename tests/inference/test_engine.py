@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.inference import decode
 from nanochat_jax.inference.engine import PREFILL_TOKENS, Engine
 from nanochat_jax.inference.request import Completion, Request, Tool
-from nanochat_jax.model import kv_cache
 from nanochat_jax.model.gpt import GPTConfig, bind
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.parity.model import read_case
@@ -341,19 +339,28 @@ def test_after_the_warm_up_nothing_is_compiled(modern, random_params):
     """Whatever is asked: short and long, greedy and sampled, alone and many, scored."""
     config = replace(modern, seq_len=512)
     engine = make_engine(config, random_params(config), slots=3, max_len=300)
-    told = []
+    told, compiled = [], []
     engine.warm_up(lambda done, of: told.append((done, of)))
     assert told == [(i + 1, len(told)) for i in range(len(told))]
-    programs = [decode.burst, decode.extend, kv_cache.resize]
-    before = [program._cache_size() for program in programs]
-    extras = [{"logit_bias": {3: 1.0}, "top_logprobs": 3}, {"prompt_logprobs": True}]
-    for i, r in enumerate(requests(18, max_new_tokens=3)):
-        long = replace(r, prompt=[*r.prompt] * (1 + 7 * (i % 4 == 3)))
-        long = replace(long, prompt=long.prompt[:280], **(extras[i % 3] if i % 3 < 2 else {}))
-        engine.submit(long)
-        engine.step()
-    for _ in range(2):
-        while engine.busy():
+
+    def listen(event: str, *_, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + len(told))(1.0)
+        assert len(compiled) == 1
+        extras = [{"logit_bias": {3: 1.0}, "top_logprobs": 3}, {"prompt_logprobs": True}]
+        for i, r in enumerate(requests(18, max_new_tokens=3)):
+            long = replace(r, prompt=[*r.prompt] * (1 + 7 * (i % 4 == 3)))
+            long = replace(long, prompt=long.prompt[:280], **(extras[i % 3] if i % 3 < 2 else {}))
+            engine.submit(long)
             engine.step()
-        engine.generate([Request([4], 3), Request([5] * 290, 2), Request([5] * 290, 2)])
-    assert [program._cache_size() for program in programs] == before
+        for _ in range(2):
+            while engine.busy():
+                engine.step()
+            engine.generate([Request([4], 3), Request([5] * 290, 2), Request([5] * 290, 2)])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1

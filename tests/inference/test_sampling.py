@@ -11,6 +11,8 @@ from jax.extend.random import threefry_2x32
 from nanochat_jax.inference.sampling import (
     Settings,
     argmax,
+    far,
+    farthest,
     most_likely,
     noise,
     sample,
@@ -106,6 +108,24 @@ def test_thresholds_of_large_vocabularies(top_k, top_p):
     hot = jnp.broadcast_to(9 * logits, (rows, len(logits)))  # temperature 9 of 9 x logits
     drawn = jax.jit(sample)(hot, jnp.zeros_like(hot), settings, jnp.zeros(rows, jnp.int32))
     assert set(np.asarray(drawn).tolist()) == set(kept.tolist())
+
+
+@pytest.mark.parametrize("limit", [1.0, 3.0, 17.5, 1e9, np.inf])
+def test_a_gpus_few_passes_find_what_bit_by_bit_is_found(limit):
+    """And that is what sorting finds, where ids are not alike and some are banned."""
+    rng = np.random.default_rng(1)
+    scores = -np.abs(rng.standard_normal((4, 500)) * [[1e-3], [1], [30], [1e9]]).astype(np.float32)
+    scores[:, 0], scores[:, 7:9] = 0, -np.inf
+    weights = rng.uniform(size=scores.shape).astype(np.float32)
+    args = scores, weights, np.full(4, limit, np.float32)
+    slow, fast = (jax.jit(farthest, static_argnums=3)(*args, bits) for bits in (1, 4))
+    np.testing.assert_array_equal(slow, fast)
+    kept = np.where(far(scores) <= fast, weights, 0)
+    order = np.argsort(-scores, axis=-1)
+    sums = np.cumsum(np.take_along_axis(weights, order, -1).astype(np.float64), -1)
+    expected = np.minimum((sums < limit).sum(-1), 499)
+    total = np.take_along_axis(sums, expected[:, None], -1)[:, 0]
+    np.testing.assert_allclose(kept.sum(-1), total, rtol=1e-5)
 
 
 def test_the_most_likely_ids_come_in_order():

@@ -1,5 +1,7 @@
 """The cache against plain attention over the whole history, through bursts of any length."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from nanochat_jax.model import kv_cache
 from nanochat_jax.model.attention import attention_naive
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.sharding import make_mesh
 
 B, N, K, H, STEPS = 3, 4, 2, 8, 4
 
@@ -81,7 +84,15 @@ def test_what_a_ring_holds():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_new_keys_go_to_the_slots_they_are_meant_for_and_no_others(window):
+@pytest.mark.parametrize("shards", [0, 1, 2])
+def test_new_keys_go_to_the_slots_they_are_meant_for_and_no_others(window, shards):
+    """Also where slots, and the rows with the new keys, are split over devices."""
+    mesh = make_mesh(data=shards, tensor=2, devices=jax.devices()[: 2 * shards]) if shards else None
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        _check_new_keys(window)
+
+
+def _check_new_keys(window):
     config, T, missing = config_of(window), 4, 4
     cache = jax.tree.map(lambda a: a - 7, kv_cache.empty_cache(config, 4, 16))
     fresh = jnp.arange(2 * K * T * H, dtype=jnp.float32).reshape(2, K, T, H)
@@ -95,6 +106,5 @@ def test_new_keys_go_to_the_slots_they_are_meant_for_and_no_others(window):
             expected[slot, :, (start[row] + step) % (window or 16)] = fresh[row, :, step]
     np.testing.assert_array_equal(cache[0][0], expected)
     np.testing.assert_array_equal(cache[0][1][expected != -7], -expected[expected != -7])
-    np.testing.assert_array_equal(
-        kv_cache.take_slots(cache, jnp.array([2, 0]))[0][0], expected[[2, 0]]
-    )
+    taken = jax.jit(kv_cache.take_slots)(cache, jnp.array([0, 2]))
+    np.testing.assert_array_equal(taken[0][0], expected[[0, 2]])

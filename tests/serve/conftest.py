@@ -22,7 +22,8 @@ from nanochat_jax.inference.request import Completion, Request
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access, Server, make_app, open_socket
+from nanochat_jax.serve.guard import Access, open_socket
+from nanochat_jax.serve.server import Server, make_app
 from nanochat_jax.serve.worker import Pool
 
 MAX_LEN = 160

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from nanochat_jax.common import UserError
-from nanochat_jax.serve.server import Access, access_of, open_socket
+from nanochat_jax.serve.guard import Access, access_of, open_socket
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -146,7 +146,8 @@ import sys
 sys.path[:0] = {paths!r}
 from conftest import Scripted
 from nanochat_jax.serve.api import Served
-from nanochat_jax.serve.server import Access, make_app, open_socket, serve
+from nanochat_jax.serve.guard import Access, open_socket
+from nanochat_jax.serve.server import make_app, serve
 from nanochat_jax.serve.worker import Pool
 from nanochat_jax.tokenizer import bpe
 tokenizer = bpe.train(iter(["some text"]), 265)
