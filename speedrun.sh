@@ -28,7 +28,7 @@ stages() { # the table of contents
 }
 
 main() {
-  local recipe="${CONFIG:-}" reason="as you asked" gpus extras="demo"
+  local recipe="${CONFIG:-}" reason="as you asked" gpus extras="demo" script
   arguments=() # of every stage, after --config
   while (($# > 0)); do
     case "$1" in
@@ -58,7 +58,6 @@ main() {
   watch
   stages
   printf '\nAll done in %s. Talk to it in the browser, or here:\n' "$(duration $SECONDS)"
-  local script
   for script in chat_web.py chat_cli.py; do
     printf '%s' "${NANOCHAT_BASE_DIR:+ NANOCHAT_BASE_DIR=$(printf %q "$NANOCHAT_BASE_DIR")}"
     printf ' %q' "$PY" "$ROOT/scripts/$script" "${arguments[@]}"
