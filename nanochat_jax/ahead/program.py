@@ -2,7 +2,7 @@
 
   kernels   instructions of the schedule that are no mere change of name, by kind
   bytes     what each must read and write: of a slice what is taken out, of an update what is put in
-  sent      by collectives, and how many of these go on while other kernels run
+  sent      by collectives, as it crosses a GPU's links, and the seconds of kernels meanwhile
   stops     loops of unknown length and conditionals: at each the host waits for the GPU
 
 Loops count as often as the compiler says that they run, those of unknown length once; of the
@@ -13,7 +13,7 @@ two programs; they do not foretell a speed.
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -77,10 +77,10 @@ class Work:
 
     kernels: Counter = field(default_factory=Counter)  # by kind
     bytes: Counter = field(default_factory=Counter)
-    secs: dict[str, float] = field(default_factory=dict)
-    sent: Counter = field(default_factory=Counter)  # bytes received, by kind of collective
-    num_sent: Counter = field(default_factory=Counter)
-    overlapped: Counter = field(default_factory=Counter)  # of num_sent
+    secs: dict = field(default_factory=lambda: defaultdict(float))
+    collectives: Counter = field(default_factory=Counter)
+    sent: Counter = field(default_factory=Counter)  # bytes, by kind of collective
+    beside: dict = field(default_factory=lambda: defaultdict(float))  # seconds of kernels meanwhile
     stops: Counter = field(default_factory=Counter)  # while, conditional
 
 
@@ -123,7 +123,7 @@ class Program:
                 yield from self.loops(one.attribute("to_apply"))
 
     def _add(self, part: Part, times: int, total: Work) -> None:
-        before: dict[str, int] = {}  # kernels, when a collective started
+        started: dict[str, float] = {}  # collectives under way, and when
         for one in part.values():
             if one.op in NO_KERNEL or one.op.endswith("-update"):
                 continue
@@ -135,32 +135,24 @@ class Program:
                 self._add(self.parts[one.attribute("body")], times * (known or 1), total)
             elif one.op == "conditional":
                 total.stops["conditional"] += times
-                listed = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
-                names = re.findall(r"[\w.\-]+", listed[1]) if listed else []
-                names += filter(None, map(one.attribute, ("true_computation", "false_computation")))
-                self._add(max((self.parts[name] for name in names), key=len), times, total)
-            elif kind := self._collective(one):
-                now = sum(total.kernels.values())
+                _, listed = one.rest.split("computation", 1)
+                names = re.findall(r"%([\w.\-]+)", listed.split("metadata=")[0])
+                branches = [self.parts[name] for name in names if name in self.parts]
+                self._add(max(branches, key=len), times, total)
+            elif found := COLLECTIVE.match(one.op):
+                kind, now = found[0], sum(total.secs.values())
                 if one.op.endswith("-done"):
-                    start = part[one.args[0]]
-                    others_ran = now > before[start.name] and '"is_sync":true' not in start.rest
-                    total.overlapped[kind] += times * others_ran
-                    total.sent[kind] += times * size(one.shape)
-                else:
-                    before[one.name] = now
-                    total.num_sent[kind] += times
-                    total.sent[kind] += times * (not one.op.endswith("-start")) * size(one.shape)
+                    one = part[one.args[0]]  # its start
+                    is_beside = '"is_sync":true' not in one.rest
+                    total.beside[kind] += times * is_beside * (now - started[one.name])
+                    continue
+                started[one.name] = now
+                given = sum(size(part[arg].shape) for arg in one.args)
+                made = size(one.shape) - given * one.op.endswith("-start")  # lists both
+                total.collectives[kind] += times
+                total.sent[kind] += times * max(given, made) * (2 if kind == "all-reduce" else 1)
             elif not one.op.endswith("-done"):
                 self._add_kernel(one, part, times, total)
-
-    def _collective(self, one: Instruction) -> str:
-        """Which one; some are wrapped in computations of their own."""
-        inner = self.parts.get(one.attribute("calls"), {}) if one.op.startswith("async") else {}
-        words = " ".join([one.op, *(i.op for i in inner.values())])
-        if one.op.startswith("async") and not inner:
-            words += one.name
-        found = COLLECTIVE.search(words)
-        return found[0] if found else ""
 
     def _add_kernel(self, one: Instruction, part: Part, times: int, total: Work) -> None:
         given = [part[arg].shape if arg in part else "" for arg in one.args]
@@ -177,7 +169,7 @@ class Program:
         secs = max(secs, moved / (BANDWIDTH * self.bandwidth), LAUNCH_SECS)
         total.kernels[kind] += times
         total.bytes[kind] += times * moved
-        total.secs[kind] = total.secs.get(kind, 0.0) + times * secs
+        total.secs[kind] += times * secs
 
     def _product(self, one: Instruction, given: list[str], inner: Part) -> tuple[str, float]:
         """(kind of a kernel, seconds of its products)."""

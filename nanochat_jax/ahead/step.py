@@ -12,7 +12,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding
 
 from nanochat_jax import hardware, recipe
-from nanochat_jax.ahead.gpus import absent_gpus, find_gpu
+from nanochat_jax.ahead.gpus import GPUS, absent_gpus
 from nanochat_jax.ahead.program import RATES, Program, Work
 from nanochat_jax.common import log
 from nanochat_jax.config import Recipe
@@ -32,8 +32,8 @@ MIB = 2**20
 
 def compile_run(config: Recipe, *, gpu: str, num_gpus: int) -> str:
     """What base's training step is on `num_gpus` of `gpu`, as text."""
-    card = find_gpu(gpu)
-    with absent_gpus(card, num_gpus) as devices:
+    name = gpu.lower()
+    with absent_gpus(name, num_gpus) as devices:
         jax.config.update("jax_compiler_enable_remat_pass", False)  # as launch/runtime.py
         recipe.resolve(config, platform="gpu", num_devices=num_gpus)
         m, model = config.mesh, recipe.gpt_config(config)
@@ -52,7 +52,7 @@ def compile_run(config: Recipe, *, gpu: str, num_gpus: int) -> str:
         ids = ShapeDtypeStruct((rows, model.seq_len), jnp.int32, sharding=NamedSharding(mesh, ROWS))
 
         def compile(layout: Layout) -> int:
-            log(f"compiling for {num_gpus} x {card.name}: {layout} ...")
+            log(f"compiling for {num_gpus} x {gpu}: {layout} ...")
             began, options = time.monotonic(), {"tile_tokens": config.model.loss_tile_tokens}
             options |= {"device_batch_size": layout.rows, "grad_clip": config.optim.grad_clip}
             step: Any = make_train_step(owners, tx, remat=layout.remat, **options)
@@ -62,23 +62,23 @@ def compile_run(config: Recipe, *, gpu: str, num_gpus: int) -> str:
             programs[layout] = compiled_bytes(done), secs, done.as_text()
             return programs[layout][0]
 
-        available = MEMORY_SHARE * card.memory_bytes
+        available = MEMORY_SHARE * GPUS[name]["device_memory_size"]
         with tempfile.TemporaryDirectory() as folder:
             record = LayoutRecord(Path(folder) / "layout.json", {}, layouts)
             taken = choose(record, compile, held_bytes(state), lambda: available)
         for layout in layouts:  # the first of each kind, to compare
             if layout.remat not in {known.remat for known in programs}:
                 compile(layout)
-    lines = [f"{config.run.name}: the step of base, compiled for {num_gpus} x {card.name}", ""]
+    lines = [f"{config.run.name}: the step of base, compiled for {num_gpus} x {gpu}", ""]
     lines += [f"layouts, of {format_bytes(available)} that JAX takes of a GPU"]
     for layout, (size, secs, _) in programs.items():
         mark = "  <- taken" if layout == taken else ""
         lines += [f"  {layout!s:<32} {format_bytes(size):>10}, compiled in {secs:,.0f} s{mark}"]
-    row = hardware.find_accelerator(card.name)
-    assert row
+    card = hardware.find_accelerator(name)
+    assert card
     flops = rows * model.seq_len * train_flops_per_token(model) / num_gpus
-    program = Program(programs[taken][2], peak_flops=row.peak_flops, bandwidth=card.bandwidth)
-    return "\n".join(lines + tell(program.work(), flops, row.peak_flops))
+    program = Program(programs[taken][2], peak_flops=card.peak_flops, bandwidth=card.bandwidth)
+    return "\n".join(lines + tell(program.work(), flops, card.peak_flops))
 
 
 def tell(work: Work, model_flops: float, peak_flops: float) -> list[str]:
@@ -92,11 +92,11 @@ def tell(work: Work, model_flops: float, peak_flops: float) -> list[str]:
     secs, kernels = sum(work.secs.values()), sum(work.kernels.values())
     moved = sum(work.bytes.values()) / MIB
     lines += [f"  {'all':<28} {kernels:>7,} {moved:>11,.0f} MiB {1e3 * secs:>9.1f} ms"]
-    lines += ["", "sent between GPUs: how many, received"]
-    for kind, count in work.num_sent.items():
-        hidden = f"{work.overlapped[kind]:,} while other kernels run"
-        lines += [f"  {kind:<28} {count:>7,} {work.sent[kind] / MIB:>11,.0f} MiB, {hidden}"]
-    lines += [] if work.num_sent else ["  nothing"]
+    lines += ["", "sent by a GPU: in how many calls, how much, beside how long kernels"]
+    for kind, count in work.collectives.items():
+        beside = f"{1e3 * work.beside[kind]:>9.1f} ms" if work.beside[kind] else "not asynchronous"
+        lines += [f"  {kind:<28} {count:>7,} {work.sent[kind] / MIB:>11,.0f} MiB {beside}"]
+    lines += [] if work.collectives else ["  nothing"]
     stops = ", ".join(f"{n:,} x {kind}" for kind, n in work.stops.items() if n) or "never"
     lines += ["", f"the host is waited for: {stops}"]
     share = model_flops / peak_flops / secs

@@ -109,9 +109,9 @@ def test_kernels_are_counted_as_often_as_they_run(program):
 
 def test_what_is_sent_and_whether_others_run_meanwhile(program):
     work = program.work()
-    assert work.sent == {"all-gather": 32_000, "all-reduce": 4_000}
-    assert work.num_sent == {"all-gather": 1, "all-reduce": 1}
-    assert +work.overlapped == {"all-gather": 1}
+    assert work.sent == {"all-gather": 32_000, "all-reduce": 2 * 4_000}
+    assert work.collectives == {"all-gather": 1, "all-reduce": 1}
+    assert work.beside == {"all-gather": pytest.approx((2 * 2 * 1000 + 4) / 0.85)}
 
 
 def test_seconds_are_those_of_products_or_of_bytes_whichever_is_more():

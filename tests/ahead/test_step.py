@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax import config as cfg
 from nanochat_jax.ahead import gpus
-from nanochat_jax.ahead.gpus import GPUS, absent_gpus, find_gpu
+from nanochat_jax.ahead.gpus import GPUS, absent_gpus
 from nanochat_jax.common import UserError
 from nanochat_jax.hardware import find_accelerator
 
@@ -20,17 +20,21 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs the packages
 @pytest.mark.parametrize("name", GPUS)
 def test_a_described_gpu_is_the_one_that_the_prices_know(name):
     """Memory and bandwidth agree with the datasheet's, which is rounded."""
-    ours, sheet = find_gpu(name.upper()), find_accelerator(GPUS[name].name)
+    ours, sheet = GPUS[name], find_accelerator(name)
     assert sheet
-    assert ours.memory_bytes == pytest.approx(sheet.memory_bytes, rel=0.08)
-    assert ours.bandwidth == pytest.approx(sheet.bandwidth, rel=0.01)
+    assert ours["device_memory_size"] == pytest.approx(sheet.memory_bytes, rel=0.08)
+    assert ours["memory_bandwidth"] == pytest.approx(sheet.bandwidth, rel=0.01)
 
 
-def test_what_cannot_be_compiled_for_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="a100, .*h100"):
-        find_gpu("TPU v4")
+@pytest.mark.parametrize("name, count, word", [("TPU", 1, "h100"), ("h100", 12, "multiple of 8")])
+def test_what_cannot_be_compiled_for_is_refused(name, count, word):
+    with pytest.raises(UserError, match=word), absent_gpus(name, count):
+        pass
+
+
+def test_without_the_compiler_there_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="gpu"), absent_gpus(GPUS["h100"], 1):
+    with pytest.raises(UserError, match="pip install"), absent_gpus("h100", 1):
         pass
 
 
