@@ -144,7 +144,7 @@ class Program:
                 if one.op.endswith("-done"):
                     one = part[one.args[0]]  # its start
                     is_beside = '"is_sync":true' not in one.rest
-                    total.beside[kind] += times * is_beside * (now - started[one.name])
+                    total.beside[kind] += is_beside * (now - started[one.name])
                     continue
                 started[one.name] = now
                 given = sum(size(part[arg].shape) for arg in one.args)
@@ -186,7 +186,13 @@ class Program:
             return f"products {kind}", flops / (PRODUCTS * SPEED.get(kind, 1.0) * self.peak_flops)
         if "fmha" in target:
             backward, dims = "ackward" in target, arrays(given[0])[0][1]
-            flops = 4 * math.prod(dims) * max(dims[1:3]) / 2 * (2.5 if backward else 1)
+            found, length = (
+                re.search(r'sliding_window_length":"?\s*(\d+)', one.rest),
+                max(dims[1:3]),
+            )
+            window = int(found[1]) if found and int(found[1]) else length
+            pairs = window * (length - window / 2)  # of causal attention
+            flops = 4 * math.prod(dims) / length * pairs * (2.5 if backward else 1)
             share = ATTENTION_BACKWARD if backward else ATTENTION
             kind = f"attention {'backward' if backward else 'forward'}"
             return kind, flops / (share * self.peak_flops)
