@@ -241,17 +241,13 @@ class Engine:
         """{row: (group, slot)} of as many as have room, the first ones first: a row shard computes
         from the slots that are its own. What no slot has yet may be computed anywhere."""
         shards, placed = num_row_shards(self.mesh), {}
-        free = [
-            list(range(first, first + rows // shards)) for first in range(0, rows, rows // shards)
-        ]
+        free = np.arange(rows).reshape(shards, -1).tolist()
         for group in groups:
-            slots = [slot for slot in group if free[slot * shards // self.slots]]
-            if slots:
-                placed[free[slots[0] * shards // self.slots].pop(0)] = group, slots[0]
-            elif not self.scheduler.texts[group[0]].cached and (
-                room := next(filter(None, free), None)
-            ):
-                placed[room.pop(0)] = group, group[0]
+            choices = [(free[slot * shards // self.slots], slot) for slot in group]
+            if not self.scheduler.texts[group[0]].cached:
+                choices += [(room, group[0]) for room in free]
+            if choice := next((choice for choice in choices if choice[0]), None):
+                placed[choice[0].pop(0)] = group, choice[1]
         return placed
 
     def _piece(self, rows: int, width: int) -> Piece:
