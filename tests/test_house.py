@@ -41,6 +41,7 @@ LAYERS = (
     ("parity",),
     ("plan",),
     ("stages",),
+    ("ahead",),
     ("scripts", "configs"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -48,7 +49,17 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # where the work begins.
 NO_TEXT = {"tools", "tokenizer", "data", "tasks"}
 KEPT_OUT = {"model": NO_TEXT, "optim": NO_TEXT, "train": {"eval"}}
-KNOW_CONFIG = {"config", "recipe", "inference", "parity", "plan", "stages", "scripts", "configs"}
+KNOW_CONFIG = {
+    "config",
+    "recipe",
+    "inference",
+    "parity",
+    "plan",
+    "stages",
+    "ahead",
+    "scripts",
+    "configs",
+}
 MAX_LINES, MAX_TOP_FILES, MAX_PATH_LINES = 400, 8, 2_500
 MAY_EXECUTE = {"nanochat_jax/tools/sandbox.py", "nanochat_jax/tools/sandbox_child.py"}
 

@@ -26,7 +26,7 @@ from nanochat_jax.inference import decode
 from nanochat_jax.inference.decode import Piece, Scores, SlotTable, Written
 from nanochat_jax.inference.request import Completion, Request, Tool
 from nanochat_jax.inference.scheduler import Scheduler
-from nanochat_jax.inference.table import Place, alternatives, make_table
+from nanochat_jax.inference.table import Place, alternatives, empty_piece, make_table, place_prompts
 from nanochat_jax.model.gpt import GPTConfig, param_shapes
 from nanochat_jax.model.kv_cache import capacity, empty_cache, resize
 from nanochat_jax.model.sharding import num_row_shards, param_shardings
@@ -169,7 +169,9 @@ class Engine:
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
                 empty_cache.eval_shape(self.config, self.slots, length),
             )
-            for piece in (self._piece(*shape) for shape in {self.short, self.long, self.many}):
+            for piece in (
+                empty_piece(*shape, self.slots) for shape in {self.short, self.long, self.many}
+            ):
                 for scored in {False, length == self.lengths[-1]}:
                     static, num_top = (self.config, scored), np.array(0, np.int32)
                     yield decode.extend, (*static, self._params, cache, piece, num_top)
@@ -209,9 +211,11 @@ class Engine:
     def _compute(self, groups: list[list[int]], rows: int, width: int) -> int:
         """The next piece of the first prompts that have room, one prompt a group of slots; how many
         tokens."""
-        placed = self._place(groups, rows)
-        texts = {row: self.scheduler.texts[group[0]] for row, (group, _) in placed.items()}
-        piece = self._piece(rows, width)
+        texts, shards = self.scheduler.texts, num_row_shards(self.mesh)
+        begun = {slot for slot, text in texts.items() if text.cached}
+        placed = place_prompts(groups, begun, np.arange(rows).reshape(shards, -1), self.slots)
+        texts = {row: texts[group[0]] for row, (group, _) in placed.items()}
+        piece = empty_piece(rows, width, self.slots)
         for row, (group, slot) in placed.items():
             text = texts[row]
             begin, n = text.cached, min(len(text.ids) - 1 - text.cached, width)
@@ -236,25 +240,6 @@ class Engine:
                 if not np.isfinite([logprob for logprob, _ in told]).all():
                     self.scheduler.fail(slot, NOT_FINITE)
         return int(piece.count.sum())
-
-    def _place(self, groups: list[list[int]], rows: int) -> dict[int, tuple[list[int], int]]:
-        """{row: (group, slot)} of as many as have room, the first ones first: a row shard computes
-        from the slots that are its own. What no slot has yet may be computed anywhere."""
-        shards, placed = num_row_shards(self.mesh), {}
-        free = np.arange(rows).reshape(shards, -1).tolist()
-        for group in groups:
-            choices = [(free[slot * shards // self.slots], slot) for slot in group]
-            if not self.scheduler.texts[group[0]].cached:
-                choices += [(room, group[0]) for room in free]
-            if choice := next((choice for choice in choices if choice[0]), None):
-                placed[choice[0].pop(0)] = group, choice[1]
-        return placed
-
-    def _piece(self, rows: int, width: int) -> Piece:
-        """Room for a piece of prompts; as it is, it goes nowhere."""
-        start, count, slots = np.zeros((3, rows), np.int32)
-        source, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
-        return Piece(np.zeros((rows, width + 2), np.int32), start, count, slots, targets, source)
 
     def _decode(self, in_traffic: bool) -> list[Completion]:
         """A burst for all texts that can write."""

@@ -53,31 +53,36 @@ def _sample(logits: jax.Array, said: jax.Array, settings: Settings, position: Co
     greedy = (temperature < 1e-9) | (top_k == 1)
     scores = logits - jnp.max(logits, axis=-1, keepdims=True)
     count = jnp.where(~greedy & (top_k > 0), top_k.astype(jnp.float32), jnp.inf)
-    scores = _cut(scores, lambda: jnp.ones_like(scores), count)
+    scores = _cut(scores, _reach(scores, lambda: jnp.ones_like(scores), count))
     scores /= jnp.where(greedy, 1.0, temperature)[:, None]
     share = jnp.where(~greedy & (top_p < 1), top_p, jnp.inf)
-    scores = _cut(scores, lambda scores=scores: jnp.exp(scores), share, of_all=True)
+    probs = lambda scores=scores: jnp.exp(scores)  # noqa: E731
+    scores = _cut(scores, _reach(scores, probs, share, of_all=True))
     drawn = argmax(scores + noise(seed, position, jnp.arange(logits.shape[-1])[None]))
     return jnp.where(greedy, argmax(logits), drawn)
 
 
-def _cut(
+def _cut(scores: jax.Array, reach: jax.Array) -> jax.Array:
+    return jnp.where(far(scores) <= reach, scores, -jnp.inf)
+
+
+def _reach(
     scores: jax.Array, weigh: Callable[[], jax.Array], limit: jax.Array, *, of_all: bool = False
 ) -> jax.Array:
-    """Scores [B, V], -inf but for the largest of each row: the fewest whose weights reach its limit
-    [B] (of_all: as a part of all weights; inf: no limit)."""
+    """How far from 0 the scores [B, V] may be to stay, [B, 1]: the fewest of a row whose weights
+    reach its limit [B] (of_all: as a part of all weights; inf: no limit)."""
 
-    def cut(bits: int) -> jax.Array:
+    def find(bits: int) -> jax.Array:
         weights = weigh()
         reached = limit * jnp.sum(weights, axis=-1) if of_all else limit
-        return jnp.where(far(scores) <= farthest(scores, weights, reached, bits), scores, -jnp.inf)
+        return farthest(scores, weights, reached, bits)
 
     # Whether any row asks is a value, not part of the program. To know it a GPU would have to wait
     # for the host, and so for every pass of a loop: there few passes always run, all in a line.
-    on_cpu = lambda: jax.lax.cond(  # noqa: E731
-        jnp.any(limit < jnp.inf), lambda: cut(1), lambda: scores
-    )
-    return jax.lax.platform_dependent(cpu=on_cpu, default=lambda: cut(4))
+    everything = jnp.full_like(limit, 2**FAR_BITS - 1, jnp.int32)[:, None]
+    asked = jnp.any(limit < jnp.inf)
+    on_cpu = lambda: jax.lax.cond(asked, lambda: find(1), lambda: everything)  # noqa: E731
+    return jax.lax.platform_dependent(cpu=on_cpu, default=lambda: find(4))
 
 
 def far(scores: jax.Array) -> jax.Array:

@@ -1,14 +1,39 @@
 """What the device is told of the texts that write, and what it says back, as arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from nanochat_jax.inference.decode import MOST_BIASED, Extras, Scores, SlotTable
+from nanochat_jax.inference.decode import MOST_BIASED, Extras, Piece, Scores, SlotTable
 from nanochat_jax.inference.request import Top
 from nanochat_jax.inference.sampling import Settings
 from nanochat_jax.inference.scheduler import Text
+
+
+def empty_piece(rows: int, width: int, num_slots: int) -> Piece:
+    """Room for a piece of prompts; as it is, it goes nowhere."""
+    start, count, slots = np.zeros((3, rows), np.int32)
+    source, targets = np.zeros(num_slots, np.int32), np.full(num_slots, num_slots, np.int32)
+    return Piece(np.zeros((rows, width + 2), np.int32), start, count, slots, targets, source)
+
+
+def place_prompts(
+    groups: Sequence[list[int]], begun: Container[int], rows: np.ndarray, num_slots: int
+) -> dict[int, tuple[list[int], int]]:
+    """{row: (group, slot)} of as many groups of slots as have room, the first ones first.
+
+    rows [shards, n]: a row shard computes from the slots that are its own. What no slot of a group
+    has yet (begun) may be computed anywhere.
+    """
+    placed, free = {}, rows.tolist()
+    for group in groups:
+        choices = [(free[slot * len(free) // num_slots], slot) for slot in group]
+        if group[0] not in begun:
+            choices += [(room, group[0]) for room in free]
+        if choice := next((choice for choice in choices if choice[0]), None):
+            placed[choice[0].pop(0)] = group, choice[1]
+    return placed
 
 
 class Place(NamedTuple):
