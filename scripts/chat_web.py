@@ -77,7 +77,8 @@ def make_server(args: Namespace, config: Recipe, access: Access) -> tuple[FastAP
         sizes = {"slots": args.slots, "max_len": max_len}
         engine = make_engine(model, own, tokenizer, base=base, tools=able, **sizes)
         engine.load(params)
-        log(f"engine {number + 1} of {copies}: compiling all that an answer may need")
+        what = "compiling all that an answer may need; the first time takes a minute or more"
+        log(f"engine {number + 1} of {copies}: {what}")
         engine.warm_up(progress_bar("compiling"))
         engines.append(engine)
     limits = {"max_queue": args.max_queue, "per_client": args.per_client}
