@@ -121,7 +121,7 @@ while frame:
     seen.append({k: repr(v) for k, v in frame.f_locals.items() if k not in ("frame", "seen")})
     frame = frame.f_back
 seen = repr([seen, [o for o in gc.get_objects() if isinstance(o, (list, tuple, dict, bytes))]])
-for fd in range(3, 20):
+for fd in range(3, 1000):  # a process with many files hands on a high number
     try: secret = os.pread(fd, 64, 0)
     except OSError: continue
     if secret: print(len(secret), repr(secret)[2:-1] in seen, len(seen) > 10_000)
