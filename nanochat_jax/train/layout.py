@@ -47,11 +47,18 @@ class LayoutRecord:
     def __init__(self, path: Path, made_for: dict[str, Any], layouts: list[Layout]):
         self.path, self.layouts = path, layouts
         self.made_for = made_for | {"candidates": [list(layout) for layout in layouts]}
-        saved = _read(path) if path.exists() else {}
-        if saved.get("made_for") != self.made_for:
-            saved = {"taken": None, "too_large": []}
-        self.too_large = {_of(entry): entry["bytes"] for entry in saved["too_large"]}
-        self.taken = _of(saved["taken"]) if saved["taken"] else None
+        # Process 0 has read the file: the others might see an older one, and wait for ever.
+        too_large, taken = np.zeros(len(layouts), np.float32), np.int32(-1)
+        if jax.process_index() == 0 and path.exists():
+            saved = _read(path)
+            if saved["made_for"] == self.made_for:
+                for entry in saved["too_large"]:
+                    too_large[layouts.index(_of(entry))] = entry["bytes"]
+                taken = np.int32(layouts.index(_of(saved["taken"])) if saved["taken"] else -1)
+        too_large, taken = multihost_utils.broadcast_one_to_all((too_large, taken))
+        sizes = zip(layouts, too_large.tolist(), strict=True)
+        self.too_large = {layout: int(size) for layout, size in sizes if size}
+        self.taken = layouts[int(taken)] if taken >= 0 else None
 
     def left(self) -> list[Layout]:
         """Those still to be tried: from the one taken on, or after those that ran out of memory."""
@@ -62,7 +69,8 @@ class LayoutRecord:
         """Record the layout taken; num_bytes: what a step needs, by the compiler's analysis."""
         self.taken = layout
         if jax.process_index() == 0:
-            sizes = {layout: num_bytes} | self.too_large
+            # At least 1 where the compiler does not tell: 0 means that memory sufficed.
+            sizes = {layout: max(1, num_bytes)} | self.too_large
             taken, *too_large = (one._asdict() | {"bytes": size} for one, size in sizes.items())
             record = {"made_for": self.made_for, "taken": taken, "too_large": too_large}
             write_json(self.path, record)
